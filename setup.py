@@ -1,0 +1,188 @@
+"""Builds the native extensions: one ninja graph, no torch.
+
+    csrc/cpu/*.cpp, csrc/bindings/cpu.cpp    once, for the baseline CPU                  \\
+    csrc/cpu/isa/*.cpp                       once per instruction set, -DSK_ISA=<name>   -> stripe_kernels._cpu
+    csrc/cuda/*.cu, csrc/bindings/cuda.cpp   nvcc                                        -> stripe_kernels._cuda
+
+`_cuda` is built wherever nvcc is found, GPU or not, and is optional: when nvcc fails the message is printed and the
+install goes on without it. Everything else about the project is in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+NATIVE = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
+X86_ISAS = {"avx512bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": AVX2, "generic": []}
+ARM_ISAS = {"neon": [], "generic": []}  # NEON is part of the aarch64 baseline
+ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
+
+# -ffp-contract=fast: multiply-adds fuse wherever the target has FMA. No -ffast-math: NaN and Inf keep their meaning.
+CXXFLAGS = (
+    "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fopenmp -Wall -Wextra".split()
+)
+NVCCFLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
+
+# SASS for the architectures with kernels of their own, PTX for every other. Never PTX of 90a: it runs on no other chip.
+CUDA_TARGETS = [
+    ("compute_80", "sm_80"),
+    ("compute_80", "compute_80"),
+    ("compute_90a", "sm_90a"),
+    ("compute_90", "compute_90"),
+    ("compute_100", "sm_100"),
+]
+
+
+def find_nvcc() -> str | None:
+    """nvcc on PATH or at the two places where it usually is when PATH does not name it."""
+    roots = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(f"{root}/bin" for root in roots if root))
+
+
+def isas() -> dict[str, list[str]]:
+    """Instruction sets the kernels are compiled for on this machine: name -> compiler flags."""
+    return ISAS.get(platform.machine(), {"generic": []})
+
+
+def sources(pattern: str) -> list[Path]:
+    return sorted(CSRC.glob(pattern))
+
+
+def include(*directories: str | Path) -> list[str]:
+    return [f"-I{directory}" for directory in directories]
+
+
+def ninja_path(path: str | Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class NinjaGraph:
+    """Build statements, collected first and written at once."""
+
+    def __init__(self) -> None:
+        self.lines = ["ninja_required_version = 1.5", f"builddir = {ninja_path(NATIVE)}"]
+
+    def rule(self, name: str, command: str, **variables: str) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+        self.lines += [f"  {key} = {value}" for key, value in variables.items()]
+
+    def compile(self, rule: str, source: Path, flags: Iterable[str], suffix: str = "") -> Path:
+        """Returns the object of `source`, named after its place in csrc and `suffix`."""
+        place = source.relative_to(CSRC)
+        target = NATIVE / "obj" / place.with_name(place.name + suffix + ".o")
+        self.build(target, rule, [source], flags)
+        return target
+
+    def build(self, target: Path, rule: str, inputs: Iterable[Path], flags: Iterable[str]) -> None:
+        self.lines.append(f"build {ninja_path(target)}: {rule} {' '.join(map(ninja_path, inputs))}")
+        self.lines.append(f"  flags = {' '.join(shlex.quote(f).replace('$', '$$') for f in flags)}")
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(self.lines) + "\n")
+
+
+def add_cpu(graph: NinjaGraph, output: Path, cxx: str) -> None:
+    import pybind11
+
+    graph.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+    graph.rule("link", f"{cxx} -shared $in -o $out $flags")
+    flags = CXXFLAGS + include(CSRC)
+    have = [f"-DSK_HAVE_{name.upper()}" for name in isas()]
+    objects = [graph.compile("cxx", source, flags + have) for source in sources("cpu/*.cpp")]
+    for name, isa_flags in isas().items():
+        isa = [f"-DSK_ISA={name}", *isa_flags]
+        objects += [graph.compile("cxx", source, flags + isa, f".{name}") for source in sources("cpu/isa/*.cpp")]
+    python = include(pybind11.get_include(), sysconfig.get_path("include"))
+    objects.append(graph.compile("cxx", CSRC / "bindings/cpu.cpp", flags + have + python))
+    graph.build(output, "link", objects, ["-fopenmp"])
+
+
+def add_cuda(graph: NinjaGraph, output: Path, nvcc: str) -> None:
+    import pybind11
+
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+    targets = [
+        f"-gencode=arch={arch},code={code}"
+        for arch, code in CUDA_TARGETS
+        if code.replace("compute_", "sm_").rstrip("a") in known  # sm_100 needs nvcc 12.8
+    ]
+    command = f"{shlex.quote(nvcc)} -MMD -MF $out.d $flags -c $in -o $out"
+    graph.rule("nvcc", command, depfile="$out.d", deps="gcc")
+    graph.rule("nvlink", f"{shlex.quote(nvcc)} -shared -cudart=static $in -o $out $flags")
+    flags = NVCCFLAGS + include(CSRC)
+    objects = [graph.compile("nvcc", source, flags + targets) for source in sources("cuda/*.cu")]
+    # nvcc, not the host compiler: only it knows for sure where cuda_runtime.h is (on PATH it may be a wrapper).
+    python = include(pybind11.get_include(), sysconfig.get_path("include"))
+    objects.append(graph.compile("nvcc", CSRC / "bindings/cuda.cpp", flags + python))
+    graph.build(output, "nvlink", objects, [])
+
+
+def ninja(*arguments: str | Path) -> bool:
+    """Runs ninja on the graph; True when every requested target is up to date."""
+    try:
+        from ninja import BIN_DIR
+
+        executable = str(Path(BIN_DIR) / "ninja")
+    except ImportError:
+        executable = shutil.which("ninja") or sys.exit("stripe_kernels: building needs ninja (pip install ninja)")
+    return subprocess.run([executable, "-f", NATIVE / "build.ninja", *arguments], check=False).returncode == 0
+
+
+class BuildWithNinja(build_ext):
+    """Hands all extensions to one ninja run, so that objects of both are compiled side by side and only when stale."""
+
+    def build_extensions(self) -> None:
+        outputs = {ext.name: NATIVE / Path(self.get_ext_filename(ext.name)).name for ext in self.extensions}
+        cpu, cuda = outputs["stripe_kernels._cpu"], outputs.get("stripe_kernels._cuda")
+        graph = NinjaGraph()
+        add_cpu(graph, cpu, os.environ.get("CXX", "c++"))
+        if cuda:
+            add_cuda(graph, cuda, find_nvcc())
+        graph.write(NATIVE / "build.ninja")
+
+        jobs = f"-j{self.parallel or len(os.sched_getaffinity(0))}"
+        if not ninja(jobs, "-k0", *outputs.values()):
+            if not ninja(jobs, cpu):
+                sys.exit("stripe_kernels: building the CPU extension failed; the compiler's message is above")
+            self.extensions = [ext for ext in self.extensions if not ext.optional]
+            self.remove_stale("stripe_kernels._cuda")
+            print("stripe_kernels: nvcc failed (its message is above); installing WITHOUT the CUDA extension _cuda")
+        for ext in self.extensions:
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(outputs[ext.name], target)
+
+    def remove_stale(self, name: str) -> None:
+        """An extension that no longer builds must not stay behind from an earlier build."""
+        for path in (Path(self.get_ext_fullpath(name)), Path(self.get_ext_filename(name))):
+            path.unlink(missing_ok=True)
+
+
+def extensions() -> list[Extension]:
+    cuda = CSRC / "bindings/cuda.cpp"
+    cpu_sources = [*sources("cpu/**/*.cpp"), CSRC / "bindings/cpu.cpp"]
+    found = [Extension("stripe_kernels._cpu", [str(path) for path in cpu_sources])]
+    if cuda.exists() and find_nvcc():
+        found.append(
+            Extension("stripe_kernels._cuda", [str(path) for path in [*sources("cuda/*.cu"), cuda]], optional=True)
+        )
+    return found
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWithNinja})
