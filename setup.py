@@ -1,11 +1,11 @@
 """Builds the native extensions: one ninja graph, no torch.
 
-    csrc/cpu/*.cpp, csrc/bindings/cpu.cpp    once, for the baseline CPU                  \\
-    csrc/cpu/isa/*.cpp                       once per instruction set, -DSK_ISA=<name>   -> stripe_kernels._cpu
-    csrc/cuda/*.cu, csrc/bindings/cuda.cpp   nvcc                                        -> stripe_kernels._cuda
+    stripe_kernels._cpu    csrc/cpu/*.cpp, csrc/bindings/cpu.cpp     once, for the baseline CPU
+                           csrc/cpu/isa/*.cpp                        once per instruction set, -DSK_ISA=<name>
+    stripe_kernels._cuda   csrc/cuda/*.cu, csrc/bindings/cuda.cpp    nvcc
 
-`_cuda` is built wherever nvcc is found, GPU or not, and is optional: when nvcc fails the message is printed and the
-install goes on without it. Everything else about the project is in pyproject.toml.
+`_cuda` is built wherever nvcc is found, GPU or not, and is optional: when nvcc fails its message is printed
+and the install goes on without it. Everything else about the project is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ X86_ISAS = {"avx512bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": A
 ARM_ISAS = {"neon": [], "generic": []}  # NEON is part of the aarch64 baseline
 ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
 
-# -ffp-contract=fast: multiply-adds fuse wherever the target has FMA. No -ffast-math: NaN and Inf keep their meaning.
-CXXFLAGS = (
-    "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fopenmp -Wall -Wextra".split()
-)
-NVCCFLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
+# -ffp-contract=fast fuses multiply-adds where the target can. Not -ffast-math: NaN and Inf keep their meaning.
+CXXFLAGS = [
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"),
+    *("-ffp-contract=fast", "-fno-math-errno"),
+]
+NVCCFLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 
-# SASS for the architectures with kernels of their own, PTX for every other. Never PTX of 90a: it runs on no other chip.
+# Machine code where a chip has kernels of its own, PTX for the rest. Never PTX of 90a: no other chip runs it.
 CUDA_TARGETS = [
     ("compute_80", "sm_80"),
     ("compute_80", "compute_80"),
@@ -49,9 +50,8 @@ CUDA_TARGETS = [
 
 
 def find_nvcc() -> str | None:
-    """nvcc on PATH or at the two places where it usually is when PATH does not name it."""
-    roots = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(f"{root}/bin" for root in roots if root))
+    """nvcc on PATH, or where CUDA's installer leaves it without telling PATH."""
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def isas() -> dict[str, list[str]]:
@@ -107,7 +107,7 @@ def add_cpu(graph: NinjaGraph, output: Path, cxx: str) -> None:
     objects = [graph.compile("cxx", source, flags + have) for source in sources("cpu/*.cpp")]
     for name, isa_flags in isas().items():
         isa = [f"-DSK_ISA={name}", *isa_flags]
-        objects += [graph.compile("cxx", source, flags + isa, f".{name}") for source in sources("cpu/isa/*.cpp")]
+        objects += [graph.compile("cxx", path, flags + isa, f".{name}") for path in sources("cpu/isa/*.cpp")]
     python = include(pybind11.get_include(), sysconfig.get_path("include"))
     objects.append(graph.compile("cxx", CSRC / "bindings/cpu.cpp", flags + have + python))
     graph.build(output, "link", objects, ["-fopenmp"])
@@ -116,7 +116,8 @@ def add_cpu(graph: NinjaGraph, output: Path, cxx: str) -> None:
 def add_cuda(graph: NinjaGraph, output: Path, nvcc: str) -> None:
     import pybind11
 
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+    listing = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False)
+    known = listing.stdout.split()
     targets = [
         f"-gencode=arch={arch},code={code}"
         for arch, code in CUDA_TARGETS
@@ -127,7 +128,7 @@ def add_cuda(graph: NinjaGraph, output: Path, nvcc: str) -> None:
     graph.rule("nvlink", f"{shlex.quote(nvcc)} -shared -cudart=static $in -o $out $flags")
     flags = NVCCFLAGS + include(CSRC)
     objects = [graph.compile("nvcc", source, flags + targets) for source in sources("cuda/*.cu")]
-    # nvcc, not the host compiler: only it knows for sure where cuda_runtime.h is (on PATH it may be a wrapper).
+    # nvcc, not the host compiler: only it knows where cuda_runtime.h is (what PATH names may be a wrapper).
     python = include(pybind11.get_include(), sysconfig.get_path("include"))
     objects.append(graph.compile("nvcc", CSRC / "bindings/cuda.cpp", flags + python))
     graph.build(output, "nvlink", objects, [])
@@ -140,12 +141,13 @@ def ninja(*arguments: str | Path) -> bool:
 
         executable = str(Path(BIN_DIR) / "ninja")
     except ImportError:
-        executable = shutil.which("ninja") or sys.exit("stripe_kernels: building needs ninja (pip install ninja)")
-    return subprocess.run([executable, "-f", NATIVE / "build.ninja", *arguments], check=False).returncode == 0
+        executable = shutil.which("ninja") or sys.exit("stripe_kernels: ninja not found; pip install ninja")
+    command = [executable, "-f", NATIVE / "build.ninja", *arguments]
+    return subprocess.run(command, check=False).returncode == 0
 
 
 class BuildWithNinja(build_ext):
-    """Hands all extensions to one ninja run, so that objects of both are compiled side by side and only when stale."""
+    """Hands both extensions to one ninja run: their objects compile side by side, and only when stale."""
 
     def build_extensions(self) -> None:
         outputs = {ext.name: NATIVE / Path(self.get_ext_filename(ext.name)).name for ext in self.extensions}
@@ -162,7 +164,7 @@ class BuildWithNinja(build_ext):
                 sys.exit("stripe_kernels: building the CPU extension failed; the compiler's message is above")
             self.extensions = [ext for ext in self.extensions if not ext.optional]
             self.remove_stale("stripe_kernels._cuda")
-            print("stripe_kernels: nvcc failed (its message is above); installing WITHOUT the CUDA extension _cuda")
+            print("stripe_kernels: nvcc failed, see above; going on WITHOUT the CUDA extension _cuda")
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -176,13 +178,13 @@ class BuildWithNinja(build_ext):
 
 def extensions() -> list[Extension]:
     cuda = CSRC / "bindings/cuda.cpp"
-    cpu_sources = [*sources("cpu/**/*.cpp"), CSRC / "bindings/cpu.cpp"]
-    found = [Extension("stripe_kernels._cpu", [str(path) for path in cpu_sources])]
+    files = {"_cpu": [*sources("cpu/**/*.cpp"), CSRC / "bindings/cpu.cpp"]}
     if cuda.exists() and find_nvcc():
-        found.append(
-            Extension("stripe_kernels._cuda", [str(path) for path in [*sources("cuda/*.cu"), cuda]], optional=True)
-        )
-    return found
+        files["_cuda"] = [*sources("cuda/*.cu"), cuda]
+    return [
+        Extension(f"stripe_kernels.{name}", [str(path) for path in paths], optional=name == "_cuda")
+        for name, paths in files.items()
+    ]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWithNinja})
