@@ -32,7 +32,7 @@ X86_ISAS = {"avx512bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": A
 ARM_ISAS = {"neon": [], "generic": []}  # NEON is part of the aarch64 baseline
 ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
 
-# -ffp-contract=fast fuses multiply-adds where the target can. Not -ffast-math: NaN and Inf keep their meaning.
+# -ffp-contract=fast fuses multiply-adds where the target can. No -ffast-math: NaN and Inf keep their meaning.
 CXXFLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"),
     *("-ffp-contract=fast", "-fno-math-errno"),
