@@ -1,0 +1,129 @@
+"""What a build leaves behind: instruction sets kept apart, an optional CUDA half, a complete archive."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OBJECTS = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "obj/cpu/isa"
+NM = shutil.which("nm")
+
+
+def isa_objects() -> list[Path]:
+    return sorted(OBJECTS.glob("*.o"))
+
+
+def symbols(path: Path) -> list[tuple[str, str]]:
+    """(nm's letter, mangled name) of everything `path` defines."""
+    listing = subprocess.run([NM, "--defined-only", path], capture_output=True, text=True, check=True).stdout
+    return [(line.split()[-2], line.split()[-1]) for line in listing.splitlines()]
+
+
+@pytest.mark.skipif(NM is None, reason="nm (binutils) is not installed")
+@pytest.mark.skipif(not isa_objects(), reason="the extension was not built in this checkout: make build")
+def test_objects_of_one_instruction_set_share_nothing_with_the_others() -> None:
+    """The linker keeps one copy of a weak symbol; were it AVX-512's, a plain machine would die of SIGILL."""
+    for path in isa_objects():
+        isa = path.suffixes[-2].lstrip(".")
+        defined = symbols(path)
+        weak = [name for letter, name in defined if letter in "vVwWu"]
+        assert not weak, f"{path.name} defines weak symbols: {weak}"
+        exported = [name for letter, name in defined if letter.isupper()]
+        assert exported, f"{path.name} exports nothing"
+        assert all(isa in name for name in exported), f"{path.name} exports names without its own: {exported}"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The build files around an extension of one line, in a folder of their own."""
+    if any(importlib.util.find_spec(name) is None for name in ("setuptools", "pybind11", "ninja")):
+        pytest.skip("building needs setuptools, pybind11 and ninja in this environment")
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    sources = {
+        "csrc/bindings/cpu.cpp": "extern int answer();\n"
+        '#include <Python.h>\nstatic PyModuleDef def{PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr};\n'
+        "PyMODINIT_FUNC PyInit__cpu() { return answer() ? PyModule_Create(&def) : nullptr; }\n",
+        "csrc/bindings/cuda.cpp": "\n",
+        "csrc/cpu/answer.cpp": "int answer() { return 42; }\n",
+        "stripe_kernels/__init__.py": "",
+        "python/iessp/__init__.py": "",
+    }
+    for name, text in sources.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def build(project: Path, nvcc: str) -> subprocess.CompletedProcess[str]:
+    """Runs build_ext with `nvcc`, a shell script's body, first on PATH."""
+    tools = project / "tools"
+    tools.mkdir(exist_ok=True)
+    (tools / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
+    (tools / "nvcc").chmod(stat.S_IRWXU)
+    path = os.pathsep.join([str(tools), os.environ["PATH"]])
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=project,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def built(project: Path, name: str) -> bool:
+    return (project / f"stripe_kernels/{name}{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
+
+
+def test_a_failing_nvcc_costs_only_the_cuda_extension(project: Path) -> None:
+    stale = project / f"stripe_kernels/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale.write_bytes(b"from an earlier build")
+    result = build(project, "echo 'nvcc: no licence today' >&2; exit 1")
+    assert result.returncode == 0, result.stderr
+    assert "WITHOUT the CUDA extension" in result.stdout
+    assert "no licence today" in result.stdout + result.stderr
+    assert built(project, "_cpu")
+    assert not built(project, "_cuda")
+
+
+def test_a_failing_compiler_fails_the_build(project: Path) -> None:
+    (project / "csrc/cpu/answer.cpp").write_text("not C++\n")
+    result = build(project, "exit 1")
+    assert result.returncode != 0
+    assert "building the CPU extension failed" in result.stderr
+
+
+def test_a_second_build_compiles_nothing_and_a_changed_header_is_seen(project: Path) -> None:
+    (project / "csrc/cpu/answer.h").write_text("constexpr int kAnswer = 42;\n")
+    (project / "csrc/cpu/answer.cpp").write_text(
+        '#include "cpu/answer.h"\nint answer() { return kAnswer; }\n'
+    )
+    (project / "csrc/bindings/cuda.cpp").unlink()
+    assert build(project, "exit 1").returncode == 0
+    assert "no work to do" in build(project, "exit 1").stdout
+    (project / "csrc/cpu/answer.h").write_text("constexpr int kAnswer = 43;\n")
+    assert "cpu/answer.cpp.o" in build(project, "exit 1").stdout
+
+
+def test_the_source_archive_holds_every_native_source(tmp_path: Path) -> None:
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed in this environment")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()] + [ROOT / "stripe_kernels/py.typed"]
+    missing = [name for p in wanted if (name := str(p.relative_to(ROOT))) not in held]
+    assert not missing, missing
