@@ -1,0 +1,212 @@
+"""Put gates on a model, read them, and take them off again."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from iessp.budget import compacted_macs_kept, cut
+from iessp.gate import StripeGate
+from iessp.iem import IEMGate
+from iessp.network import Network, probe
+from iessp.rivals import FilterSkeletonGate, L1FilterGate, MagnitudeGate, RandomGate
+
+METHODS: dict[str, type[StripeGate]] = {
+    "iem": IEMGate,
+    "filter-skeleton": FilterSkeletonGate,
+    "magnitude": MagnitudeGate,
+    "random": RandomGate,
+    "l1-filter": L1FilterGate,
+}
+
+MODULE_RATE = 0.1  # learning rate of a module's shared weights, which move many gates at once, to that of a free bias
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def nearest(kind: str, given: str, valid: Iterable[str]) -> str:
+    """'unknown method "iam": did you mean "iem"? Valid: ...'"""
+    valid = list(valid)
+    close = difflib.get_close_matches(given, valid, n=1, cutoff=0.0)
+    hint = f' did you mean "{close[0]}"?' if close else ""
+    return f'unknown {kind} "{given}":{hint} Valid: {", ".join(valid) or "none"}'
+
+
+def attach(
+    model: Model,
+    method: str = "iem",
+    *,
+    example_input: Tensor | None = None,
+    pointwise: bool = False,
+    exclude: Iterable[str] = (),
+    **options: object,
+) -> Model:
+    """Put a stripe gate on the convolutions of `model`, in place, and return it.
+
+    method: one of `METHODS`; `options` are that method's (`METHODS[name].options` lists them with their defaults).
+    example_input: [N, C, H, W], run once to count MACs and to find which layer feeds which. None: one 32x32 image with the
+        channels of the first convolution, which gives the same shares of MACs as any size the strides divide.
+    pointwise: gate 1x1 convolutions too, where a stripe is a whole filter.
+    exclude: names of convolutions to leave alone.
+
+    The gates have parameters: build the optimiser afterwards (see `param_groups`). Raises ValueError for unknown names, a
+    model without convolutions to gate, or one that has gates already.
+    """
+    if method not in METHODS:
+        raise ValueError(nearest("method", method, METHODS))
+    kind = METHODS[method]
+    for option in options:
+        if option not in kind.options:
+            raise ValueError(nearest(f"option of {method}", option, kind.options))
+    if gates(model):
+        raise ValueError(f"{type(model).__name__} has gates already: detach it first")
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    for name in exclude:
+        if name not in convs:
+            raise ValueError(nearest("convolution", name, convs))
+    if example_input is None:
+        if not convs:
+            raise ValueError(f"{type(model).__name__} has no nn.Conv2d")
+        first = next(iter(convs.values()))
+        example_input = first.weight.new_zeros(1, first.in_channels, 32, 32)
+    network = probe(model, example_input)
+
+    for site in network.sites:
+        conv = convs[site.name]
+        if site.name in exclude or (conv.kernel_size == (1, 1) and not pointwise):
+            continue
+        gate = kind(conv, site, network, **options)
+        parametrize.register_parametrization(conv, "weight", gate)
+        conv.register_forward_pre_hook(gate.observe)
+    found = gates(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no convolution to gate: pointwise={pointwise}, exclude={[*exclude]}")
+    for gate in found.values():
+        if isinstance(gate, IEMGate) and gate.use["module"]:
+            gate.upstream = tuple(g for p in gate.site.producers if isinstance(g := found.get(p), IEMGate))
+    return model
+
+
+def gated(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """The gated convolutions by name, in order of execution; works through DDP and torch.compile wrappers."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and parametrize.is_parametrized(module, "weight"):
+            gate = module.parametrizations.weight[0]
+            if isinstance(gate, StripeGate):
+                found[gate.site.name] = (module, gate)
+    if not found:
+        return {}
+    network = next(iter(found.values()))[1].network
+    return {site.name: found[site.name][0] for site in network.sites if site.name in found}
+
+
+def gates(model: nn.Module) -> dict[str, StripeGate]:
+    """The gates by name of their convolution; empty for a model without any."""
+    return {name: conv.parametrizations.weight[0] for name, conv in gated(model).items()}
+
+
+def network_of(model: nn.Module) -> Network:
+    """Costs and connections of an attached model."""
+    return next(iter(_needed(model).values())).network
+
+
+def skeletons(model: nn.Module) -> dict[str, Tensor]:
+    """name -> bool [K, R, S]: the stripes the network sees now."""
+    return {name: gate.live() for name, gate in _needed(model).items()}
+
+
+def original_weight(conv: nn.Conv2d) -> nn.Parameter:
+    """The parameter W under the gate, [K, C/g, R, S]."""
+    return conv.parametrizations.weight.original
+
+
+@torch.no_grad()
+def rank(model: nn.Module, budget: float) -> dict[str, Tensor]:
+    """Skeletons by the gates' scores that keep at most `budget` of the MACs: see `cut`.
+
+    A method that drops whole filters is given what that saves in the next layer: its MACs after compaction meet the budget.
+    """
+    found = _needed(model)
+    network = network_of(model)
+    scores = {name: found[name].scores(original_weight(conv)) for name, conv in gated(model).items()}
+    if not all(gate.whole_filters for gate in found.values()):
+        return cut(network, scores, budget)
+    low, high = budget, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        within = compacted_macs_kept(network, cut(network, scores, middle, whole_filters=True)) <= budget
+        low, high = (middle, high) if within else (low, middle)
+    return cut(network, scores, low, whole_filters=True)
+
+
+def settle(model: nn.Module, budget: float) -> dict[str, Tensor]:
+    """Fix the skeletons: the stripes of highest score that keep at most `budget` of the MACs. Returns them by name."""
+    chosen = rank(model, budget)
+    for name, gate in gates(model).items():
+        gate.settle(chosen[name].to(gate.skeleton.device))
+    return chosen
+
+
+def detach(model: Model, *, merge: bool = True) -> Model:
+    """Take the gates off, in place: plain convolutions whose weight is W * g (merge=True) or W as if never gated."""
+    for conv in gated(model).values():
+        gate = conv.parametrizations.weight[0]
+        for key, hook in list(conv._forward_pre_hooks.items()):
+            if getattr(hook, "__self__", None) is gate:
+                del conv._forward_pre_hooks[key]
+        parametrize.remove_parametrizations(conv, "weight", leave_parametrized=merge)
+    return model
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """A new model that runs only the stripes that live now, on the stripe kernels; `model` stays as it is.
+
+    Every gated convolution with dead stripes becomes a `stripe_kernels.StripeConv2d`; outputs equal the masked model's.
+    """
+    import stripe_kernels
+
+    chosen = skeletons(model)
+    return stripe_kernels.freeze(detach(copy.deepcopy(model)), chosen)
+
+
+def param_groups(
+    model: nn.Module, lr: float, *, gate_lr: float = 1e-2, weight_decay: float = 0.0
+) -> list[dict[str, object]]:
+    """Optimiser groups: weights to decay; gated weights, norms and biases, not decayed; gates, not decayed, at `gate_lr`.
+
+    Gated weights are not decayed here because a dead stripe would fade and could not return: give the decay to `StripeLoss`,
+    which applies it to live stripes. Under plain SGD the budget's gradient on a gate is about lambda / (number of stripes)
+    and hardly moves it, so give the gates (`gate_parameters`) to Adam.
+    """
+    held = {id(original_weight(conv)) for conv in gated(model).values()}
+    in_gates = gate_parameters(model)
+    held_by_gates = {id(p) for p in in_gates}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in held_by_gates]
+    decayed = [p for p in rest if p.dim() > 1 and id(p) not in held]
+    plain = [p for p in rest if p.dim() <= 1 or id(p) in held]
+    groups: list[dict[str, object]] = [
+        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
+        {"params": plain, "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in in_gates if p.dim() == 3], "lr": gate_lr, "weight_decay": 0.0},
+        {"params": [p for p in in_gates if p.dim() < 3], "lr": gate_lr * MODULE_RATE, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all gates."""
+    return [p for gate in gates(model).values() for p in gate.parameters()]
+
+
+def _needed(model: nn.Module) -> dict[str, StripeGate]:
+    found = gates(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no gates: call iessp.attach(model) first")
+    return found

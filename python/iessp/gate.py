@@ -1,0 +1,105 @@
+"""The gate every method shares: a parametrization that multiplies each stripe of a convolution's weight.
+
+    W' [K, C/g, R, S] = W * g[:, None],   g [K, R, S]
+
+The layer keeps its class and its call; only where its weight comes from changes. A gate lives through three phases:
+
+    warm     g = 1, the network trains dense (statistics are already gathered)
+    learn    g = what the method says, from its parameters and buffers alone: never from the input at hand
+    settled  g = a fixed tensor, zero outside the final skeleton, ready to be merged into the weight
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from iessp.network import Network, Site
+
+Phase = Literal["warm", "learn", "settled"]
+
+
+class StripeGate(nn.Module):
+    """Base of all gates. Subclasses give `scores`, and `learned` where the gate is more than a mask of the scores.
+
+    skeleton: bool [K, R, S], the stripes that live; all of them until the gate settles or is masked.
+    """
+
+    options: ClassVar[dict[str, object]] = {}  # keyword options of the method and their defaults
+    whole_filters: ClassVar[bool] = False  # the budget keeps or drops all stripes of a filter together
+
+    def __init__(self, conv: nn.Conv2d, site: Site, network: Network):
+        super().__init__()
+        self.site, self.network = site, network
+        self.phase: Phase = "warm"
+        device = conv.weight.device
+        self.register_buffer("skeleton", torch.ones(site.stripe_shape, dtype=torch.bool, device=device))
+        self.register_buffer("value", torch.ones(site.stripe_shape, device=device))
+        self.register_buffer("tau", torch.ones((), device=device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W [K, C/g, R, S] -> W * g[:, None]."""
+        if self.phase == "warm":
+            return weight
+        return weight * self.gate().to(weight.dtype).unsqueeze(1)
+
+    def gate(self) -> Tensor:
+        """g [K, R, S] of the present phase."""
+        if self.phase == "warm":
+            return torch.ones_like(self.value)
+        return self.learned() if self.phase == "learn" else self.value
+
+    def learned(self) -> Tensor:
+        """g [K, R, S] while learning; here the mask that `remask` last made."""
+        return self.skeleton.float()
+
+    def soft(self) -> Tensor:
+        """M [K, R, S] in 0..1, differentiable where the method learns: how much of each stripe the budget counts."""
+        return self.gate()
+
+    def scores(self, weight: Tensor) -> Tensor:
+        """[K, R, S]: a stripe with a higher score is kept before one with a lower score, across layers."""
+        raise NotImplementedError
+
+    def regularizer(self) -> Tensor | None:
+        """A term of the method's own, scaled by its own option; None: the method uses the budget's loss."""
+        return None
+
+    def observe(self, conv: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
+        """Called before each forward pass of the convolution; args[0] is its input x [N, C, H, W]."""
+
+    @torch.no_grad()
+    def remask(self, skeleton: Tensor) -> None:
+        """Change the stripes that live without ending the learning (methods that re-rank as they go)."""
+        self.skeleton.copy_(skeleton)
+
+    @torch.no_grad()
+    def settle(self, skeleton: Tensor) -> None:
+        """Fix the gate for good: g = the learned value inside the skeleton, zero outside."""
+        if skeleton.shape != self.skeleton.shape or skeleton.dtype != torch.bool:
+            raise ValueError(
+                f"{self.site.name}: skeleton is {skeleton.dtype} {tuple(skeleton.shape)}, "
+                f"needs bool {tuple(self.skeleton.shape)}"
+            )
+        self.value.copy_(torch.where(skeleton, self.magnitude(), 0))
+        self.skeleton.copy_(skeleton)
+        self.phase = "settled"
+
+    def magnitude(self) -> Tensor:
+        """What a stripe is multiplied by when it lives, [K, R, S]."""
+        return torch.ones_like(self.value)
+
+    def live(self) -> Tensor:
+        """bool [K, R, S]: the stripes the network sees now."""
+        return self.gate().detach() != 0
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"phase": self.phase}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        self.phase = state["phase"]  # type: ignore[assignment]
+
+    def extra_repr(self) -> str:
+        return f"{self.site.name}, {self.phase}, {int(self.live().sum())} of {self.site.stripes} stripes live"

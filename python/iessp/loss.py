@@ -1,0 +1,189 @@
+"""The budgeted loss: it links the output loss to stripe selection and adapts the pressure to the budget. Ours.
+
+    R        = sum_l c_l sum M_l / sum_l c_l K_l R_l S_l                         expected share of MACs
+    L        = CE + lambda_t R + decay/2 sum over live stripes of |W|^2
+    lambda_t = lambda * clamp(1 + error / BAND, 0, 2) * exp(-kappa EMA(CE))      what presses now
+    lambda  *= exp(eta / T * clamp(error / BAND, -1, 1))                         the dual step, in the logarithm
+    error    = R_hard - R_target(t),   R_target(t) = B + (1 - B)(1 + cos pi s)/2 s from 0 to 1 over the T steps from warm-up to `meet`
+
+While the output loss is high stripes are left alone; as it falls the pressure grows. The dual step is held while EMA(CE) is more
+than `tolerance` above what the dense warm-up reached, or it would integrate that link away; after `meet` the budget wins.
+Against wind-up: the step is bounded and lambda too, the proportional factor takes the pressure to zero as soon as R_hard is BAND
+below its target, and the falling target never asks for more than the gates can follow. The logarithm keeps lambda positive
+and lets it cross the orders of magnitude between tasks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from iessp.attach import gated, gates, network_of, original_weight, rank, settle
+from iessp.gate import Phase, StripeGate
+
+BAND = 0.05  # share of MACs
+LAMBDA_RANGE = (1e-3, 1e4)
+SMOOTHING = 0.05  # of EMA(CE)
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """R, the expected share of the convolutions' MACs: a differentiable scalar in 0..1."""
+    return _share(model, [gate.soft().sum() for gate in gates(model).values()])
+
+
+def hard_share(model: nn.Module) -> Tensor:
+    """R_hard, the share of MACs that live stripes keep, without a gradient."""
+    return _share(model, [gate.live().sum() for gate in gates(model).values()])
+
+
+def _share(model: nn.Module, kept: list[Tensor]) -> Tensor:
+    network, found = network_of(model), gates(model)
+    fixed = sum(site.macs for site in network.sites if site.name not in found) / network.macs
+    parts = [
+        n * (gate.site.stripe_macs / network.macs) for n, gate in zip(kept, found.values(), strict=True)
+    ]
+    return torch.stack(parts).sum() + fixed
+
+
+class StripeLoss(nn.Module):
+    """Call it on the task's loss in every training step; it runs the schedule of the gates it finds in `model`.
+
+    budget: share of MACs to keep, 0..1. steps: how many times it will be called in training.
+    warmup, meet, settle: shares of `steps`: gates switch on; the target has reached the budget; skeletons are fixed exactly.
+    kappa: strength of the link to the output loss. adaptive=False: lambda stays at `pressure` (no dual step).
+    weight_decay: of the gated weights' live stripes. tau_end: temperature of the gates when they settle, from 1.
+
+    Its state_dict holds the whole controller. With torch.distributed every rank computes the same lambda.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        budget: float,
+        steps: int,
+        warmup: float = 0.1,
+        meet: float = 0.5,
+        settle: float = 0.75,
+        kappa: float = 1.0,
+        adaptive: bool = True,
+        pressure: float = 1.0,
+        eta: float = 12.0,
+        tolerance: float = 0.5,
+        weight_decay: float = 0.0,
+        tau_end: float = 0.5,
+        remasks: int = 50,
+    ):
+        super().__init__()
+        if not 0 <= warmup < meet <= settle <= 1:
+            raise ValueError(f"need 0 <= warmup < meet <= settle <= 1, got {warmup}, {meet}, {settle}")
+        if not 0 < budget <= 1 or steps < 1:
+            raise ValueError(f"need 0 < budget <= 1 and steps >= 1, got {budget} and {steps}")
+        self.__dict__["model"] = model  # not a submodule: the model's state is its own
+        self.budget, self.steps, self.kappa, self.adaptive, self.eta = budget, steps, kappa, adaptive, eta
+        self.warmup, self.meet, self.settle = (round(share * steps) for share in (warmup, meet, settle))
+        self.tolerance, self.weight_decay, self.tau_end = tolerance, weight_decay, tau_end
+        self.remask_every = max(1, (self.meet - self.warmup) // remasks)
+        device = next(model.parameters()).device
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self.register_buffer("pressure", torch.tensor(float(pressure), device=device))
+        for name in ("output_loss", "reference", "lambda_now", "share_soft", "share_hard"):
+            self.register_buffer(name, torch.zeros((), device=device))
+        self.share_hard.fill_(1.0)
+        self._enter()
+
+    def phase(self) -> Phase:
+        step = int(self.step)
+        return "warm" if step < self.warmup else "learn" if step < self.settle else "settled"
+
+    def target(self) -> float:
+        """R_target of the present step."""
+        done = (int(self.step) - self.warmup) / max(1, self.meet - self.warmup)
+        return self.budget + (1 - self.budget) * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
+
+    def forward(self, task_loss: Tensor) -> Tensor:
+        if not self.training:
+            return task_loss
+        self._follow(task_loss.detach().float())
+        found = gates(self.model).values()
+        # Times zero: DDP waits for a gradient of every parameter, in every phase.
+        total = task_loss + sum(p.sum() for gate in found for p in gate.parameters()) * 0.0
+        if self.phase() == "learn":
+            total = total + self._selection(list(found))
+        if self.weight_decay:
+            total = total + self._decay()
+        self.step += 1
+        self._enter()
+        return total
+
+    def _selection(self, found: list[StripeGate]) -> Tensor:
+        """lambda_t R, or the method's own regulariser; nothing for methods that rank and have nothing to learn."""
+        own = [term for gate in found if (term := gate.regularizer()) is not None]
+        if own:
+            return torch.stack(own).sum()
+        soft = penalty(self.model)
+        self.share_soft.copy_(soft.detach())
+        return self._press() * soft if soft.requires_grad else soft.detach() * 0.0
+
+    @torch.no_grad()
+    def _follow(self, task_loss: Tensor) -> None:
+        """EMA(CE), the same on all ranks; its value at the end of the warm-up is what later losses are held against."""
+        if dist.is_available() and dist.is_initialized():
+            task_loss = task_loss.clone()
+            dist.all_reduce(task_loss)
+            task_loss /= dist.get_world_size()
+        weight = max(SMOOTHING, 1 / (int(self.step) + 1))
+        self.output_loss.lerp_(task_loss, weight)
+        if int(self.step) <= self.warmup:
+            self.reference.copy_(self.output_loss)
+
+    @torch.no_grad()
+    def _press(self) -> Tensor:
+        """The dual step, then lambda_t."""
+        self.share_hard.copy_(hard_share(self.model))
+        error = (self.share_hard - self.target()) / BAND
+        link = torch.exp(-self.kappa * self.output_loss)
+        if not self.adaptive:
+            self.lambda_now.copy_(self.pressure * link)
+            return self.lambda_now.clone()
+        held = (self.output_loss > self.reference + self.tolerance) & (int(self.step) < self.meet)
+        factor = torch.exp(self.eta / max(1, self.meet - self.warmup) * error.clamp(-1, 1))
+        self.pressure.copy_(torch.where(held, self.pressure, (self.pressure * factor).clamp(*LAMBDA_RANGE)))
+        self.lambda_now.copy_(self.pressure * (1 + error).clamp(0, 2) * link)
+        return self.lambda_now.clone()
+
+    def _decay(self) -> Tensor:
+        """decay/2 * |W|^2 over live stripes: what weight decay does, without fading the dead ones."""
+        terms = []
+        for conv in gated(self.model).values():
+            live = conv.parametrizations.weight[0].live().unsqueeze(1)
+            terms.append((original_weight(conv) * live).square().sum())
+        return 0.5 * self.weight_decay * torch.stack(terms).sum()
+
+    def _enter(self) -> None:
+        """Put the gates into the phase, temperature and mask of the coming step."""
+        phase, found = self.phase(), gates(self.model)
+        current = next(iter(found.values())).phase
+        if phase == "settled" and current != "settled":
+            settle(self.model, self.budget)
+            self.share_hard.copy_(hard_share(self.model))
+            return
+        for gate in found.values():
+            if current != "settled":
+                gate.phase = phase
+        if phase == "learn":
+            self._anneal(found)
+
+    def _anneal(self, found: dict[str, StripeGate]) -> None:
+        since = int(self.step) - self.warmup
+        tau = math.exp(math.log(self.tau_end) * since / max(1, self.settle - self.warmup))
+        for gate in found.values():
+            gate.tau.fill_(tau)
+        ranked = not any(p.requires_grad for gate in found.values() for p in gate.parameters())
+        if ranked and since % self.remask_every == 0:
+            for name, skeleton in rank(self.model, self.target()).items():
+                found[name].remask(skeleton.to(found[name].skeleton.device))
+            self.share_hard.copy_(hard_share(self.model))

@@ -1,0 +1,30 @@
+"""The networks of the recipes, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from iessp.attach import nearest
+from iessp.models.mobilenet import MobileNetV2
+from iessp.models.resnet import cifar_resnet, imagenet_resnet
+from iessp.models.vgg import VGG
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "vgg16": VGG,
+    **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 56, 110)},
+    **{f"resnet{depth}": partial(imagenet_resnet, depth) for depth in (18, 34, 50)},
+    "mobilenetv2": MobileNetV2,
+}
+
+
+def build(name: str, classes: int, in_channels: int = 3, width: float = 1.0) -> nn.Module:
+    """A freshly initialised network taking [N, in_channels, H, W]; raises ValueError for an unknown name."""
+    if name not in MODELS:
+        raise ValueError(nearest("model", name, MODELS))
+    return MODELS[name](classes=classes, in_channels=in_channels, width=width)
+
+
+__all__ = ["MODELS", "build"]
