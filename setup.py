@@ -35,7 +35,7 @@ ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM
 # -ffp-contract=fast fuses multiply-adds where the target can. No -ffast-math: NaN and Inf keep their meaning.
 CXXFLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"),
-    *("-ffp-contract=fast", "-fno-math-errno"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"),
 ]
 NVCCFLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 

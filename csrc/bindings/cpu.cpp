@@ -1,0 +1,165 @@
+// stripe_kernels._cpu: pointers, strides and sizes in, nothing out. Everything that indexes memory is validated when a
+// kernel object is built; a call then only names tensors whose shapes the caller checked against the plan.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/dgrad.h"
+#include "cpu/fprop.h"
+#include "cpu/isa/isa.h"
+#include "cpu/wgrad.h"
+
+namespace py = pybind11;
+using namespace sk;
+
+namespace {
+
+using Ints = std::vector<int>;
+using Strides = std::array<std::int64_t, 4>;
+
+void require(bool ok, const std::string& what) {
+  if (!ok) throw py::value_error("stripe_kernels._cpu: " + what);
+}
+
+// (N, C, H, W, K, R, S, P, Q, stride_h, stride_w, pad_top, pad_left, dil_h, dil_w, groups)
+ConvShape conv_shape(const Ints& v) {
+  require(v.size() == 16, "a shape has 16 integers, got " + std::to_string(v.size()));
+  const ConvShape s{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]};
+  for (int i : {s.C, s.K, s.R, s.S, s.stride_h, s.stride_w, s.dil_h, s.dil_w, s.groups})
+    require(i > 0, "channels, filter extents, stride, dilation and groups are positive");
+  for (int i : {s.N, s.H, s.W, s.P, s.Q, s.pad_top, s.pad_left}) require(i >= 0, "sizes and padding are not negative");
+  require(s.C % s.groups == 0 && s.K % s.groups == 0, "groups divide C and K");
+  for (std::int64_t i : {std::int64_t(s.N) * s.P, std::int64_t(s.P + s.H) * s.stride_h, std::int64_t(s.Q + s.W) * s.stride_w,
+                         std::int64_t(s.R) * s.dil_h + s.pad_top, std::int64_t(s.S) * s.dil_w + s.pad_left})
+    require(i < (1 << 30), "an extent exceeds 2^30");
+  return s;
+}
+
+Stripes stripes(const ConvShape& s, Ints tap_ptr, Ints filter, Ints row) {
+  Stripes st;
+  st.groups = s.groups, st.taps = s.taps();
+  const std::size_t a = filter.size();
+  require(tap_ptr.size() == static_cast<std::size_t>(st.groups) * st.taps + 1, "tap_ptr has groups * taps + 1 entries");
+  require(row.size() == a, "filter and row have one entry a stripe");
+  require(tap_ptr.front() == 0 && tap_ptr.back() == static_cast<int>(a), "tap_ptr covers the stripes");
+  std::vector<bool> seen(a, false);
+  for (std::size_t i = 0; i + 1 < tap_ptr.size(); ++i) {
+    require(tap_ptr[i] <= tap_ptr[i + 1] && tap_ptr[i + 1] <= static_cast<int>(a), "tap_ptr does not fall");
+    for (int j = tap_ptr[i]; j < tap_ptr[i + 1]; ++j) {
+      require(filter[j] >= 0 && filter[j] < s.group_k(), "a stripe's filter lies outside its group");
+      require(j == tap_ptr[i] || filter[j] > filter[j - 1], "filters of a tap rise");
+      require(row[j] >= 0 && row[j] < static_cast<int>(a) && !seen[row[j]], "rows are a permutation");
+      seen[row[j]] = true;
+    }
+  }
+  st.tap_ptr.assign(tap_ptr.begin(), tap_ptr.end());
+  st.filter.assign(filter.begin(), filter.end());
+  st.row.assign(row.begin(), row.end());
+  return st;
+}
+
+const IsaKernels& isa(const std::string& name) {
+  const IsaKernels* found = find_isa(name.c_str());
+  require(found, "instruction set '" + name + "' is not available here");
+  return *found;
+}
+
+// (mode, images, rows, filter_parts, window)
+Tiling tiling(const Ints& v, const IsaKernels& k) {
+  require(v.size() == 5, "a tiling has 5 integers");
+  for (int i = 1; i < 5; ++i) require(v[i] >= 1, "a tiling's extents are positive");
+  require(v[0] >= 0 && v[0] <= 2, "lane mode is 0, 1 or 2");
+  const Tiling t{static_cast<LaneMode>(v[0]), v[1], v[2], v[3], v[4]};
+  if (t.mode == LaneMode::pixels) require(t.images == 1, "pixel lanes take one image a block");
+  if (t.mode == LaneMode::batch)
+    require(t.images % k.lanes == 0 && t.images <= 64, "batch lanes take whole vectors of images, 64 at most");
+  return t;
+}
+
+DType dtype(int code) {
+  require(code >= 0 && code <= 2, "dtype code is 0 (float32), 1 (bfloat16) or 2 (float16)");
+  return static_cast<DType>(code);
+}
+
+TensorView view(std::uintptr_t p, int type, const Strides& s) {
+  TensorView t;
+  t.data = reinterpret_cast<void*>(p);
+  t.dtype = dtype(type);
+  for (int i = 0; i < 4; ++i) t.stride[i] = s[i];
+  return t;
+}
+
+Epilogue epilogue(std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t residual, int type, const Strides& strides,
+                  int activation) {
+  require(activation >= 0 && activation <= 4, "activation code is 0 to 4");
+  Epilogue e;
+  e.scale = reinterpret_cast<const float*>(scale);
+  e.shift = reinterpret_cast<const float*>(shift);
+  if (residual) e.residual = view(residual, type, strides);
+  e.activation = static_cast<Activation>(activation);
+  return e;
+}
+
+float* floats(std::uintptr_t p) { return reinterpret_cast<float*>(p); }
+
+template <class Kernel>
+void pack_weight(const Kernel& k, std::uintptr_t weight, int type, std::uintptr_t packed) {
+  k.pack_weight(reinterpret_cast<const void*>(weight), dtype(type), floats(packed));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Stripe convolutions on the CPU. Raw pointers: use stripe_kernels.stripe_conv2d.";
+  using Release = py::call_guard<py::gil_scoped_release>;
+
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const char* const* n = isa_names(); *n; ++n) names.emplace_back(*n);
+    return names;
+  }, "Instruction sets this build has and this processor runs, best first.");
+  m.def("lanes", [](const std::string& name) { return isa(name).lanes; }, "float32 lanes of a vector.");
+
+  py::class_<Fprop>(m, "Fprop")
+      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row, const Ints& tile,
+                       const std::string& name) {
+        const ConvShape s = conv_shape(shape);
+        return new Fprop(s, stripes(s, tap_ptr, filter, row), tiling(tile, isa(name)), isa(name));
+      }))
+      .def_property_readonly("packed_floats", &Fprop::packed_floats)
+      .def("pack_weight", &pack_weight<Fprop>, Release())
+      .def("run", [](const Fprop& k, int threads, std::uintptr_t x, int x_type, const Strides& xs, std::uintptr_t packed,
+                     std::uintptr_t y, int y_type, const Strides& ys, std::uintptr_t scale, std::uintptr_t shift,
+                     std::uintptr_t residual, const Strides& rs, int activation) {
+        k.run(view(x, x_type, xs), floats(packed), view(y, y_type, ys),
+              epilogue(scale, shift, residual, y_type, rs, activation), threads);
+      }, Release());
+
+  py::class_<Dgrad>(m, "Dgrad")
+      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row, const Ints& tile,
+                       const std::string& name) {
+        const ConvShape s = conv_shape(shape);
+        return new Dgrad(s, stripes(s, tap_ptr, filter, row), tiling(tile, isa(name)), isa(name));
+      }))
+      .def_property_readonly("packed_floats", &Dgrad::packed_floats)
+      .def("pack_weight", &pack_weight<Dgrad>, Release())
+      .def("run", [](const Dgrad& k, int threads, std::uintptr_t dy, int dy_type, const Strides& dys,
+                     std::uintptr_t packed, std::uintptr_t dx, int dx_type, const Strides& dxs) {
+        k.run(view(dy, dy_type, dys), floats(packed), view(dx, dx_type, dxs), threads);
+      }, Release());
+
+  py::class_<Wgrad>(m, "Wgrad")
+      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row, int chunk_pixels,
+                       const std::string& name) {
+        const ConvShape s = conv_shape(shape);
+        require(chunk_pixels > 0, "chunk_pixels is positive");
+        return new Wgrad(s, stripes(s, tap_ptr, filter, row), chunk_pixels, isa(name));
+      }))
+      .def("run", [](const Wgrad& k, int threads, std::uintptr_t x, int x_type, const Strides& xs, std::uintptr_t dy,
+                     int dy_type, const Strides& dys, std::uintptr_t dw, int dw_type) {
+        k.run(view(x, x_type, xs), view(dy, dy_type, dys), reinterpret_cast<void*>(dw), dtype(dw_type), threads);
+      }, Release());
+}

@@ -1,0 +1,67 @@
+// Run-time choice of the instruction set.
+#include <cstring>
+
+#include "cpu/isa/isa.h"
+
+namespace sk {
+
+#define SK_DECLARE(isa) const IsaKernels* isa_table_##isa();
+#ifdef SK_HAVE_AVX512
+SK_DECLARE(avx512)
+#endif
+#ifdef SK_HAVE_AVX2
+SK_DECLARE(avx2)
+#endif
+#ifdef SK_HAVE_NEON
+SK_DECLARE(neon)
+#endif
+SK_DECLARE(generic)
+
+namespace {
+
+struct Table {
+  const IsaKernels* found[5] = {};
+  const char* names[5] = {};
+  int n = 0;
+
+  void add(const IsaKernels* k) {
+    found[n] = k;
+    names[n++] = k->name;
+  }
+  Table() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#ifdef SK_HAVE_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      add(isa_table_avx512());
+#endif
+#ifdef SK_HAVE_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      add(isa_table_avx2());
+#endif
+#endif
+#ifdef SK_HAVE_NEON
+    add(isa_table_neon());
+#endif
+    add(isa_table_generic());
+  }
+};
+
+const Table& table() {
+  static const Table t;
+  return t;
+}
+
+}  // namespace
+
+const IsaKernels* find_isa(const char* name) {
+  for (int i = 0; i < table().n; ++i)
+    if (!std::strcmp(table().names[i], name)) return table().found[i];
+  return nullptr;
+}
+
+const IsaKernels* best_isa() { return table().found[0]; }
+const char* const* isa_names() { return table().names; }
+
+}  // namespace sk

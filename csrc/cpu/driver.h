@@ -1,0 +1,84 @@
+// The loop fprop and dgrad share around their micro-kernels: blocks over the team, or, where blocks are too few, one
+// block at a time with the team splitting its channels.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/schedule.h"
+
+namespace sk {
+
+// Output channels [begin, end) of one convolution group.
+struct Part {
+  int group, begin, end;
+};
+
+// Cuts `work` (one entry a channel) into at most `parts` stretches of like sums.
+std::vector<Part> balanced_parts(int group, const std::vector<int>& work, int parts);
+
+// compute(part index, block plan, panel, lanes): adds into lanes [part channels][output_stride], zeroed if `zero`.
+template <class Compute>
+void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& parts, int part_count, int in_channels,
+           int out_channels, const TensorView& x, const TensorView& y, const Epilogue& e, int threads, bool zero,
+           const Compute& compute) {
+  const std::int64_t panel_floats = s.panel_floats(in_channels);
+  int widest = 0;
+  for (const Part& p : parts) widest = std::max(widest, p.end - p.begin);
+  // Odd numbers of cache lines keep neighbouring threads and buffers off each other's sets.
+  const auto padded = [](std::int64_t n) { return (n + 15) / 16 * 16 + 16; };
+  const std::int64_t lanes_floats = padded(s.output_stride() * widest);
+  const bool shared = part_count > 1;
+  const std::int64_t each = lanes_floats + (shared ? 0 : padded(panel_floats));
+  float* const memory = scratch(static_cast<std::size_t>(each * threads + (shared ? padded(panel_floats) : 0)));
+  const int units = static_cast<int>(parts.size()) / part_count;  // convolution groups
+  std::atomic<int> next{0};
+
+  const auto one_part = [&](int index, int block, const float* panel, float* lanes) {
+    const Part& p = parts[index];
+    const int count = p.end - p.begin;
+    if (count == 0) return;
+    if (zero) std::fill(lanes, lanes + count * s.output_stride(), 0.f);
+    compute(index, s.block(block), panel, lanes);
+    s.finish(isa, y, e, block, p.group * out_channels + p.begin, count, lanes);
+  };
+
+  run_team(threads, [&](const Team& team) {
+    float* const lanes = memory + team.thread * each;
+    if (!shared) {
+      float* const panel = lanes + lanes_floats;
+      const int tasks = s.block_count() * units;
+      for (int task; (task = next.fetch_add(1)) < tasks;) {
+        const int block = task / units, unit = task % units;
+        s.pack(isa, x, block, parts[unit].group * in_channels, in_channels, 0, in_channels, panel);
+        one_part(unit, block, panel, lanes);
+      }
+      return;
+    }
+    float* const panel = memory + each * threads;
+    for (int task = 0; task < s.block_count() * units; ++task) {
+      const int block = task / units, unit = task % units;
+      if (task) team.barrier();
+      s.pack(isa, x, block, parts[unit * part_count].group * in_channels, in_channels,
+             static_cast<int>(team.begin(in_channels)), static_cast<int>(team.end(in_channels)), panel);
+      team.barrier();
+      for (int p = team.thread; p < part_count; p += team.threads) one_part(unit * part_count + p, block, panel, lanes);
+    }
+  });
+}
+
+// Calls fn(first vector, vectors) over a run in near-equal tiles of at most `most` vectors.
+template <class Fn>
+inline void each_tile(int vectors, int most, const Fn& fn) {
+  const int tiles = (vectors + most - 1) / most;
+  int at = 0;
+  for (int t = 0; t < tiles; ++t) {
+    const int here = (vectors - at + tiles - t - 1) / (tiles - t);
+    fn(at, here);
+    at += here;
+  }
+}
+
+}  // namespace sk

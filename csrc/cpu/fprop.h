@@ -1,0 +1,47 @@
+// y[n, k, p, q] = epilogue( sum over live taps t of filter k, sum over c of  w[row(k, t), c] * x[n, c, p', q'] )
+// with p' = p * stride_h + r * dil_h - pad_top, q' likewise, t = (r, s).
+//
+// Every tap has its own packed list of filters, cut into tiles of 4 to 8: exact at one filter. Accumulators go to the
+// lanes of y after each tap; this costs 3 memory operations per C multiply-adds and is why C < 32 is less efficient.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "core/conv_shape.h"
+#include "cpu/driver.h"
+#include "cpu/stripes.h"
+
+namespace sk {
+
+class Fprop {
+ public:
+  Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, const IsaKernels& isa);
+
+  std::int64_t packed_floats() const { return packed_floats_; }
+  void pack_weight(const void* weight, DType type, float* packed) const;  // weight [A, C/groups]
+  void run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e, int threads) const;
+
+ private:
+  struct FilterTile {
+    std::int64_t weight;  // packed [C/groups][filters] begins here
+    int filters;
+    int first;  // into order_ and local_
+  };
+
+  void compute(int part, const BlockPlan& block, const float* packed, const float* panel, float* lanes) const;
+
+  ConvShape shape_;
+  Stripes stripes_;
+  const IsaKernels& isa_;
+  Schedule schedule_;
+  int part_count_;
+  std::vector<Part> parts_;
+  std::vector<std::int64_t> tap_offsets_;   // by index into lattice().taps
+  std::vector<FilterTile> tiles_;
+  std::vector<std::int32_t> tile_ptr_;      // [parts * taps + 1] into tiles_
+  std::vector<std::int32_t> order_;         // weight row of each packed filter
+  std::vector<std::int32_t> local_;         // its channel within the part
+  std::int64_t packed_floats_ = 0;
+};
+
+}  // namespace sk

@@ -1,0 +1,62 @@
+// What one instruction set offers to the loops above it. Filled once per ISA from the same sources (tile.cpp,
+// layout.cpp), which are compiled with that ISA's flags and keep everything in anonymous namespaces.
+#pragma once
+#include <cstdint>
+
+#include "core/tensor.h"
+
+namespace sk {
+
+constexpr int kMaxTileFilters = 8;
+constexpr int kMaxTileVectors = 12;
+
+// One step of an indexed reduction: where the two operands lie.
+struct IndexedStep {
+  std::int32_t lanes;   // offset into the lane operand b
+  std::int32_t scalar;  // row of the broadcast operand a, F scalars each
+};
+
+// y[rows[f], v*W + lane] += sum_i a[i, f] * b[i, v*W + lane]
+//   a: i-th row at a + i * a_step, F consecutive scalars, broadcast;  b: i-th row at b + i * b_step, V vectors of lanes.
+using StridedTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const float* b, std::int64_t b_step,
+                             float* y, std::int64_t ldy, const std::int32_t* rows);
+// The same, zero at the start, with operand rows at a + F * steps[i].scalar and b + steps[i].lanes; y rows are consecutive.
+using IndexedTile = void (*)(std::int64_t n, const float* a, const float* b, const IndexedStep* steps, float* y,
+                             std::int64_t ldy);
+// y[f * ldy + v*W + lane] += sum_{n,h,w} a[f_off[f] + steps . a] * b[steps . b + v*W + lane] over a box of pixels.
+struct BoxSteps {
+  std::int64_t count[3];  // images, rows, columns
+  std::int64_t a[3], b[3];
+};
+using BoxTile = void (*)(const BoxSteps& box, const float* a, const std::int32_t* f_off, const float* b, float* y,
+                         std::int64_t ldy);
+
+struct IsaKernels {
+  const char* name;
+  int lanes;                                // W: floats in a vector
+  int tile_filters;                         // filters of a full tile
+  int tile_vectors[kMaxTileFilters + 1];    // most vectors a tile of F filters keeps in registers
+  StridedTile strided[kMaxTileFilters + 1][kMaxTileVectors + 1];  // [F][V], null beyond tile_vectors[F]
+  IndexedTile indexed[kMaxTileFilters + 1][kMaxTileVectors + 1];
+  BoxTile box[kMaxTileFilters + 1][kMaxTileVectors + 1];
+
+  // dst[i] = float(src[i * step])
+  void (*load_row)(float* dst, const void* src, DType type, std::int64_t step, std::int64_t n);
+  // dst[i * step] = type(src[i])
+  void (*store_row)(void* dst, DType type, std::int64_t step, const float* src, std::int64_t n);
+  // dst[j * dst_ld + i] = float(src[i * src_ld + j]) for i < rows, j < cols
+  void (*load_transposed)(float* dst, std::int64_t dst_ld, const void* src, DType type, std::int64_t src_ld,
+                          std::int64_t rows, std::int64_t cols);
+  // dst[j * dst_ld + i] = type(src[i * src_ld + j]) for i < rows, j < cols
+  void (*store_transposed)(void* dst, DType type, std::int64_t dst_ld, const float* src, std::int64_t src_ld,
+                           std::int64_t rows, std::int64_t cols);
+  // row[i] = activation(row[i] * scale + shift + residual[i]); residual may be null
+  void (*finish_row)(float* row, std::int64_t n, float scale, float shift, const float* residual, Activation act);
+};
+
+// By name, or null where this build or this processor lacks it. `best_isa` never is null.
+const IsaKernels* find_isa(const char* name);
+const IsaKernels* best_isa();
+const char* const* isa_names();  // null-terminated, best first, those that run here
+
+}  // namespace sk

@@ -1,0 +1,29 @@
+// Compiled once per instruction set with -DSK_ISA=<name> and that set's flags; exports one table.
+#include "cpu/isa/epilogue.h"
+#include "cpu/isa/layout.h"
+#include "cpu/isa/tile.h"
+
+#define SK_JOIN_(a, b) a##b
+#define SK_JOIN(a, b) SK_JOIN_(a, b)
+#define SK_TEXT_(a) #a
+#define SK_TEXT(a) SK_TEXT_(a)
+
+namespace sk {
+
+extern const IsaKernels* SK_JOIN(isa_table_, SK_ISA)();
+
+const IsaKernels* SK_JOIN(isa_table_, SK_ISA)() {
+  static IsaKernels table;
+  table.name = SK_TEXT(SK_ISA);
+  table.lanes = W;
+  table.tile_filters = kTileFilters;
+  fill_tiles<kMaxTileFilters>(table);
+  table.load_row = load_row;
+  table.store_row = store_row;
+  table.load_transposed = load_transposed;
+  table.store_transposed = store_transposed;
+  table.finish_row = finish_row;
+  return &table;
+}
+
+}  // namespace sk

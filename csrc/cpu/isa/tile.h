@@ -1,0 +1,115 @@
+// The micro-kernels: F scalars broadcast against V vectors of lanes, F * V accumulators in registers.
+#pragma once
+#include "cpu/isa/isa.h"
+#include "cpu/isa/vec.h"
+
+namespace {
+
+// Registers left for accumulators after V lane vectors and one broadcast: 8x3, 6x4, 4x6 of 32; 4x3, 6x2 of 16.
+constexpr int kBudget = SK_REGISTERS == 32 ? 24 : 12;
+constexpr int kTileFilters = SK_REGISTERS == 32 ? 8 : 4;
+constexpr int tile_vectors(int F) {
+  const int v = kBudget / F;
+  return v < 1 ? 1 : (v > sk::kMaxTileVectors ? sk::kMaxTileVectors : v);
+}
+
+template <int F, int V>
+struct Accumulators {
+  vf v[F][V];
+
+  void zero() {
+#pragma GCC unroll 8
+    for (int f = 0; f < F; ++f)
+#pragma GCC unroll 12
+      for (int j = 0; j < V; ++j) v[f][j] = vf{};
+  }
+  template <class Row>
+  void load_rows(const float* y, Row row) {
+#pragma GCC unroll 8
+    for (int f = 0; f < F; ++f)
+#pragma GCC unroll 12
+      for (int j = 0; j < V; ++j) v[f][j] = load(y + row(f) + j * W);
+  }
+  template <class Row>
+  void store_rows(float* y, Row row) const {
+#pragma GCC unroll 8
+    for (int f = 0; f < F; ++f)
+#pragma GCC unroll 12
+      for (int j = 0; j < V; ++j) store(y + row(f) + j * W, v[f][j]);
+  }
+  template <class Scalar>
+  inline __attribute__((always_inline)) void step(Scalar a, const float* b) {
+    vf x[V];
+#pragma GCC unroll 12
+    for (int j = 0; j < V; ++j) x[j] = load(b + j * W);
+#pragma GCC unroll 8
+    for (int f = 0; f < F; ++f) {
+      const vf w = splat(a(f));
+#pragma GCC unroll 12
+      for (int j = 0; j < V; ++j) v[f][j] += w * x[j];
+    }
+  }
+};
+
+template <int F, int V>
+void strided_tile(std::int64_t n, const float* a, std::int64_t a_step, const float* b, std::int64_t b_step, float* y,
+                  std::int64_t ldy, const std::int32_t* rows) {
+  Accumulators<F, V> acc;
+  const auto row = [=](int f) { return rows[f] * ldy; };
+  acc.load_rows(y, row);
+  for (std::int64_t i = 0; i < n; ++i, a += a_step, b += b_step) acc.step([=](int f) { return a[f]; }, b);
+  acc.store_rows(y, row);
+}
+
+template <int F, int V>
+void indexed_tile(std::int64_t n, const float* a, const float* b, const sk::IndexedStep* steps, float* y,
+                  std::int64_t ldy) {
+  Accumulators<F, V> acc;
+  acc.zero();
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float* scalars = a + static_cast<std::int64_t>(steps[i].scalar) * F;
+    acc.step([=](int f) { return scalars[f]; }, b + steps[i].lanes);
+  }
+  acc.store_rows(y, [=](int f) { return f * ldy; });
+}
+
+template <int F, int V>
+void box_tile(const sk::BoxSteps& box, const float* a, const std::int32_t* f_off, const float* b, float* y,
+              std::int64_t ldy) {
+  Accumulators<F, V> acc;
+  const auto row = [=](int f) { return f * ldy; };
+  acc.load_rows(y, row);
+  const float* scalar[F];
+  for (int f = 0; f < F; ++f) scalar[f] = a + f_off[f];
+  for (std::int64_t n = 0; n < box.count[0]; ++n)
+    for (std::int64_t h = 0; h < box.count[1]; ++h) {
+      const float* bi = b + n * box.b[0] + h * box.b[1];
+      std::int64_t at = n * box.a[0] + h * box.a[1];
+      for (std::int64_t w = 0; w < box.count[2]; ++w, at += box.a[2], bi += box.b[2])
+        acc.step([&](int f) { return scalar[f][at]; }, bi);
+    }
+  acc.store_rows(y, row);
+}
+
+template <int F, int V>
+struct FillVectors {
+  static void run(sk::IsaKernels& k) {
+    if constexpr (V >= 1) {
+      k.strided[F][V] = strided_tile<F, V>;
+      k.indexed[F][V] = indexed_tile<F, V>;
+      k.box[F][V] = box_tile<F, V>;
+      FillVectors<F, V - 1>::run(k);
+    }
+  }
+};
+
+template <int F>
+void fill_tiles(sk::IsaKernels& k) {
+  if constexpr (F >= 1) {
+    k.tile_vectors[F] = tile_vectors(F);
+    FillVectors<F, tile_vectors(F)>::run(k);
+    fill_tiles<F - 1>(k);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,198 @@
+#include "cpu/lanes.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/lattice.h"
+
+namespace sk {
+namespace {
+
+constexpr int kStage = 64;  // columns staged at once where neither tensor stride is 1
+
+Range inside(int first, int count, int step, int origin, int extent) {
+  const Range in = {ceil_div(-origin, step) - first, floor_div(extent - 1 - origin, step) + 1 - first};
+  return intersect(in, {0, count});
+}
+
+// The part of a block that lies inside the tensor.
+struct Inside {
+  Range rows, cols;
+  explicit Inside(const LaneMap& m)
+      : rows(inside(m.first_row, m.rows, m.step_h, m.h0, m.tensor_h)),
+        cols(inside(m.first_col, m.cols, m.step_w, m.w0, m.tensor_w)) {}
+};
+
+char* element(const TensorView& t, const LaneMap& m, int image, int c, int row, int col) {
+  return t.at(m.n0 + image, c, (m.first_row + row) * m.step_h + m.h0, (m.first_col + col) * m.step_w + m.w0);
+}
+
+void zero_outside(const LaneMap& m, const Inside& in, int image, int count, float* lanes) {
+  for (int c = 0; c < count; ++c)
+    for (int row = 0; row < m.rows; ++row) {
+      float* p = lanes + c * m.c_stride + (static_cast<std::int64_t>(image) * m.rows + row) * m.pitch;
+      if (row < in.rows.lo || row >= in.rows.hi || in.cols.size() == 0) {
+        std::fill(p, p + m.pitch, 0.f);
+      } else {
+        std::fill(p, p + in.cols.lo, 0.f);
+        std::fill(p + in.cols.hi, p + m.pitch, 0.f);
+      }
+    }
+}
+
+// Calls fn(tensor element pointer, lane pointer, columns) for every row of every channel and image of a pixel map.
+template <class Lanes, class Fn>
+void each_pixel_row(const TensorView& t, const LaneMap& m, const Inside& in, int c_first, int count, Lanes* lanes,
+                    Fn fn) {
+  if (in.cols.size() == 0) return;
+  for (int c = 0; c < count; ++c)
+    for (int image = 0; image < m.images; ++image)
+      for (int row = in.rows.lo; row < in.rows.hi; ++row)
+        fn(element(t, m, image, c_first + c, row, in.cols.lo),
+           lanes + c * m.c_stride + (static_cast<std::int64_t>(image) * m.rows + row) * m.pitch + in.cols.lo,
+           in.cols.size());
+}
+
+// True when rows of the block follow each other without a gap in the tensor and in the lanes.
+bool rows_contiguous(const TensorView& t, const LaneMap& m, const Inside& in) {
+  return t.stride[3] == 1 && m.step_w == 1 && m.step_h == 1 && t.stride[2] == m.tensor_w &&
+         in.cols.size() == m.tensor_w && m.pitch == m.tensor_w && in.cols.lo == 0;
+}
+
+// And whole channels likewise.
+bool channels_contiguous(const TensorView& t, const LaneMap& m, const Inside& in) {
+  const std::int64_t plane = static_cast<std::int64_t>(m.tensor_h) * m.tensor_w;
+  return rows_contiguous(t, m, in) && in.rows.lo == 0 && in.rows.size() == m.tensor_h && m.rows == m.tensor_h &&
+         t.stride[1] == plane && m.c_stride == plane * m.batch;
+}
+
+void load_batch(const IsaKernels& isa, const TensorView& x, const LaneMap& m, const Inside& in, int c_first,
+                int count, float* lanes) {
+  if (in.cols.size() == 0 || in.rows.size() == 0) return;
+  const std::int64_t images = x.stride[0];
+  if (channels_contiguous(x, m, in)) {
+    const std::int64_t n = static_cast<std::int64_t>(count) * m.tensor_h * m.tensor_w;
+    return isa.load_transposed(lanes, m.batch, x.at(m.n0, c_first, 0, 0), x.dtype, images, m.images, n);
+  }
+  if (rows_contiguous(x, m, in)) {
+    for (int c = 0; c < count; ++c)
+      isa.load_transposed(lanes + c * m.c_stride + static_cast<std::int64_t>(in.rows.lo) * m.pitch * m.batch, m.batch,
+                          element(x, m, 0, c_first + c, in.rows.lo, 0), x.dtype, images, m.images,
+                          static_cast<std::int64_t>(in.rows.size()) * m.tensor_w);
+    return;
+  }
+  for (int row = in.rows.lo; row < in.rows.hi; ++row) {
+    float* const at_row = lanes + static_cast<std::int64_t>(row) * m.pitch * m.batch;
+    if (x.stride[1] == 1 && count > 1) {
+      for (int col = in.cols.lo; col < in.cols.hi; ++col)
+        isa.load_transposed(at_row + static_cast<std::int64_t>(col) * m.batch, m.c_stride,
+                            element(x, m, 0, c_first, row, col), x.dtype, images, m.images, count);
+      continue;
+    }
+    const std::int64_t step = m.step_w * x.stride[3];
+    float stage[64 * kStage];
+    for (int c = 0; c < count; ++c)
+      for (int col = in.cols.lo; col < in.cols.hi; col += kStage) {
+        const int n = std::min(kStage, in.cols.hi - col);
+        for (int image = 0; image < m.images; ++image)
+          isa.load_row(stage + image * kStage, element(x, m, image, c_first + c, row, col), x.dtype, step, n);
+        isa.load_transposed(at_row + c * m.c_stride + static_cast<std::int64_t>(col) * m.batch, m.batch, stage,
+                            DType::f32, kStage, m.images, n);
+      }
+  }
+}
+
+void store_batch(const IsaKernels& isa, const TensorView& y, const LaneMap& m, const Inside& in, int c_first,
+                 int count, const float* lanes) {
+  const std::int64_t images = y.stride[0];
+  if (channels_contiguous(y, m, in)) {
+    const std::int64_t n = static_cast<std::int64_t>(count) * m.tensor_h * m.tensor_w;
+    return isa.store_transposed(y.at(m.n0, c_first, 0, 0), y.dtype, images, lanes, m.batch, n, m.images);
+  }
+  if (rows_contiguous(y, m, in)) {
+    for (int c = 0; c < count; ++c)
+      isa.store_transposed(element(y, m, 0, c_first + c, 0, 0), y.dtype, images, lanes + c * m.c_stride, m.batch,
+                           static_cast<std::int64_t>(m.rows) * m.tensor_w, m.images);
+    return;
+  }
+  for (int row = 0; row < m.rows; ++row) {
+    const float* const at_row = lanes + static_cast<std::int64_t>(row) * m.pitch * m.batch;
+    if (y.stride[1] == 1 && count > 1) {
+      for (int col = 0; col < m.cols; ++col)
+        isa.store_transposed(element(y, m, 0, c_first, row, col), y.dtype, images,
+                             at_row + static_cast<std::int64_t>(col) * m.batch, m.c_stride, count, m.images);
+      continue;
+    }
+    const std::int64_t step = m.step_w * y.stride[3];
+    float stage[64 * kStage];
+    for (int c = 0; c < count; ++c)
+      for (int col = 0; col < m.cols; col += kStage) {
+        const int n = std::min(kStage, m.cols - col);
+        isa.store_transposed(stage, DType::f32, kStage, at_row + c * m.c_stride + static_cast<std::int64_t>(col) * m.batch,
+                             m.batch, n, m.images);
+        for (int image = 0; image < m.images; ++image)
+          isa.store_row(element(y, m, image, c_first + c, row, col), y.dtype, step, stage + image * kStage, n);
+      }
+  }
+}
+
+}  // namespace
+
+void load_lanes(const IsaKernels& isa, const TensorView& x, const LaneMap& m, int c_first, int count, float* lanes) {
+  const Inside in(m);
+  if (m.batch > 1) {
+    if (m.images < m.batch) std::memset(lanes, 0, sizeof(float) * count * m.c_stride);
+    return load_batch(isa, x, m, in, c_first, count, lanes);
+  }
+  for (int image = 0; image < m.images; ++image) zero_outside(m, in, image, count, lanes);
+  const std::int64_t step = m.step_w * x.stride[3];
+  if (x.stride[1] == 1 && step != 1 && count > 1) {  // channels_last: pixels x channels, transposed
+    each_pixel_row(x, m, in, c_first, 1, lanes, [&](const char* src, float* dst, int cols) {
+      isa.load_transposed(dst, m.c_stride, src, x.dtype, step, cols, count);
+    });
+  } else {
+    each_pixel_row(x, m, in, c_first, count, lanes,
+                   [&](const char* src, float* dst, int cols) { isa.load_row(dst, src, x.dtype, step, cols); });
+  }
+}
+
+void store_lanes(const IsaKernels& isa, const TensorView& y, const LaneMap& m, int c_first, int count,
+                 const float* lanes) {
+  const Inside in(m);
+  if (m.batch > 1) return store_batch(isa, y, m, in, c_first, count, lanes);
+  const std::int64_t step = m.step_w * y.stride[3];
+  if (y.stride[1] == 1 && step != 1 && count > 1) {
+    each_pixel_row(y, m, in, c_first, 1, lanes, [&](char* dst, const float* src, int cols) {
+      isa.store_transposed(dst, y.dtype, step, src, m.c_stride, count, cols);
+    });
+  } else {
+    each_pixel_row(y, m, in, c_first, count, lanes,
+                   [&](char* dst, const float* src, int cols) { isa.store_row(dst, y.dtype, step, src, cols); });
+  }
+}
+
+void finish_lanes(const IsaKernels& isa, const Epilogue& e, const LaneMap& m, int c_first, int count, float* lanes) {
+  if (e.empty()) return;
+  const auto scale = [&](int c) { return e.scale ? e.scale[c] : 1.f; };
+  const auto shift = [&](int c) { return e.shift ? e.shift[c] : 0.f; };
+  const std::int64_t n = static_cast<std::int64_t>(m.rows) * m.pitch * (m.batch > 1 ? m.batch : m.images);
+  if (!e.residual.data) {
+    for (int c = 0; c < count; ++c)
+      isa.finish_row(lanes + c * m.c_stride, n, scale(c_first + c), shift(c_first + c), nullptr, e.activation);
+    return;
+  }
+  // The residual passes through a strip of channels with the block's own lane layout.
+  constexpr int kStrip = 16;
+  static thread_local std::vector<float> strip;
+  const int batch_lanes = std::min(kStrip, count);
+  strip.resize(static_cast<std::size_t>(batch_lanes) * m.c_stride);
+  for (int c0 = 0; c0 < count; c0 += kStrip) {
+    const int here = std::min(kStrip, count - c0);
+    load_lanes(isa, e.residual, m, c_first + c0, here, strip.data());
+    for (int c = 0; c < here; ++c)
+      isa.finish_row(lanes + (c0 + c) * m.c_stride, n, scale(c_first + c0 + c), shift(c_first + c0 + c),
+                     strip.data() + c * m.c_stride, e.activation);
+  }
+}
+
+}  // namespace sk

@@ -1,0 +1,50 @@
+#include "cpu/parallel.h"
+
+#include <omp.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace sk {
+namespace {
+
+std::atomic<bool> forked{false};
+const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+thread_local std::unique_ptr<float, Free> buffer;
+thread_local std::size_t capacity = 0;
+
+}  // namespace
+
+void Team::barrier() const {
+  if (threads > 1) {
+#pragma omp barrier
+  }
+}
+
+void run_team(int threads, const std::function<void(const Team&)>& body) {
+  if (threads <= 1 || at_fork != 0 || forked.load() || omp_in_parallel()) return body({0, 1});
+#pragma omp parallel num_threads(threads)
+  body({omp_get_thread_num(), omp_get_num_threads()});
+}
+
+float* scratch(std::size_t floats) {
+  if (floats > capacity) {
+    buffer.reset();
+    capacity = 0;
+    const std::size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
+    void* p = std::aligned_alloc(64, bytes);
+    if (!p) throw std::bad_alloc();
+    buffer.reset(static_cast<float*>(p));
+    capacity = bytes / sizeof(float);
+  }
+  return buffer.get();
+}
+
+}  // namespace sk

@@ -1,0 +1,39 @@
+// dw[row(k, t), c] = sum over n, p, q of  dy[n, k, p, q] * x[n, c, p', q']     (live stripes only; p', q' as in fprop)
+//
+// Lanes run along c, and both tensors are turned pixel-major first: exact borders, no halo, no horizontal sums. Every
+// thread owns stripes, so the sums have one order whatever the number of threads.
+#pragma once
+#include <vector>
+
+#include "core/conv_shape.h"
+#include "cpu/isa/isa.h"
+#include "cpu/stripes.h"
+
+namespace sk {
+
+class Wgrad {
+ public:
+  Wgrad(const ConvShape& shape, Stripes stripes, int chunk_pixels, const IsaKernels& isa);
+
+  void run(const TensorView& x, const TensorView& dy, void* dw, DType type, int threads) const;  // dw [A, C/groups]
+
+ private:
+  // Output pixels that are worked on together: whole rows of one image, or several whole images.
+  struct Chunk {
+    int images, rows;
+  };
+  struct Task {  // filters of one tap of one group
+    int group, tap, first, filters;
+  };
+  struct Pixels;  // the pixel-major copies of a chunk
+
+  void compute(const Task& task, const Pixels& pixels, float* dw) const;
+
+  ConvShape shape_;
+  Stripes stripes_;
+  const IsaKernels& isa_;
+  Chunk chunk_;
+  std::vector<Task> tasks_;
+};
+
+}  // namespace sk

@@ -1,0 +1,104 @@
+"""The convolution problem in the field's letters: input N C H W, filters K R S, output P Q."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IntPair = tuple[int, int]
+
+
+def pair(value: int | tuple[int, ...] | list[int], name: str, least: int) -> IntPair:
+    """An int or a pair of ints, each at least `least`; ValueError or TypeError otherwise."""
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) == 1:
+        values = values * 2
+    if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    if min(values) < least:
+        raise ValueError(f"{name} must be at least {least} in each direction, got {value!r}")
+    return values[0], values[1]
+
+
+def resolve_padding(
+    padding: str | int | tuple[int, ...], kernel_size: IntPair, stride: IntPair, dilation: IntPair
+) -> tuple[int, int, int, int]:
+    """Padding as (top, left, bottom, right), from an int, a pair, "valid" or "same" (as torch splits it)."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding != "same":
+            raise ValueError(f"padding must be 'same', 'valid', an int or a pair of ints, got {padding!r}")
+        if stride != (1, 1):
+            raise ValueError(f"padding='same' is not supported for strided convolutions, got stride {stride}")
+        total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        return total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2
+    top, left = pair(padding, "padding", 0)
+    return top, left, top, left
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """One convolution's sizes. `padding` is (top, left, bottom, right) in pixels; `groups` divides C and K."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    stride: IntPair = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: IntPair = (1, 1)
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.C % self.groups or self.K % self.groups:
+            raise ValueError(f"groups={self.groups} must divide C={self.C} input channels and K={self.K} filters")
+        for extent, padded, tap, name in (
+            (self.H, self.H + self.padding[0] + self.padding[2], self.dilation[0] * (self.R - 1) + 1, "height"),
+            (self.W, self.W + self.padding[1] + self.padding[3], self.dilation[1] * (self.S - 1) + 1, "width"),
+        ):
+            if extent and padded < tap:
+                raise RuntimeError(
+                    f"the filter is larger than the padded input: {name} {extent} + padding = {padded} < {tap} "
+                    f"(filter {self.R}x{self.S}, dilation {self.dilation})"
+                )
+            if extent < 1:
+                raise RuntimeError(f"the input has {name} 0: [N, C, H, W] = {[self.N, self.C, self.H, self.W]}")
+
+    @property
+    def P(self) -> int:
+        return (self.H + self.padding[0] + self.padding[2] - self.dilation[0] * (self.R - 1) - 1) // self.stride[0] + 1
+
+    @property
+    def Q(self) -> int:
+        return (self.W + self.padding[1] + self.padding[3] - self.dilation[1] * (self.S - 1) - 1) // self.stride[1] + 1
+
+    @property
+    def taps(self) -> int:
+        return self.R * self.S
+
+    @property
+    def group_c(self) -> int:
+        return self.C // self.groups
+
+    @property
+    def group_k(self) -> int:
+        return self.K // self.groups
+
+    @property
+    def input_size(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def output_size(self) -> tuple[int, int, int, int]:
+        return self.N, self.K, self.P, self.Q
+
+    def tap(self, r: int, s: int) -> int:
+        """Number of the tap in row r, column s of the filter."""
+        return r * self.S + s
+
+    def macs(self, stripes: int) -> int:
+        """Multiply-adds of `stripes` live stripes, out-of-image taps counted (as is usual)."""
+        return self.N * self.P * self.Q * stripes * self.group_c
