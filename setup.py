@@ -19,8 +19,9 @@ import sys
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
@@ -54,9 +55,9 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def isas() -> dict[str, list[str]]:
-    """Instruction sets the kernels are compiled for on this machine: name -> compiler flags."""
-    return ISAS.get(platform.machine(), {"generic": []})
+def isas(machine: str) -> dict[str, list[str]]:
+    """Instruction sets the kernels are compiled for: name -> compiler flags."""
+    return ISAS.get(machine, {"generic": []})
 
 
 def sources(pattern: str) -> list[Path]:
@@ -72,19 +73,19 @@ def ninja_path(path: str | Path) -> str:
 
 
 class NinjaGraph:
-    """Build statements, collected first and written at once."""
+    """Build statements, collected first, then written into `folder` and run."""
 
-    def __init__(self) -> None:
-        self.lines = ["ninja_required_version = 1.5", f"builddir = {ninja_path(NATIVE)}"]
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines = ["ninja_required_version = 1.5", f"builddir = {ninja_path(folder)}"]
 
     def rule(self, name: str, command: str, **variables: str) -> None:
         self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
         self.lines += [f"  {key} = {value}" for key, value in variables.items()]
 
     def compile(self, rule: str, source: Path, flags: Iterable[str], suffix: str = "") -> Path:
-        """Returns the object of `source`, named after its place in csrc and `suffix`."""
-        place = source.relative_to(CSRC)
-        target = NATIVE / "obj" / place.with_name(place.name + suffix + ".o")
+        """Returns the object of `source`, named after its place in the project and `suffix`."""
+        target = self.folder / "obj" / source.with_name(source.name + suffix + ".o")
         self.build(target, rule, [source], flags)
         return target
 
@@ -92,24 +93,42 @@ class NinjaGraph:
         self.lines.append(f"build {ninja_path(target)}: {rule} {' '.join(map(ninja_path, inputs))}")
         self.lines.append(f"  flags = {' '.join(shlex.quote(f).replace('$', '$$') for f in flags)}")
 
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(self.lines) + "\n")
+    def run(self, *arguments: str | Path) -> bool:
+        """True when every requested target is up to date afterwards."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        try:
+            from ninja import BIN_DIR
+
+            ninja = str(Path(BIN_DIR) / "ninja")
+        except ImportError:
+            ninja = shutil.which("ninja") or sys.exit("stripe_kernels: ninja not found; pip install ninja")
+        command = [ninja, "-f", self.folder / "build.ninja", *arguments]
+        return subprocess.run(command, check=False).returncode == 0
+
+
+def have_flags(machine: str) -> list[str]:
+    """What the code above the kernels needs to know to choose among them at run time."""
+    return [f"-DSK_HAVE_{name.upper()}" for name in isas(machine)]
+
+
+def add_cpu_objects(graph: NinjaGraph, cxx: str, machine: str, flags: list[str]) -> list[Path]:
+    graph.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+    objects = [graph.compile("cxx", path, flags + have_flags(machine)) for path in sources("cpu/*.cpp")]
+    for name, isa_flags in isas(machine).items():
+        isa = [f"-DSK_ISA={name}", *isa_flags]
+        objects += [graph.compile("cxx", path, flags + isa, f".{name}") for path in sources("cpu/isa/*.cpp")]
+    return objects
 
 
 def add_cpu(graph: NinjaGraph, output: Path, cxx: str) -> None:
     import pybind11
 
-    graph.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+    machine, flags = platform.machine(), CXXFLAGS + include(CSRC)
+    objects = add_cpu_objects(graph, cxx, machine, flags)
+    flags = flags + have_flags(machine) + include(pybind11.get_include(), sysconfig.get_path("include"))
+    objects.append(graph.compile("cxx", CSRC / "bindings/cpu.cpp", flags))
     graph.rule("link", f"{cxx} -shared $in -o $out $flags")
-    flags = CXXFLAGS + include(CSRC)
-    have = [f"-DSK_HAVE_{name.upper()}" for name in isas()]
-    objects = [graph.compile("cxx", source, flags + have) for source in sources("cpu/*.cpp")]
-    for name, isa_flags in isas().items():
-        isa = [f"-DSK_ISA={name}", *isa_flags]
-        objects += [graph.compile("cxx", path, flags + isa, f".{name}") for path in sources("cpu/isa/*.cpp")]
-    python = include(pybind11.get_include(), sysconfig.get_path("include"))
-    objects.append(graph.compile("cxx", CSRC / "bindings/cpu.cpp", flags + have + python))
     graph.build(output, "link", objects, ["-fopenmp"])
 
 
@@ -134,33 +153,20 @@ def add_cuda(graph: NinjaGraph, output: Path, nvcc: str) -> None:
     graph.build(output, "nvlink", objects, [])
 
 
-def ninja(*arguments: str | Path) -> bool:
-    """Runs ninja on the graph; True when every requested target is up to date."""
-    try:
-        from ninja import BIN_DIR
-
-        executable = str(Path(BIN_DIR) / "ninja")
-    except ImportError:
-        executable = shutil.which("ninja") or sys.exit("stripe_kernels: ninja not found; pip install ninja")
-    command = [executable, "-f", NATIVE / "build.ninja", *arguments]
-    return subprocess.run(command, check=False).returncode == 0
-
-
 class BuildWithNinja(build_ext):
     """Hands both extensions to one ninja run: their objects compile side by side, and only when stale."""
 
     def build_extensions(self) -> None:
         outputs = {ext.name: NATIVE / Path(self.get_ext_filename(ext.name)).name for ext in self.extensions}
         cpu, cuda = outputs["stripe_kernels._cpu"], outputs.get("stripe_kernels._cuda")
-        graph = NinjaGraph()
+        graph = NinjaGraph(NATIVE)
         add_cpu(graph, cpu, os.environ.get("CXX", "c++"))
         if cuda:
             add_cuda(graph, cuda, find_nvcc())
-        graph.write(NATIVE / "build.ninja")
 
         jobs = f"-j{self.parallel or len(os.sched_getaffinity(0))}"
-        if not ninja(jobs, "-k0", *outputs.values()):
-            if not ninja(jobs, cpu):
+        if not graph.run(jobs, "-k0", *outputs.values()):
+            if not graph.run(jobs, cpu):
                 sys.exit("stripe_kernels: building the CPU extension failed; the compiler's message is above")
             self.extensions = [ext for ext in self.extensions if not ext.optional]
             self.remove_stale("stripe_kernels._cuda")
@@ -176,6 +182,36 @@ class BuildWithNinja(build_ext):
             path.unlink(missing_ok=True)
 
 
+class SelfTest(Command):
+    """The CPU kernels and tests/native as one program, for other machines and with other flags too."""
+
+    description = "compile the CPU kernels' own test program"
+    user_options: ClassVar = [
+        ("machine=", None, "what to compile for, as `uname -m` prints it"),
+        ("cxx=", None, "compiler"),
+        ("flags=", None, "flags added for compiling and linking"),
+        ("output=", None, "the program's path; the objects go beside it"),
+    ]
+
+    def initialize_options(self) -> None:
+        self.machine, self.cxx = platform.machine(), os.environ.get("CXX", "c++")
+        self.flags, self.output = "", str(NATIVE / "selftest" / "selftest")
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        output, tests = Path(self.output), Path("tests/native")
+        graph = NinjaGraph(output.parent)
+        flags = CXXFLAGS + include(CSRC) + shlex.split(self.flags)
+        objects = add_cpu_objects(graph, self.cxx, self.machine, flags)
+        objects += [graph.compile("cxx", path, flags) for path in sorted(tests.glob("*.cpp"))]
+        graph.rule("link", f"{self.cxx} $in -o $out $flags")
+        graph.build(output, "link", objects, ["-fopenmp", *shlex.split(self.flags)])
+        if not graph.run(output):
+            sys.exit("stripe_kernels: building the self-test failed; the compiler's message is above")
+
+
 def extensions() -> list[Extension]:
     cuda = CSRC / "bindings/cuda.cpp"
     files = {"_cpu": [*sources("cpu/**/*.cpp"), CSRC / "bindings/cpu.cpp"]}
@@ -187,4 +223,4 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWithNinja})
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWithNinja, "selftest": SelfTest})

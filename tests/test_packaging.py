@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OBJECTS = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "obj/cpu/isa"
+OBJECTS = (
+    ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "obj/csrc/cpu/isa"
+)
 NM = shutil.which("nm")
 
 

@@ -1,0 +1,240 @@
+// Every kernel of csrc/cpu against a plain loop, without Python or torch: runs wherever a C++ compiler
+// reaches, under an emulator or a sanitizer too. Operands are multiples of 1/16 below 1, so every float sum
+// is exact whatever its order, and results have to be equal to the last bit: rounded once, to nearest even,
+// where they are stored.
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/dgrad.h"
+#include "cpu/fprop.h"
+#include "cpu/wgrad.h"
+#include "tensor.h"
+
+using namespace sk;
+using selftest::Format;
+using selftest::Tensor;
+
+namespace {
+
+int failures = 0, checks = 0;
+
+struct Problem {
+  const char* name;
+  ConvShape s;  // P and Q follow
+  int keep;     // stripes kept of 8
+};
+
+int extent(int in, int pad, int dil, int taps, int stride) {
+  return (in + 2 * pad - dil * (taps - 1) - 1) / stride + 1;
+}
+
+std::vector<Problem> problems() {
+  //                    N  C   H  W   K   R  S       stride pad  dil  groups
+  std::vector<Problem> all = {
+      {"lopsided", {3, 5, 9, 7, 11, 3, 2, 0, 0, 2, 1, 1, 0, 2, 1, 1}, 4},
+      {"grouped", {5, 6, 7, 10, 14, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1, 2}, 3},
+      {"pointwise", {2, 17, 5, 3, 9, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 1}, 5},
+      {"small map", {19, 33, 2, 2, 19, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1, 1}, 2},
+      {"strided", {7, 4, 8, 5, 10, 3, 3, 0, 0, 2, 2, 1, 1, 1, 1, 1}, 3},
+      {"wide padding", {1, 3, 4, 3, 4, 2, 3, 0, 0, 3, 1, 3, 2, 1, 2, 1}, 6},
+      {"all live", {2, 3, 6, 6, 8, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1, 1}, 8},
+      {"all dead", {2, 3, 4, 4, 5, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1, 1}, 0},
+      {"no image", {0, 3, 4, 4, 5, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1, 1}, 4},
+  };
+  for (Problem& p : all) {
+    p.s.P = extent(p.s.H, p.s.pad_top, p.s.dil_h, p.s.R, p.s.stride_h);
+    p.s.Q = extent(p.s.W, p.s.pad_left, p.s.dil_w, p.s.S, p.s.stride_w);
+  }
+  return all;
+}
+
+struct Live {
+  int k, t;
+};
+
+// The live stripes in the weight's order: [K, R, S] row-major.
+std::vector<Live> live_stripes(const Problem& p) {
+  std::vector<Live> live;
+  unsigned seed = 7;
+  for (int k = 0; k < p.s.K; ++k)
+    for (int t = 0; t < p.s.taps(); ++t)
+      if (static_cast<int>((seed = Tensor::next(seed)) >> 16) % 8 < p.keep) live.push_back({k, t});
+  return live;
+}
+
+Stripes stripes_of(const ConvShape& s, const std::vector<Live>& live) {
+  Stripes out;
+  out.groups = s.groups, out.taps = s.taps();
+  out.tap_ptr.push_back(0);
+  for (int g = 0; g < s.groups; ++g)
+    for (int t = 0; t < s.taps(); ++t) {
+      for (std::size_t row = 0; row < live.size(); ++row)
+        if (live[row].t == t && live[row].k / s.group_k() == g) {
+          out.filter.push_back(live[row].k % s.group_k());
+          out.row.push_back(static_cast<int>(row));
+        }
+      out.tap_ptr.push_back(out.count());
+    }
+  return out;
+}
+
+// Calls fn(a, c, n, p, q, h, w) for every product of the convolution: live stripe a, channel c of its group.
+template <class Fn>
+void each_product(const ConvShape& s, const std::vector<Live>& live, Fn fn) {
+  for (int a = 0; a < static_cast<int>(live.size()); ++a)
+    for (int n = 0; n < s.N; ++n)
+      for (int p = 0; p < s.P; ++p)
+        for (int q = 0; q < s.Q; ++q) {
+          const int h = p * s.stride_h + live[a].t / s.S * s.dil_h - s.pad_top;
+          const int w = q * s.stride_w + live[a].t % s.S * s.dil_w - s.pad_left;
+          if (h < 0 || h >= s.H || w < 0 || w >= s.W) continue;
+          for (int c = 0; c < s.group_c(); ++c) fn(a, c, n, p, q, h, w);
+        }
+}
+
+// A plain array in double with the same four indices.
+struct Expected {
+  std::vector<int> shape;
+  std::vector<double> v;
+  explicit Expected(const std::vector<int>& n)
+      : shape(n), v(static_cast<std::size_t>(n[0]) * n[1] * n[2] * n[3]) {}
+  double& at(int a, int b, int c, int d) {
+    return v[((static_cast<std::size_t>(a) * shape[1] + b) * shape[2] + c) * shape[3] + d];
+  }
+};
+
+void check(const std::string& what, const Tensor& got, Expected& want) {
+  ++checks;
+  std::string wrong = got.margin_untouched() ? "" : "wrote behind the end";
+  for (int a = 0; a < want.shape[0] && wrong.empty(); ++a)
+    for (int b = 0; b < want.shape[1] && wrong.empty(); ++b)
+      for (int c = 0; c < want.shape[2] && wrong.empty(); ++c)
+        for (int d = 0; d < want.shape[3] && wrong.empty(); ++d) {
+          const double w = rounded(want.at(a, b, c, d), got.format()), g = got.get(a, b, c, d);
+          if (g == w) continue;
+          char text[128];
+          std::snprintf(text, sizeof text, "[%d, %d, %d, %d] is %.9g, not %.9g", a, b, c, d, g, w);
+          wrong = text;
+        }
+  if (wrong.empty()) return;
+  ++failures;
+  std::printf("FAILED %s: %s\n", what.c_str(), wrong.c_str());
+}
+
+// Operands of a problem in one format; their values are the same in all.
+struct Operands {
+  std::vector<Live> live;
+  Tensor x, dy, w, residual;
+  std::vector<float> scale, shift;
+
+  Operands(const Problem& p, const Format& f, bool channels_last)
+      : live(live_stripes(p)),
+        x({p.s.N, p.s.C, p.s.H, p.s.W}, f, channels_last),
+        dy({p.s.N, p.s.K, p.s.P, p.s.Q}, f, channels_last),
+        w({static_cast<int>(live.size()), p.s.group_c(), 1, 1}, f, false),
+        residual({p.s.N, p.s.K, p.s.P, p.s.Q}, f, !channels_last) {
+    x.fill(1), dy.fill(2), w.fill(3), residual.fill(4);
+    for (int k = 0; k < p.s.K; ++k)
+      scale.push_back(k % 3 ? 0.5f : -2.f), shift.push_back((k % 7 - 3) * 0.25f);
+  }
+};
+
+// The answers, by plain loops in double.
+struct Answers {
+  Expected y, finished, dx, dw;  // finished: y after scale, shift, residual and relu
+
+  Answers(const Problem& p, const Operands& in)
+      : y(in.dy.shape()), finished(in.dy.shape()), dx(in.x.shape()), dw(in.w.shape()) {
+    const ConvShape& s = p.s;
+    each_product(s, in.live, [&](int a, int c, int n, int p, int q, int h, int w) {
+      const int k = in.live[a].k, channel = k / s.group_k() * s.group_c() + c;
+      const double x = in.x.get(n, channel, h, w), dy = in.dy.get(n, k, p, q), weight = in.w.get(a, c, 0, 0);
+      y.at(n, k, p, q) += weight * x;
+      dx.at(n, channel, h, w) += weight * dy;
+      dw.at(a, c, 0, 0) += dy * x;
+    });
+    for (int n = 0; n < s.N; ++n)
+      for (int k = 0; k < s.K; ++k)
+        for (int p = 0; p < s.P; ++p)
+          for (int q = 0; q < s.Q; ++q)
+            finished.at(n, k, p, q) =
+                std::max(0.0, y.at(n, k, p, q) * in.scale[k] + in.shift[k] + in.residual.get(n, k, p, q));
+  }
+};
+
+struct Plan {
+  const char* name;
+  Tiling tiling;
+  int threads;
+};
+
+Tensor like(const Tensor& t) { return Tensor(t.shape(), t.format(), t.channels_last()); }
+
+void check_fprop(const std::string& what, Operands& in, const ConvShape& s, Answers& want, const Plan& plan,
+                 const IsaKernels& isa) {
+  const Fprop kernel(s, stripes_of(s, in.live), plan.tiling, isa);
+  const std::unique_ptr<float[]> packed(new float[kernel.packed_floats()]);
+  kernel.pack_weight(in.w.data(), in.w.format().type, packed.get());
+  Tensor y = like(in.dy), finished = like(in.dy);
+  kernel.run(in.x.view(), packed.get(), y.view(), Epilogue{}, plan.threads);
+  check(what + " fprop", y, want.y);
+  const Epilogue epilogue{in.scale.data(), in.shift.data(), in.residual.view(), Activation::relu};
+  kernel.run(in.x.view(), packed.get(), finished.view(), epilogue, plan.threads);
+  check(what + " fprop with epilogue", finished, want.finished);
+}
+
+void check_dgrad(const std::string& what, Operands& in, const ConvShape& s, Answers& want, const Plan& plan,
+                 const IsaKernels& isa) {
+  const Dgrad kernel(s, stripes_of(s, in.live), plan.tiling, isa);
+  const std::unique_ptr<float[]> packed(new float[kernel.packed_floats()]);
+  kernel.pack_weight(in.w.data(), in.w.format().type, packed.get());
+  Tensor dx = like(in.x);
+  kernel.run(in.dy.view(), packed.get(), dx.view(), plan.threads);
+  check(what + " dgrad", dx, want.dx);
+}
+
+void check_wgrad(const std::string& what, Operands& in, const ConvShape& s, Answers& want, int chunk_pixels,
+                 const IsaKernels& isa) {
+  const Wgrad kernel(s, stripes_of(s, in.live), chunk_pixels, isa);
+  Tensor dw = like(in.w);
+  kernel.run(in.x.view(), in.dy.view(), dw.data(), in.w.format().type, 1 + chunk_pixels % 3);
+  check(what + " wgrad", dw, want.dw);
+}
+
+void check_isa(const Problem& problem, Operands& in, Answers& want, const IsaKernels& isa) {
+  const std::string what = std::string(isa.name) + " " + in.x.format().name +
+                           (in.x.channels_last() ? " channels_last " : " ") + problem.name;
+  const Plan plans[] = {
+      {", pixels", {LaneMode::pixels, 1, 2, 1, 12}, 1},
+      {", pixels, split filters", {LaneMode::pixels, 1, 1000, 3, 2}, 3},
+      {", gather", {LaneMode::gather, 3, 1, 1, 12}, 2},
+      {", batch", {LaneMode::batch, isa.lanes, 1000, 1, 12}, 1},
+      {", batch, split filters", {LaneMode::batch, 2 * isa.lanes, 1, 2, 3}, 2},
+  };
+  for (const Plan& plan : plans) {
+    check_fprop(what + plan.name, in, problem.s, want, plan, isa);
+    check_dgrad(what + plan.name, in, problem.s, want, plan, isa);
+  }
+  for (int chunk_pixels : {1, 10, 1000}) check_wgrad(what, in, problem.s, want, chunk_pixels, isa);
+}
+
+}  // namespace
+
+int main() {
+  for (const Problem& problem : problems()) {
+    Answers want(problem, Operands(problem, selftest::kFormats[0], false));
+    for (const Format& format : selftest::kFormats)
+      for (bool channels_last : {false, true}) {
+        Operands in(problem, format, channels_last);
+        for (const char* const* name = isa_names(); *name; ++name)
+          check_isa(problem, in, want, *find_isa(*name));
+      }
+  }
+  std::string isas;
+  for (const char* const* name = isa_names(); *name; ++name) isas += std::string(" ") + *name;
+  std::printf("%d checks on%s, %d failed\n", checks, isas.c_str(), failures);
+  return failures ? 1 : 0;
+}
