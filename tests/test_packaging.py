@@ -15,14 +15,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OBJECTS = (
-    ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "obj/csrc/cpu/isa"
-)
+BUILT = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 NM = shutil.which("nm")
 
 
 def isa_objects() -> list[Path]:
-    return sorted(OBJECTS.glob("*.o"))
+    return sorted((BUILT / "obj/csrc/cpu/isa").glob("*.o"))
 
 
 def symbols(path: Path) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The CPU kernels' own test program (tests/native): under sanitizers here, and for aarch64 under an emulator."""
+"""The CPU kernels' own test program (tests/native): under sanitizers, and for aarch64 under an emulator."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def build(output: Path, *options: str) -> Path:
 
 
 def run(*command: str | Path) -> str:
-    result = subprocess.run(command, capture_output=True, text=True)
+    # The leak checker traces the process, which containers often forbid; bounds are what is tested here.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
