@@ -1,4 +1,5 @@
-"""Learn which stripes of a network's convolutions to keep: attach gates, train, freeze onto the stripe kernels."""
+"""Learn which stripes of a network's convolutions to keep: attach gates, train, freeze onto the stripe
+kernels."""
 
 from __future__ import annotations
 

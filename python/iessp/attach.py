@@ -25,7 +25,8 @@ METHODS: dict[str, type[StripeGate]] = {
     "l1-filter": L1FilterGate,
 }
 
-MODULE_RATE = 0.1  # learning rate of a module's shared weights, which move many gates at once, to that of a free bias
+# Learning rate of a module's shared weights, which move many gates at once, over that of a free bias.
+MODULE_RATE = 0.1
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,14 +50,16 @@ def attach(
 ) -> Model:
     """Put a stripe gate on the convolutions of `model`, in place, and return it.
 
-    method: one of `METHODS`; `options` are that method's (`METHODS[name].options` lists them with their defaults).
-    example_input: [N, C, H, W], run once to count MACs and to find which layer feeds which. None: one 32x32 image with the
+    method: one of `METHODS`; `options` are that method's (`METHODS[name].options` lists them with their
+    defaults).
+    example_input: [N, C, H, W], run once to count MACs and to find which layer feeds which. None: one 32x32
+    image with the
         channels of the first convolution, which gives the same shares of MACs as any size the strides divide.
     pointwise: gate 1x1 convolutions too, where a stripe is a whole filter.
     exclude: names of convolutions to leave alone.
 
-    The gates have parameters: build the optimiser afterwards (see `param_groups`). Raises ValueError for unknown names, a
-    model without convolutions to gate, or one that has gates already.
+    The gates have parameters: build the optimiser afterwards (see `param_groups`). Raises ValueError for
+    unknown names, a model without convolutions to gate, or one that has gates already.
     """
     if method not in METHODS:
         raise ValueError(nearest("method", method, METHODS))
@@ -86,7 +89,8 @@ def attach(
         conv.register_forward_pre_hook(gate.observe)
     found = gates(model)
     if not found:
-        raise ValueError(f"{type(model).__name__} has no convolution to gate: pointwise={pointwise}, exclude={[*exclude]}")
+        left = f"pointwise={pointwise}, exclude={[*exclude]}"
+        raise ValueError(f"{type(model).__name__} has no convolution to gate with {left}")
     for gate in found.values():
         if isinstance(gate, IEMGate) and gate.use["module"]:
             gate.upstream = tuple(g for p in gate.site.producers if isinstance(g := found.get(p), IEMGate))
@@ -131,7 +135,8 @@ def original_weight(conv: nn.Conv2d) -> nn.Parameter:
 def rank(model: nn.Module, budget: float) -> dict[str, Tensor]:
     """Skeletons by the gates' scores that keep at most `budget` of the MACs: see `cut`.
 
-    A method that drops whole filters is given what that saves in the next layer: its MACs after compaction meet the budget.
+    A method that drops whole filters is given what that saves in the next layer: its MACs after compaction
+    meet the budget.
     """
     found = _needed(model)
     network = network_of(model)
@@ -147,7 +152,8 @@ def rank(model: nn.Module, budget: float) -> dict[str, Tensor]:
 
 
 def settle(model: nn.Module, budget: float) -> dict[str, Tensor]:
-    """Fix the skeletons: the stripes of highest score that keep at most `budget` of the MACs. Returns them by name."""
+    """Fix the skeletons: the stripes of highest score that keep at most `budget` of the MACs. Returns them
+    by name."""
     chosen = rank(model, budget)
     for name, gate in gates(model).items():
         gate.settle(chosen[name].to(gate.skeleton.device))
@@ -155,7 +161,8 @@ def settle(model: nn.Module, budget: float) -> dict[str, Tensor]:
 
 
 def detach(model: Model, *, merge: bool = True) -> Model:
-    """Take the gates off, in place: plain convolutions whose weight is W * g (merge=True) or W as if never gated."""
+    """Take the gates off, in place: plain convolutions whose weight is W * g (merge=True) or W as if never
+    gated."""
     for conv in gated(model).values():
         gate = conv.parametrizations.weight[0]
         for key, hook in list(conv._forward_pre_hooks.items()):
@@ -168,7 +175,8 @@ def detach(model: Model, *, merge: bool = True) -> Model:
 def freeze(model: nn.Module) -> nn.Module:
     """A new model that runs only the stripes that live now, on the stripe kernels; `model` stays as it is.
 
-    Every gated convolution with dead stripes becomes a `stripe_kernels.StripeConv2d`; outputs equal the masked model's.
+    Every gated convolution with dead stripes becomes a `stripe_kernels.StripeConv2d`; outputs equal the
+    masked model's.
     """
     import stripe_kernels
 
@@ -179,11 +187,12 @@ def freeze(model: nn.Module) -> nn.Module:
 def param_groups(
     model: nn.Module, lr: float, *, gate_lr: float = 1e-2, weight_decay: float = 0.0
 ) -> list[dict[str, object]]:
-    """Optimiser groups: weights to decay; gated weights, norms and biases, not decayed; gates, not decayed, at `gate_lr`.
+    """Optimiser groups: weights to decay; gated weights, norms and biases, not decayed; gates, not decayed,
+    at `gate_lr`.
 
-    Gated weights are not decayed here because a dead stripe would fade and could not return: give the decay to `StripeLoss`,
-    which applies it to live stripes. Under plain SGD the budget's gradient on a gate is about lambda / (number of stripes)
-    and hardly moves it, so give the gates (`gate_parameters`) to Adam.
+    Gated weights are not decayed here because a dead stripe would fade and could not return: give the decay
+    to `StripeLoss`, which applies it to live stripes. Under plain SGD the budget's gradient on a gate is
+    about lambda / (number of stripes) and hardly moves it, so give the gates (`gate_parameters`) to Adam.
     """
     held = {id(original_weight(conv)) for conv in gated(model).values()}
     in_gates = gate_parameters(model)

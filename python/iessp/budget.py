@@ -9,7 +9,8 @@ from iessp.network import Network
 
 
 def macs_kept(network: Network, skeletons: dict[str, Tensor]) -> float:
-    """Share of the convolutions' MACs that live stripes keep, 0..1; convolutions without a skeleton count in full.
+    """Share of the convolutions' MACs that live stripes keep, 0..1; convolutions without a skeleton count in
+    full.
 
     All input channels of a stripe count, dead ones included: see `compacted_macs_kept`.
     """
@@ -21,9 +22,11 @@ def macs_kept(network: Network, skeletons: dict[str, Tensor]) -> float:
 
 
 def compacted_macs_kept(network: Network, skeletons: dict[str, Tensor]) -> float:
-    """As `macs_kept`, once the input channels that no live filter makes are gone (their constants fold into biases).
+    """As `macs_kept`, once the input channels that no live filter makes are gone (their constants fold into
+    biases).
 
-    An input channel is gone only when every producer at a residual add lacks it. Grouped convolutions keep their channels.
+    An input channel is gone only when every producer at a residual add lacks it. Grouped convolutions keep
+    their channels.
     """
     kept = 0.0
     for site in network.sites:
@@ -39,11 +42,13 @@ def compacted_macs_kept(network: Network, skeletons: dict[str, Tensor]) -> float
 def cut(
     network: Network, scores: dict[str, Tensor], budget: float, whole_filters: bool = False
 ) -> dict[str, Tensor]:
-    """Keep the stripes of highest score that fit: name -> bool [K, R, S], with at most `budget` of the network's MACs.
+    """Keep the stripes of highest score that fit: name -> bool [K, R, S], with at most `budget` of the
+    network's MACs.
 
-    One threshold for all layers, found by sorting; below it, stripes that still fit are taken in order of score, so that the
-    share of MACs kept is below `budget` by less than the cheapest stripe left out. The best stripe of every layer (filter, with
-    `whole_filters`) is always kept. Raises ValueError when even those, with the convolutions outside `scores`, exceed the budget.
+    One threshold for all layers, found by sorting; below it, stripes that still fit are taken in order of
+    score, so that the share of MACs kept is below `budget` by less than the cheapest stripe left out. The
+    best stripe of every layer (filter, with `whole_filters`) is always kept. Raises ValueError when even
+    those, with the convolutions outside `scores`, exceed the budget.
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget is a share of MACs in (0, 1], got {budget}")
@@ -59,7 +64,9 @@ def cut(
     allowance -= float(cost[best].sum())
     if allowance < 0:
         least = budget - allowance / network.macs
-        raise ValueError(f"budget {budget:.4f} is out of reach: the least this network can keep is {least:.4f}")
+        raise ValueError(
+            f"budget {budget:.4f} is out of reach: the least this network can keep is {least:.4f}"
+        )
     keep = torch.zeros(len(value), dtype=torch.bool)
     keep[best] = True
     order = torch.argsort(value, descending=True, stable=True)
@@ -83,7 +90,9 @@ def _units(scores: Tensor, whole_filters: bool) -> Tensor:
     """Scores of what is kept or dropped together: filters [K] or stripes [K*R*S], float64 on the CPU."""
     scores = scores.detach().double().cpu()
     if not torch.isfinite(scores).all():
-        raise ValueError(f"scores of shape {tuple(scores.shape)} are not all finite: the training has diverged")
+        raise ValueError(
+            f"scores of shape {tuple(scores.shape)} are not all finite: the training has diverged"
+        )
     return scores.amax(dim=(1, 2)) if whole_filters else scores.flatten()
 
 

@@ -2,7 +2,8 @@
 
     W' [K, C/g, R, S] = W * g[:, None],   g [K, R, S]
 
-The layer keeps its class and its call; only where its weight comes from changes. A gate lives through three phases:
+The layer keeps its class and its call; only where its weight comes from changes. A gate lives through three
+phases:
 
     warm     g = 1, the network trains dense (statistics are already gathered)
     learn    g = what the method says, from its parameters and buffers alone: never from the input at hand
@@ -22,7 +23,8 @@ Phase = Literal["warm", "learn", "settled"]
 
 
 class StripeGate(nn.Module):
-    """Base of all gates. Subclasses give `scores`, and `learned` where the gate is more than a mask of the scores.
+    """Base of all gates. Subclasses give `scores`, and `learned` where the gate is more than a mask of the
+    scores.
 
     skeleton: bool [K, R, S], the stripes that live; all of them until the gate settles or is masked.
     """
@@ -56,7 +58,8 @@ class StripeGate(nn.Module):
         return self.skeleton.float()
 
     def soft(self) -> Tensor:
-        """M [K, R, S] in 0..1, differentiable where the method learns: how much of each stripe the budget counts."""
+        """M [K, R, S] in 0..1, differentiable where the method learns: how much of each stripe the budget
+        counts."""
         return self.gate()
 
     def scores(self, weight: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
-"""The information extraction module (IEM) and its gate. The design is ours, in the spirit of the IESSP paper's abstract
-(Sensors 25(7):2261, 2025); no equation of the paper was available.
+"""The information extraction module (IEM) and its gate. The design is ours, in the spirit of the IESSP
+paper's abstract (Sensors 25(7):2261, 2025); no equation of the paper was available.
 
     q[c]    = running variance of the input channel x_c                                    what a channel says
     e[k,t]  = sqrt(sum_c W[k,c,t]^2 q[c]),  divided by its rms over the layer               what a stripe adds
-    a[k,t]  = sum_c W[k,c,t]^2 alive[c] / sum_c W[k,c,t]^2                                   what upstream leaves of it
-    m       = mean over the producers p of  send_p(mean_k h_p)                              their message
-    h[k]    = relu(FC1 [e[k,:], a[k,:], m])
+    a[k,t]  = sum_c W[k,c,t]^2 alive[c] / sum_c W[k,c,t]^2                                   what upstream
+    leaves of it m       = mean over the producers p of  send_p(mean_k h_p)
+    their message h[k]    = relu(FC1 [e[k,:], a[k,:], m])
     z[k,:]  = FC2 h[k] - mean_k' FC2 h[k'] + b[k,:]
     M       = sigmoid(z / tau),   g = M (M > 1/2) with the gradient of M
 
-FC1, FC2 and send are shared by the filters of a layer: about 700 weights for 3x3. Variance, not power: a channel that a
-dead filter left constant says nothing, its constant folds into the next bias, and pruning upstream so lowers what reads it.
+FC1, FC2 and send are shared by the filters of a layer: about 700 weights for 3x3. Variance, not power: a
+channel that a dead filter left constant says nothing, its constant folds into the next bias, and pruning
+upstream so lowers what reads it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class IEMGate(StripeGate):
 
     @torch.no_grad()
     def _start_from_information(self, taps: int) -> None:
-        """At first unit t passes e_t on (e >= 0, so relu keeps it) and z = gain (e - mean_k e) + b; the rest is small."""
+        """At first unit t passes e_t on (e >= 0, so relu keeps it) and z = gain (e - mean_k e) + b; the rest
+        is small."""
         for layer in (self.fc1, self.fc2):
             layer.weight.mul_(0.1)
         self.fc1.bias.zero_()
@@ -84,7 +86,8 @@ class IEMGate(StripeGate):
 
     def hidden(self, message: Tensor, weight: Tensor | None = None) -> Tensor:
         """h [K, R*S + 7]."""
-        # Copies, because observe() writes these buffers while an earlier pass may still wait for its backward.
+        # Copies, because observe() writes these buffers while an earlier pass may still wait for its
+        # backward.
         e, share = self.information.clone(), self.share.clone()
         if weight is not None and not self.stop_information:
             e = torch.sqrt(self._weighted_energy(weight, self.variance()[None])[:, 0] + 1e-12)
@@ -132,7 +135,8 @@ class IEMGate(StripeGate):
         return (self.moments[1] - self.moments[0].square()).clamp_min(0)
 
     def _weighted_energy(self, weight: Tensor, per_channel: Tensor) -> Tensor:
-        """sum_c W[k,c,t]^2 v[i,c] for every row i: weight [K, C/g, R, S], per_channel [I, C] -> [K, I, R*S]."""
+        """sum_c W[k,c,t]^2 v[i,c] for every row i: weight [K, C/g, R, S], per_channel [I, C] -> [K, I,
+        R*S]."""
         rows = per_channel.view(len(per_channel), self.groups, -1).transpose(0, 1)  # [G, I, C/g]
         energy = weight.float().square().flatten(2).unflatten(0, (self.groups, -1))  # [G, K/g, C/g, T]
         return torch.matmul(rows.unsqueeze(1), energy).flatten(0, 1)
@@ -154,7 +158,8 @@ class IEMGate(StripeGate):
         self.inbox.copy_(self.message())
 
     def _observe_moments(self, x: Tensor) -> None:
-        """Running E x and E x^2 over batch and positions; equal on all ranks, as one batch of all of them would give."""
+        """Running E x and E x^2 over batch and positions; equal on all ranks, as one batch of all of them
+        would give."""
         x = x.detach().float()
         dims = (0, 2, 3) if x.dim() == 4 else (1, 2)
         moments = torch.stack([x.mean(dims), x.square().mean(dims)])

@@ -1,16 +1,19 @@
-"""The budgeted loss: it links the output loss to stripe selection and adapts the pressure to the budget. Ours.
+"""The budgeted loss: it links the output loss to stripe selection and adapts the pressure to the budget.
+Ours.
 
     R        = sum_l c_l sum M_l / sum_l c_l K_l R_l S_l                         expected share of MACs
     L        = CE + lambda_t R + decay/2 sum over live stripes of |W|^2
     lambda_t = lambda * clamp(1 + error / BAND, 0, 2) * exp(-kappa EMA(CE))      what presses now
-    lambda  *= exp(eta / T * clamp(error / BAND, -1, 1))                         the dual step, in the logarithm
-    error    = R_hard - R_target(t),   R_target(t) = B + (1 - B)(1 + cos pi s)/2 s from 0 to 1 over the T steps from warm-up to `meet`
+    lambda  *= exp(eta / T * clamp(error / BAND, -1, 1))                         the dual step, in the
+    logarithm error    = R_hard - R_target(t),   R_target(t) = B + (1 - B)(1 + cos pi s)/2 s from 0 to 1 over
+    the T steps from warm-up to `meet`
 
-While the output loss is high stripes are left alone; as it falls the pressure grows. The dual step is held while EMA(CE) is more
-than `tolerance` above what the dense warm-up reached, or it would integrate that link away; after `meet` the budget wins.
-Against wind-up: the step is bounded and lambda too, the proportional factor takes the pressure to zero as soon as R_hard is BAND
-below its target, and the falling target never asks for more than the gates can follow. The logarithm keeps lambda positive
-and lets it cross the orders of magnitude between tasks.
+While the output loss is high stripes are left alone; as it falls the pressure grows. The dual step is held
+while EMA(CE) is more than `tolerance` above what the dense warm-up reached, or it would integrate that link
+away; after `meet` the budget wins. Against wind-up: the step is bounded and lambda too, the proportional
+factor takes the pressure to zero as soon as R_hard is BAND below its target, and the falling target never
+asks for more than the gates can follow. The logarithm keeps lambda positive and lets it cross the orders of
+magnitude between tasks.
 """
 
 from __future__ import annotations
@@ -42,19 +45,20 @@ def hard_share(model: nn.Module) -> Tensor:
 def _share(model: nn.Module, kept: list[Tensor]) -> Tensor:
     network, found = network_of(model), gates(model)
     fixed = sum(site.macs for site in network.sites if site.name not in found) / network.macs
-    parts = [
-        n * (gate.site.stripe_macs / network.macs) for n, gate in zip(kept, found.values(), strict=True)
-    ]
+    parts = [n * (gate.site.stripe_macs / network.macs) for n, gate in zip(kept, found.values(), strict=True)]
     return torch.stack(parts).sum() + fixed
 
 
 class StripeLoss(nn.Module):
-    """Call it on the task's loss in every training step; it runs the schedule of the gates it finds in `model`.
+    """Call it on the task's loss in every training step; it runs the schedule of the gates it finds in
+    `model`.
 
     budget: share of MACs to keep, 0..1. steps: how many times it will be called in training.
-    warmup, meet, settle: shares of `steps`: gates switch on; the target has reached the budget; skeletons are fixed exactly.
+    warmup, meet, settle: shares of `steps`: gates switch on; the target has reached the budget; skeletons
+    are fixed exactly.
     kappa: strength of the link to the output loss. adaptive=False: lambda stays at `pressure` (no dual step).
-    weight_decay: of the gated weights' live stripes. tau_end: temperature of the gates when they settle, from 1.
+    weight_decay: of the gated weights' live stripes. tau_end: temperature of the gates when they settle,
+    from 1.
 
     Its state_dict holds the whole controller. With torch.distributed every rank computes the same lambda.
     """
@@ -120,7 +124,8 @@ class StripeLoss(nn.Module):
         return total
 
     def _selection(self, found: list[StripeGate]) -> Tensor:
-        """lambda_t R, or the method's own regulariser; nothing for methods that rank and have nothing to learn."""
+        """lambda_t R, or the method's own regulariser; nothing for methods that rank and have nothing to
+        learn."""
         own = [term for gate in found if (term := gate.regularizer()) is not None]
         if own:
             return torch.stack(own).sum()
@@ -130,7 +135,8 @@ class StripeLoss(nn.Module):
 
     @torch.no_grad()
     def _follow(self, task_loss: Tensor) -> None:
-        """EMA(CE), the same on all ranks; its value at the end of the warm-up is what later losses are held against."""
+        """EMA(CE), the same on all ranks; its value at the end of the warm-up is what later losses are held
+        against."""
         if dist.is_available() and dist.is_initialized():
             task_loss = task_loss.clone()
             dist.all_reduce(task_loss)

@@ -1,7 +1,8 @@
 """What a network's convolutions cost and which feed which: one probing forward pass answers both.
 
-The autograd graph of that pass is walked backwards from each convolution's input to the convolutions that made it. The
-graph records what really ran, so residual adds, control flow and modules used twice need no tracing of Python code.
+The autograd graph of that pass is walked backwards from each convolution's input to the convolutions that
+made it. The graph records what really ran, so residual adds, control flow and modules used twice need no
+tracing of Python code.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Network:
 
 
 def probe(model: nn.Module, example: Tensor) -> Network:
-    """Run `model` once on `example` [N, C, H, W] in evaluation mode and read costs and producers from what ran.
+    """Run `model` once on `example` [N, C, H, W] in evaluation mode and read costs and producers from what
+    ran.
 
     The model's mode, buffers and gradients are left as they were. Raises ValueError when no convolution runs.
     """
@@ -86,7 +88,9 @@ def probe(model: nn.Module, example: Tensor) -> Network:
         for module, training in modes.items():
             module.training = training
     if not positions:
-        raise ValueError(f"no nn.Conv2d ran in {type(model).__name__} on an input of shape {tuple(example.shape)}")
+        raise ValueError(
+            f"no nn.Conv2d ran in {type(model).__name__} on an input of shape {tuple(example.shape)}"
+        )
 
     modules = {name: module for module, name in names.items()}
 
@@ -101,12 +105,27 @@ def probe(model: nn.Module, example: Tensor) -> Network:
 
 
 # Past these nodes a channel is no longer the channel of the convolution before it.
-_MIXES = ("Addmm", "Mm", "Bmm", "Cat", "Convolution", "Reshape", "View", "Permute", "Transpose", "Index", "Slice",
-          "PixelShuffle", "NativeLayerNorm", "NativeGroupNorm")  # fmt: skip
+_MIXES = (
+    *(
+        "Addmm",
+        "Mm",
+        "Bmm",
+        "Cat",
+        "Convolution",
+        "Reshape",
+        "View",
+        "Permute",
+        "Transpose",
+        "Index",
+        "Slice",
+    ),
+    *("PixelShuffle", "NativeLayerNorm", "NativeGroupNorm"),
+)
 
 
 def _producers(x: Tensor, made_by: dict[object, str]) -> Iterator[str]:
-    """Names of the convolutions reached from x through nodes that keep channels apart (BN, ReLU, pooling, adds)."""
+    """Names of the convolutions reached from x through nodes that keep channels apart (BN, ReLU, pooling,
+    adds)."""
     pending, seen = [x.grad_fn], set()
     while pending:
         node = pending.pop()

@@ -17,8 +17,8 @@ def _per_layer(scores: Tensor) -> Tensor:
 
 
 class MagnitudeGate(StripeGate):
-    """Stripes ranked by ||W[k, :, t]||_2 over the layer's rms, re-ranked while the budget falls (gradual magnitude
-    pruning, Zhu & Gupta, arXiv 1710.01878, on stripes)."""
+    """Stripes ranked by ||W[k, :, t]||_2 over the layer's rms, re-ranked while the budget falls (gradual
+    magnitude pruning, Zhu & Gupta, arXiv 1710.01878, on stripes)."""
 
     def scores(self, weight: Tensor) -> Tensor:
         return _per_layer(weight.detach().float().norm(dim=1))
@@ -41,7 +41,8 @@ class RandomGate(StripeGate):
 
 
 class L1FilterGate(StripeGate):
-    """Whole filters ranked by the mean |w| over the layer's rms (Li et al., arXiv 1608.08710), re-ranked as the budget falls."""
+    """Whole filters ranked by the mean |w| over the layer's rms (Li et al., arXiv 1608.08710), re-ranked as
+    the budget falls."""
 
     whole_filters = True
 
@@ -51,10 +52,12 @@ class L1FilterGate(StripeGate):
 
 
 class FilterSkeletonGate(StripeGate):
-    """Pruning Filter in Filter (NeurIPS 2020, arXiv 2009.14410): W * I, loss + alpha sum |I|, |I| < delta is dead.
+    """Pruning Filter in Filter (NeurIPS 2020, arXiv 2009.14410): W * I, loss + alpha sum |I|, |I| < delta is
+    dead.
 
-    alpha 1e-5 and delta 0.05 apply per entry I[k, t]; the budget's cut replaces delta at the end. `decay` is the weight decay
-    on I: in the authors' code it is the optimiser's, 1e-4, and it is what mostly kills entries.
+    alpha 1e-5 and delta 0.05 apply per entry I[k, t]; the budget's cut replaces delta at the end. `decay` is
+    the weight decay on I: in the authors' code it is the optimiser's, 1e-4, and it is what mostly kills
+    entries.
     """
 
     options: ClassVar[dict[str, object]] = {"alpha": 1e-5, "delta": 0.01, "decay": 1e-4}

@@ -15,7 +15,8 @@ DATASETS: dict[str, Callable[[Path | None], Splits]] = {
 
 
 def load(name: str, data_dir: Path | None = None) -> Splits:
-    """Train, held-out and test images of a data set; raises ValueError for an unknown name, FileNotFoundError without files."""
+    """Train, held-out and test images of a data set; raises ValueError for an unknown name,
+    FileNotFoundError without files."""
     if name not in DATASETS:
         raise ValueError(nearest("data set", name, DATASETS))
     return DATASETS[name](data_dir)

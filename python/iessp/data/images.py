@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ class Images:
 
     def __post_init__(self) -> None:
         if self.x.dtype != torch.uint8 or self.x.dim() != 4 or len(self.x) != len(self.y):
-            raise ValueError(f"images are uint8 [N, C, H, W] with N labels, got {self.x.dtype} {tuple(self.x.shape)}, {len(self.y)}")
+            given = f"{self.x.dtype} {tuple(self.x.shape)} with {len(self.y)}"
+            raise ValueError(f"images are uint8 [N, C, H, W] with N labels, got {given}")
 
     def __len__(self) -> int:
         return len(self.y)
@@ -56,14 +57,14 @@ class Splits:
         return self.train.x.shape[-1]
 
     def to(self, device: torch.device | str) -> Splits:
-        from dataclasses import replace
-
         return replace(
             self, train=self.train.to(device), held_out=self.held_out.to(device), test=self.test.to(device)
         )
 
 
-def split(name: str, train: Images, test: Images, classes: tuple[str, ...], flip: bool, held_out: float = 0.1) -> Splits:
+def split(
+    name: str, train: Images, test: Images, classes: tuple[str, ...], flip: bool, held_out: float = 0.1
+) -> Splits:
     """Hold out a stratified share of the training images, always the same ones."""
     random = np.random.default_rng(HELD_OUT_SEED)
     chosen = []
@@ -76,13 +77,12 @@ def split(name: str, train: Images, test: Images, classes: tuple[str, ...], flip
     kept = train.take(~out)
     scaled = kept.x.float().div_(255)
     mean, std = scaled.mean((0, 2, 3)), scaled.std((0, 2, 3)).clamp_min(1e-3)
-    return Splits(
-        name, kept, train.take(out), test, classes, tuple(mean.tolist()), tuple(std.tolist()), flip
-    )
+    return Splits(name, kept, train.take(out), test, classes, tuple(mean.tolist()), tuple(std.tolist()), flip)
 
 
 def normalise(x: Tensor, splits: Splits, size: int | None = None) -> Tensor:
-    """uint8 [N, C, H, W] -> float32 with zero mean and unit variance over the training set, resized to size x size."""
+    """uint8 [N, C, H, W] -> float32 with zero mean and unit variance over the training set, resized to size
+    x size."""
     mean = x.new_tensor(splits.mean, dtype=torch.float32).view(-1, 1, 1)
     std = x.new_tensor(splits.std, dtype=torch.float32).view(-1, 1, 1)
     x = (x.float() / 255 - mean) / std
@@ -91,25 +91,32 @@ def normalise(x: Tensor, splits: Splits, size: int | None = None) -> Tensor:
     return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
-def augment(x: Tensor, generator: torch.Generator, pad: int, flip: bool) -> Tensor:
-    """A random crop after reflecting `pad` pixels outwards, and a random mirror image; one gather for the batch.
+def augment(x: Tensor, generator: torch.Generator, shift: int, flip: bool) -> Tensor:
+    """Shift by up to `shift` pixels, reflecting at the border, and mirror half of the images; one gather for
+    the batch.
 
-    x [N, C, H, W]; the random numbers come from `generator`, on the CPU, so that they do not depend on the device.
+    x [N, C, H, W]; the random numbers come from `generator`, on the CPU, so that they do not depend on the
+    device.
     """
     n, _, h, w = x.shape
-    top = torch.randint(0, 2 * pad + 1, (n,), generator=generator)
-    left = torch.randint(0, 2 * pad + 1, (n,), generator=generator)
-    mirrored = torch.rand(n, generator=generator) < (0.5 if flip else 0.0)
-    columns = torch.arange(w).expand(n, w)
-    columns = torch.where(mirrored[:, None], w - 1 - columns, columns) + left[:, None]
-    rows = torch.arange(h) + top[:, None]
-    padded = F.pad(x, (pad,) * 4, mode="reflect") if pad else x
-    n_index = torch.arange(n)[:, None, None].to(x.device)
-    picked = padded[n_index, :, rows[:, :, None].to(x.device), columns[:, None, :].to(x.device)]  # [N, H, W, C]
+    down = torch.randint(-shift, shift + 1, (n, 1), generator=generator)
+    right = torch.randint(-shift, shift + 1, (n, 1), generator=generator)
+    mirrored = torch.rand(n, 1, generator=generator) < (0.5 if flip else 0.0)
+    columns = torch.where(mirrored, torch.arange(w - 1, -1, -1), torch.arange(w))
+    rows = _reflect(torch.arange(h) + down, h).to(x.device)  # [N, H]
+    columns = _reflect(columns + right, w).to(x.device)  # [N, W]
+    images = torch.arange(n, device=x.device)[:, None, None]
+    picked = x[images, :, rows[:, :, None], columns[:, None, :]]  # [N, H, W, C]
     return picked.permute(0, 3, 1, 2).contiguous()
 
 
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Indices up to size - 1 outside of 0..size-1, mirrored back in."""
+    return size - 1 - (size - 1 - index.abs()).abs()
+
+
 def shuffled(n: int, batch: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Indices of the batches of one epoch, a function of (seed, epoch) alone; an incomplete last batch is left out."""
+    """Indices of the batches of one epoch, a function of (seed, epoch) alone; an incomplete last batch is
+    left out."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return iter(order[: n - n % batch].split(batch) if n >= batch else (order,))

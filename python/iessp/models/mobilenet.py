@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 
 
 def _conv(c: int, k: int, size: int, stride: int = 1, groups: int = 1, relu: bool = True) -> list[nn.Module]:
@@ -19,7 +27,9 @@ class InvertedResidual(nn.Module):
         super().__init__()
         wide = c * expansion
         expand = _conv(c, wide, 1) if expansion > 1 else []
-        self.body = nn.Sequential(*expand, *_conv(wide, wide, 3, stride, wide), *_conv(wide, k, 1, relu=False))
+        self.body = nn.Sequential(
+            *expand, *_conv(wide, wide, 3, stride, wide), *_conv(wide, k, 1, relu=False)
+        )
         self.shortcut = stride == 1 and c == k
 
     def forward(self, x: Tensor) -> Tensor:

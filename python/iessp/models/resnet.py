@@ -17,7 +17,13 @@ class Block(nn.Module):
         out = planes * (4 if bottleneck else 1)
         relu = nn.ReLU(inplace=True)
         if bottleneck:
-            body = [*_conv_bn(c, planes, 1), relu, *_conv_bn(planes, planes, 3, stride), relu, *_conv_bn(planes, out, 1)]
+            body = [
+                *_conv_bn(c, planes, 1),
+                relu,
+                *_conv_bn(planes, planes, 3, stride),
+                relu,
+                *_conv_bn(planes, out, 1),
+            ]
         else:
             body = [*_conv_bn(c, planes, 3, stride), relu, *_conv_bn(planes, planes, 3)]
         self.body = nn.Sequential(*body)
@@ -30,9 +36,12 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """x [N, in_channels, H, W] -> [N, classes]; a stem, stages of blocks that halve the map after the first, a mean, a linear."""
+    """x [N, in_channels, H, W] -> [N, classes]; a stem, stages of blocks that halve the map after the first,
+    a mean, a linear."""
 
-    def __init__(self, stem: nn.Module, channels: int, stages: list[tuple[int, int]], bottleneck: bool, classes: int):
+    def __init__(
+        self, stem: nn.Module, channels: int, stages: list[tuple[int, int]], bottleneck: bool, classes: int
+    ):
         super().__init__()
         blocks: list[nn.Module] = []
         for index, (planes, depth) in enumerate(stages):
@@ -47,7 +56,8 @@ class ResNet(nn.Module):
 
 
 def cifar_resnet(depth: int, classes: int = 10, in_channels: int = 3, width: float = 1.0) -> ResNet:
-    """ResNet-20/32/56/110: three stages of (depth - 2) / 6 blocks on 32x32 images; projections where the shape changes."""
+    """ResNet-20/32/56/110: three stages of (depth - 2) / 6 blocks on 32x32 images; projections where the
+    shape changes."""
     planes = [max(1, round(width * c)) for c in (16, 32, 64)]
     stem = nn.Sequential(*_conv_bn(in_channels, planes[0], 3), nn.ReLU(inplace=True))
     return ResNet(stem, planes[0], [(p, (depth - 2) // 6) for p in planes], False, classes)
@@ -57,5 +67,7 @@ def imagenet_resnet(depth: int, classes: int = 1000, in_channels: int = 3, width
     """ResNet-18/34/50 on 224x224 images."""
     depths = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}[depth]
     planes = [max(1, round(width * c)) for c in (64, 128, 256, 512)]
-    stem = nn.Sequential(*_conv_bn(in_channels, planes[0], 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+    stem = nn.Sequential(
+        *_conv_bn(in_channels, planes[0], 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+    )
     return ResNet(stem, planes[0], list(zip(planes, depths, strict=True)), depth >= 50, classes)

@@ -1,4 +1,5 @@
-"""VGG-16 with batch normalisation, CIFAR form (Simonyan & Zisserman, arXiv 1409.1556; one linear layer, no biases before BN)."""
+"""VGG-16 with batch normalisation, CIFAR form (Simonyan & Zisserman, arXiv 1409.1556; one linear layer, no
+biases before BN)."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 
 
 class VGG(nn.Module):
-    """Thirteen 3x3 convolutions in five stages, pooled between; x [N, in_channels, H, W] with H, W >= 16 -> [N, classes].
+    """Thirteen 3x3 convolutions in five stages, pooled between; x [N, in_channels, H, W] with H, W >= 16 ->
+    [N, classes].
 
-    Without its last pooling layer (a global mean stands in for it) it also takes 16x16 images; MACs at 32x32 are the usual 313 M.
+    Without its last pooling layer (a global mean stands in for it) it also takes 16x16 images; MACs at 32x32
+    are the usual 313 M.
     """
 
     def __init__(self, classes: int = 10, in_channels: int = 3, width: float = 1.0):

@@ -1,0 +1,60 @@
+"""Checkpoints that a kill at any moment cannot spoil: written beside, synced, renamed; the last few are
+kept."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KEPT = 2
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `state` (tensors, numbers, strings, lists, dicts) as FOLDER/step-NNNNNNNN.pt and drop the oldest
+    ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    write_atomically(path, lambda file: torch.save(state, file))
+    for old in saved(folder)[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The newest state that reads back whole; None without any. Says so when it has to pass over a damaged
+    file."""
+    for path in reversed(saved(folder)):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            print(f"{path} cannot be read ({error}); going back to the one before it")
+    return None
+
+
+def saved(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step-*.pt") if re.fullmatch(r"step-\d{8}\.pt", path.name))
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """`write(file)` into a temporary file beside `path`, then put it in place in one step that survives a
+    power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,129 @@
+"""A recipe names everything a run depends on: two runs of one recipe on one machine give the same weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iessp.attach import METHODS, nearest
+from iessp.data import DATASETS
+from iessp.models import MODELS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent / "recipes"
+UNPRUNED = ("dense", "slim")  # trained without gates; slim is thinner throughout, to the same MACs
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Shares (warmup, meet, settle, ...) are of the whole schedule, which is `epochs` passes over the
+    training images."""
+
+    name: str
+    model: str = "vgg16"
+    width: float = 1.0  # of every layer's channels
+    data: str = "digits"
+    method: str = "iem"
+    options: dict[str, Any] = field(default_factory=dict)  # of the method
+    budget: float = 0.2412  # share of the convolutions' MACs to keep; the paper's cut is 75.88 %
+
+    epochs: int = 16
+    batch: int = 64
+    seed: int = 0
+    lr: float = 0.05  # peak; rises over `rise`, then falls linearly to zero
+    rise: float = 0.15
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    gate_lr: float = 0.05  # Adam's, constant
+    label_smoothing: float = 0.0
+    sizes: tuple[tuple[float, int], ...] = ()  # (from this share on, train at this size); empty: as the data
+    crop: int = 0  # pixels a training image is shifted by at most
+    channels_last: bool = False
+    bfloat16: bool = False  # autocast
+    packed: bool = True  # once the skeletons are settled, go on training on the stripe kernels
+
+    warmup: float = 0.1  # gates switch on
+    meet: float = 0.5  # the budget is met
+    settle: float = 0.75  # the skeletons are fixed
+    kappa: float = 1.0
+    eta: float = 12.0
+    tolerance: float = 0.5
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        for kind, given, valid in (
+            ("model", self.model, MODELS),
+            ("data set", self.data, DATASETS),
+            ("method", self.method, (*METHODS, *UNPRUNED)),
+        ):
+            if given not in valid:
+                raise ValueError(nearest(kind, given, valid))
+        if self.epochs < 1 or self.batch < 1:
+            raise ValueError(f"epochs and batch must be at least 1, got {self.epochs} and {self.batch}")
+        object.__setattr__(self, "sizes", tuple((float(share), int(size)) for share, size in self.sizes))
+
+    @property
+    def pruned(self) -> bool:
+        return self.method not in UNPRUNED
+
+    def size(self, done: float) -> int | None:
+        """Image size to train at when the share `done` of the schedule is over; None: as the data are."""
+        reached = [size for share, size in self.sizes if share <= done]
+        return reached[-1] if reached else None
+
+    def but(self, **changes: Any) -> Recipe:
+        """The same recipe with some fields changed; raises ValueError for a field that does not exist."""
+        names = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in names:
+                raise ValueError(nearest("recipe field", name, names))
+        return dataclasses.replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Recipe:
+        values = dict(values)
+        return Recipe(name=values.pop("name", "unnamed")).but(**values)
+
+
+def bundled() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def read(name_or_path: str) -> Recipe:
+    """A bundled recipe by name, or a TOML file by path. Raises ValueError when it is neither or names an
+    unknown field."""
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = RECIPES / f"{name_or_path}.toml"
+        if not path.exists():
+            raise ValueError(nearest("recipe", name_or_path, bundled()))
+    if not path.exists():
+        raise ValueError(f"recipe file {path} does not exist")
+    with path.open("rb") as file:
+        return Recipe.from_dict({"name": path.stem, **tomllib.load(file)})
+
+
+def parse_changes(assignments: list[str]) -> dict[str, Any]:
+    """["epochs=3", "model=resnet20"] -> {"epochs": 3, "model": "resnet20"}: values as in TOML, bare words as
+    strings."""
+    changes = {}
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator:
+            raise ValueError(f'"{assignment}" is not KEY=VALUE')
+        try:
+            changes[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[key.strip()] = value
+    return changes

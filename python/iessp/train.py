@@ -1,0 +1,276 @@
+"""The training loop: one recipe, one folder, resumable at any step with the same bits.
+
+Everything random is a function of (seed, epoch) or (seed, step), so a checkpoint is weights, optimisers and
+a step number.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iessp import checkpoint
+from iessp.attach import attach, freeze, gates, network_of, param_groups, skeletons
+from iessp.budget import compacted_macs_kept, macs_kept
+from iessp.data.images import Images, Splits, augment, normalise, shuffled
+from iessp.loss import StripeLoss
+from iessp.models import build
+from iessp.network import probe
+from iessp.recipe import Recipe
+
+SAVE_SECONDS = 30.0
+LOG_FIELDS = ("step", "task_loss", "lambda", "share_soft", "share_hard", "target", "lr", "size")
+
+
+@dataclass
+class Progress:
+    """What a step reports: to the progress bar, the CSV file and TensorBoard."""
+
+    step: int
+    steps: int
+    task_loss: float
+    learning: bool  # gates are on and not yet settled
+    pressure: float = 0.0
+    share_soft: float = 1.0
+    share_hard: float = 1.0
+    target: float = 1.0
+    lr: float = 0.0
+    size: int = 0
+
+
+class Trainer:
+    """Trains `recipe` on `splits`, with its checkpoints, log and results in `folder`.
+
+    A folder that holds checkpoints of the same recipe is resumed; of another recipe, ValueError names what
+    differs. `model` is gated while skeletons are learned and runs on the stripe kernels after that
+    (recipe.packed).
+    """
+
+    def __init__(self, recipe: Recipe, splits: Splits, folder: Path, device: str = "cpu"):
+        self.recipe, self.folder, self.device = recipe, folder, torch.device(device)
+        self.splits = splits.to(self.device)
+        self.per_epoch = max(1, len(splits.train) // recipe.batch)
+        self.steps = self.per_epoch * recipe.epochs
+        self.step = 0
+        self.skeletons: dict[str, Tensor] = {}
+        self._build()
+        state = checkpoint.load(folder / "checkpoints")
+        if state is not None:
+            self._restore(state)
+
+    # -- construction
+
+    def _build(self) -> None:
+        recipe, splits = self.recipe, self.splits
+        torch.manual_seed(recipe.seed)
+        width = slim_width(recipe, splits) if recipe.method == "slim" else recipe.width
+        self.model = build(recipe.model, len(splits.classes), splits.channels, width).to(self.device)
+        if recipe.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.example = torch.zeros(1, splits.channels, splits.size, splits.size, device=self.device)
+        self.network = probe(self.model, self.example)
+        self.loss: StripeLoss | None = None
+        if recipe.pruned:
+            attach(self.model, recipe.method, example_input=self.example, **recipe.options)
+            self.network = network_of(self.model)
+            self.loss = StripeLoss(
+                self.model, budget=recipe.budget, steps=self.steps, warmup=recipe.warmup, meet=recipe.meet,
+                settle=recipe.settle, kappa=recipe.kappa, adaptive=recipe.adaptive, eta=recipe.eta,
+                tolerance=recipe.tolerance, weight_decay=recipe.weight_decay,
+            )  # fmt: skip
+        self._build_optimisers()
+
+    def _build_optimisers(self) -> None:
+        """SGD for the weights, Adam for the gates: see `param_groups`."""
+        recipe = self.recipe
+        groups = param_groups(self.model, recipe.lr, gate_lr=recipe.gate_lr, weight_decay=recipe.weight_decay)
+        in_gates = {id(p) for gate in gates(self.model).values() for p in gate.parameters()}
+        of_gates = [group for group in groups if id(group["params"][0]) in in_gates]
+        weights = [group for group in groups if id(group["params"][0]) not in in_gates]
+        self.optimisers: list[torch.optim.Optimizer] = [
+            torch.optim.SGD(weights, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+        ]
+        if of_gates:
+            # A gate's gradient is near 1e-5: the usual epsilon would be a third of its rms.
+            self.optimisers.append(torch.optim.Adam(of_gates, betas=(0.9, 0.99), eps=1e-12))
+
+    def _pack(self) -> None:
+        """Go on with the live stripes alone, on the stripe kernels, with a fresh optimiser."""
+        self.skeletons = {name: s.cpu() for name, s in skeletons(self.model).items()}
+        self.model = freeze(self.model)
+        self.loss = None
+        self._build_optimisers()
+
+    # -- checkpoints
+
+    def save(self) -> None:
+        state = {
+            "recipe": self.recipe.as_dict(),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "loss": self.loss.state_dict() if self.loss else None,
+            "skeletons": self.skeletons,
+        }
+        checkpoint.save(self.folder / "checkpoints", self.step, state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        ours, theirs = self.recipe.as_dict(), Recipe.from_dict(state["recipe"]).as_dict()
+        differing = [f"{k}: {theirs[k]} there, {ours[k]} asked for" for k in ours if ours[k] != theirs[k]]
+        if differing:
+            raise ValueError(
+                f"{self.folder} holds another recipe's run ({'; '.join(differing)}): choose another folder"
+            )
+        if state["skeletons"]:
+            for name, gate in gates(self.model).items():
+                gate.settle(state["skeletons"][name].to(self.device))
+            self._pack()
+        self.model.load_state_dict(state["model"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        if self.loss:
+            self.loss.load_state_dict(state["loss"])
+        self.step = state["step"]
+
+    # -- training
+
+    def run(self, report: Callable[[Progress], None] = lambda progress: None) -> None:
+        """Train to the end, saving every half minute; KeyboardInterrupt saves and is raised again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        saved_at = time.monotonic()
+        log = Log(self.folder / "log.csv", self.step)
+        try:
+            while self.step < self.steps:
+                progress = self.train_step()
+                log.write(progress)
+                report(progress)
+                if time.monotonic() - saved_at > SAVE_SECONDS:
+                    self.save()
+                    saved_at = time.monotonic()
+        except KeyboardInterrupt:
+            # The step that was interrupted is not counted, but may have changed weights: the last whole
+            # state is on disk.
+            raise
+        finally:
+            log.close()
+        self.save()
+
+    def train_step(self) -> Progress:
+        """One optimiser step; moves on to the packed network when the skeletons have settled."""
+        recipe = self.recipe
+        size = recipe.size(self.step / self.steps)
+        x, y = self._batch(size)
+        self.model.train()
+        rate = learning_rate(recipe, (self.step + 0.5) / self.steps)
+        for group in self.optimisers[0].param_groups:
+            group["lr"] = rate
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            task = F.cross_entropy(self.model(x), y, label_smoothing=recipe.label_smoothing)
+        progress = Progress(self.step + 1, self.steps, float(task.detach()), False, lr=rate, size=x.shape[-1])
+        total = task
+        if self.loss:
+            progress.learning = self.loss.phase() == "learn"
+            progress.target = self.loss.target()
+            total = self.loss(task)
+            progress.pressure = float(self.loss.lambda_now)
+            progress.share_soft = float(self.loss.share_soft)
+            progress.share_hard = float(self.loss.share_hard)
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        for optimiser in self.optimisers:
+            optimiser.step()
+        self.step += 1
+        if self.loss and self.loss.phase() == "settled" and recipe.packed:
+            self._pack()
+        return progress
+
+    def _batch(self, size: int | None) -> tuple[Tensor, Tensor]:
+        recipe, epoch, within = self.recipe, self.step // self.per_epoch, self.step % self.per_epoch
+        if within == 0 or not hasattr(self, "_order") or self._order[0] != epoch:
+            self._order = (epoch, list(shuffled(len(self.splits.train), recipe.batch, recipe.seed, epoch)))
+        images = self.splits.train.take(self._order[1][within].to(self.device))
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
+        x = augment(images.x, generator, recipe.crop, self.splits.flip)
+        x = normalise(x, self.splits, size)
+        return (x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x), images.y
+
+    # -- results
+
+    def shares(self) -> tuple[float, float]:
+        """MACs kept, as counted and after compaction, of the network as it is; of the unpruned model for
+        `slim`."""
+        if self.recipe.method == "slim":
+            full = build(self.recipe.model, len(self.splits.classes), self.splits.channels, self.recipe.width)
+            share = self.network.macs / probe(full.to(self.device), self.example).macs
+            return share, share
+        found = self.skeletons or (skeletons(self.model) if gates(self.model) else {})
+        return macs_kept(self.network, found), compacted_macs_kept(self.network, found)
+
+
+class Log:
+    """log.csv, one row a step; what a killed run wrote beyond its last checkpoint is written anew."""
+
+    def __init__(self, path: Path, step: int):
+        rows = []
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+        self.file = path.open("w", newline="")
+        self.writer = csv.writer(self.file)
+        self.writer.writerow(LOG_FIELDS)
+        self.writer.writerows(rows)
+
+    def write(self, p: Progress) -> None:
+        numbers = (p.task_loss, p.pressure, p.share_soft, p.share_hard, p.target, p.lr)
+        self.writer.writerow([p.step, *(f"{number:.6g}" for number in numbers), p.size])
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def learning_rate(recipe: Recipe, done: float) -> float:
+    """A triangle: up to `lr` over the first share `rise`, then down to zero."""
+    return recipe.lr * min(done / recipe.rise if recipe.rise else 1.0, (1 - done) / (1 - recipe.rise), 1.0)
+
+
+def slim_width(recipe: Recipe, splits: Splits) -> float:
+    """The width at which the whole network costs the recipe's budget, by bisection."""
+    example = torch.zeros(1, splits.channels, splits.size, splits.size)
+
+    def macs(width: float) -> int:
+        return probe(build(recipe.model, len(splits.classes), splits.channels, width), example).macs
+
+    allowed, low, high = recipe.budget * macs(recipe.width), 0.0, recipe.width
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if macs(middle) <= allowed else (low, middle)
+    return low
+
+
+@torch.inference_mode()
+def count_errors(model: nn.Module, images: Images, splits: Splits, batch: int = 256) -> int:
+    """Wrongly classified images, at the data's own size."""
+    training = model.training
+    model.eval()
+    wrong = 0
+    for x, y in zip(images.x.split(batch), images.y.split(batch), strict=True):
+        wrong += int((model(normalise(x, splits)).argmax(1) != y).sum())
+    model.train(training)
+    return wrong
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """folder/results.json, atomically."""
+    text = json.dumps(results, indent=2) + "\n"
+    checkpoint.write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
