@@ -127,3 +127,41 @@ def test_the_source_archive_holds_every_native_source(tmp_path: Path) -> None:
     wanted = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()] + [ROOT / "stripe_kernels/py.typed"]
     missing = [name for p in wanted if (name := str(p.relative_to(ROOT))) not in held]
     assert not missing, missing
+
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{part}" or name.startswith("{part}."):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+from stripe_kernels import list_kernels, stripe_conv2d
+
+x, weight, skeleton = torch.ones(1, 3, 5, 5), torch.ones(36, 3), torch.ones(4, 3, 3, dtype=torch.bool)
+assert stripe_conv2d(x, weight, skeleton)[0, 0, 0, 0] == 27
+print(*list_kernels())
+try:
+    stripe_conv2d(x, weight, skeleton, kernel="{kernel}")
+except (RuntimeError, ValueError) as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("part", "backend"), [("stripe_kernels._cpu", "cpu"), ("triton", "triton")])
+def test_a_missing_part_costs_its_kernels_and_is_named(part: str, backend: str) -> None:
+    from stripe_kernels import list_kernels
+
+    kernel = next(name for name in list_kernels() if name.startswith(f"{backend}_"))
+    script = WITHOUT.format(part=part, kernel=kernel)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    left, message = result.stdout.split("\n", 1)
+    assert left.split()
+    assert not [name for name in left.split() if name.startswith(f"{backend}_")]
+    assert part in message
+    assert "pip install" in message
