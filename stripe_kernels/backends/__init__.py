@@ -1,0 +1,23 @@
+"""One module a backend. Importing a backend registers its kernels; one that cannot be imported leaves its reason."""
+
+from __future__ import annotations
+
+import importlib
+
+from stripe_kernels import registry
+
+_MODULES = ("dense", "reference", "cpu")
+_loaded = False
+
+
+def load() -> None:
+    """Imports every backend once."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    for name in _MODULES:
+        try:
+            importlib.import_module(f"stripe_kernels.backends.{name}")
+        except ImportError as error:
+            registry.register_missing(name, str(error))

@@ -1,0 +1,144 @@
+"""The native CPU kernels: one name per lane mode and instruction set, e.g. cpu_batch_avx512 (see csrc/cpu)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from stripe_kernels.backends import cpu_tiling
+from stripe_kernels.packed import StripeIndex
+from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
+
+try:
+    from stripe_kernels import _cpu
+except ImportError as error:
+    raise ImportError(f"the extension stripe_kernels._cpu is not built or does not load ({error}); run: pip install -e .") from error
+
+_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
+_NO_STRIDES = (0, 0, 0, 0)
+_WGRAD_PIXELS = 192  # output pixels a chunk: both pixel-major copies stay near the core, sums are reloaded seldom
+
+
+def _float(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+class _Runner:
+    """What the passes share: the native object, and the output's layout."""
+
+    def __init__(self, problem: Problem) -> None:
+        s = problem.shape
+        self.threads = problem.threads
+        self.dtype = getattr(torch, problem.dtype)
+        self.code = _DTYPES[problem.dtype]
+        self.format = torch.channels_last if problem.channels_last else torch.contiguous_format
+        index = StripeIndex.of(problem.skeleton, s.groups)
+        self.stripes = problem.skeleton.stripes
+        self.shape = s
+        sizes = (s.N, s.C, s.H, s.W, s.K, s.R, s.S, s.P, s.Q, *s.stride, *s.padding[:2], *s.dilation, s.groups)
+        self.arguments = (list(sizes), index.tap_ptr.tolist(), index.filter.tolist(), index.row.tolist())
+
+    def pack_into(self, native: object, weight: Tensor) -> Tensor:
+        weight = weight.detach().contiguous()
+        packed = torch.empty(native.packed_floats, dtype=torch.float32)  # type: ignore[attr-defined]
+        native.pack_weight(weight.data_ptr(), _DTYPES[str(weight.dtype)[6:]], packed.data_ptr())  # type: ignore[attr-defined]
+        return packed
+
+
+class CpuFprop(_Runner):
+    def __init__(self, problem: Problem, config: Config, isa: str) -> None:
+        super().__init__(problem)
+        self.native = _cpu.Fprop(*self.arguments, list(config), isa)
+        self.size = self.shape.output_size
+        self.run = self.native.run
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return self.pack_into(self.native, weight)
+
+    def __call__(
+        self, x: Tensor, packed: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None, act: str
+    ) -> Tensor:
+        y = torch.empty(self.size, dtype=self.dtype, memory_format=self.format)
+        bias, scale = _float(bias), _float(scale)
+        self.run(
+            self.threads, x.data_ptr(), self.code, x.stride(), packed.data_ptr(), y.data_ptr(), self.code, y.stride(),
+            0 if scale is None else scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(), _NO_STRIDES if residual is None else residual.stride(),
+            _ACTIVATIONS[act],
+        )  # fmt: skip
+        return y
+
+
+class CpuDgrad(_Runner):
+    def __init__(self, problem: Problem, config: Config, isa: str) -> None:
+        super().__init__(problem)
+        self.native = _cpu.Dgrad(*self.arguments, list(config), isa)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return self.pack_into(self.native, weight)
+
+    def __call__(self, dy: Tensor, packed: Tensor) -> Tensor:
+        dx = torch.empty(self.shape.input_size, dtype=self.dtype, memory_format=self.format)
+        self.native.run(
+            self.threads, dy.data_ptr(), self.code, dy.stride(), packed.data_ptr(), dx.data_ptr(), self.code, dx.stride()
+        )
+        return dx
+
+
+class CpuWgrad(_Runner):
+    def __init__(self, problem: Problem, config: Config, isa: str) -> None:
+        super().__init__(problem)
+        self.native = _cpu.Wgrad(*self.arguments, _WGRAD_PIXELS, isa)
+
+    def __call__(self, dy: Tensor, x: Tensor) -> Tensor:
+        dw = torch.empty(self.stripes, self.shape.group_c, dtype=self.dtype)
+        self.native.run(
+            self.threads, x.data_ptr(), self.code, x.stride(), dy.data_ptr(), self.code, dy.stride(), dw.data_ptr(), self.code
+        )
+        return dw
+
+
+def _refuse(problem: Problem, which: Pass) -> str | None:
+    if problem.device != "cpu":
+        return f"runs on the CPU, not on {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"takes {', '.join(_DTYPES)}, not {problem.dtype}"
+    s = problem.shape
+    if max(s.N * s.P, (s.P + s.H) * s.stride[0], (s.Q + s.W) * s.stride[1]) >= 2**30:
+        return f"an extent of {s} exceeds 2^30"
+    return None
+
+
+def _candidates_of(mode: int, lanes: int) -> Callable[[Problem, Pass], Mapping[Config, float]]:
+    def candidates(problem: Problem, which: Pass) -> Mapping[Config, float]:
+        if which == "wgrad":
+            return {(): cpu_tiling.predict_wgrad(problem, lanes)}
+        tilings = cpu_tiling.tilings(problem, which, mode, lanes)
+        return {t: cpu_tiling.predict(problem, which, t, lanes) for t in tilings}
+
+    return candidates
+
+
+def _builder(isa: str) -> Callable[[Problem, Pass, Config], _Runner]:
+    def build(problem: Problem, which: Pass, config: Config) -> _Runner:
+        if which == "wgrad":
+            return CpuWgrad(problem, config, isa)
+        return CpuFprop(problem, config, isa) if which == "fprop" else CpuDgrad(problem, config, isa)
+
+    return build
+
+
+for _isa in _cpu.isas():
+    for _name, _mode in cpu_tiling.MODES.items():
+        register(
+            Kernel(
+                f"cpu_{_name}_{_isa}",
+                _refuse,
+                _candidates_of(_mode, _cpu.lanes(_isa)),
+                _builder(_isa),
+                automatic=_isa == _cpu.isas()[0],
+            )
+        )

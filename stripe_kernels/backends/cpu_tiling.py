@@ -1,0 +1,134 @@
+"""Which blocks the CPU kernels cut a problem into, and what each should cost. Torch-free.
+
+A tiling is (mode, images, rows, filter_parts, window): see csrc/cpu/schedule.h. Costs are cycles of one core divided by a
+nominal clock; only their ratios matter, and tune() replaces them by measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from stripe_kernels.geometry import ConvShape
+from stripe_kernels.registry import Config, Pass, Problem
+
+PIXELS, GATHER, BATCH = 0, 1, 2
+MODES = {"pixels": PIXELS, "gather": GATHER, "batch": BATCH}
+CLOCK = 3.5e9
+# Measured on 1 MB of L2: blocks up to this size run as fast as small ones; past it halo rows cost less than misses.
+BLOCK_BYTES = 1_400_000
+WHOLE_MAP_BYTES = 4_500_000
+WINDOW = 12  # vectors: a common multiple of the register tiles 3, 4, 6, 12
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The two ends of fprop (x -> y) or dgrad (dy -> dx): channels and maps read and written, and how taps spread."""
+
+    channels_in: int
+    channels_out: int
+    rows: int
+    cols: int
+    halo: int
+    pitch: int
+    planes: int
+    phases: int
+
+    @classmethod
+    def of(cls, s: ConvShape, which: Pass) -> Sides:
+        spread_h, spread_w = s.dilation[0] * (s.R - 1), s.dilation[1] * (s.S - 1)
+        strides = s.stride[0] * s.stride[1]
+        if which == "dgrad":
+            rows, cols = -(-s.H // s.stride[0]), -(-s.W // s.stride[1])
+            pitch = cols + spread_w // s.stride[1] // 2 + 1
+            return cls(s.group_k, s.group_c, rows, cols, spread_h // s.stride[0], pitch, 1, strides)
+        pitch = max(s.Q, -(-s.W // s.stride[1]) + (1 if s.S > 1 else 0))
+        planes = min(strides, s.taps)
+        return cls(s.group_c, s.group_k, s.P, s.Q, spread_h // s.stride[0], pitch, planes, 1)
+
+    def block_bytes(self, rows: int, lanes: int) -> int:
+        panel = self.channels_in * (rows + self.halo) * self.pitch * self.planes
+        return 4 * lanes * (panel + self.channels_out * rows * self.pitch)
+
+
+def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Config]:
+    """Tilings of one lane mode worth measuring, the expected best first."""
+    s = problem.shape
+    sides = Sides.of(s, which)
+    rows_all = max(1, sides.rows)
+    if mode == GATHER:
+        pixels = max(1, sides.rows * sides.cols)
+        images = max(1, min(s.N, -(-12 * lanes // pixels)))
+        blocks = -(-s.N // images) * s.groups
+        for parts in dict.fromkeys((1 if blocks >= problem.threads else problem.threads, 1)):
+            yield (GATHER, images, rows_all, parts, WINDOW)
+        return
+    batches = [1] if mode == PIXELS else [lanes * b for b in (1, 2) if b == 1 or (s.N > lanes * b // 2 and sides.cols <= 4)]
+    for images in batches:
+        image_blocks = -(-s.N // images)
+        whole = sides.block_bytes(rows_all, images)
+        rows = rows_all
+        if whole > WHOLE_MAP_BYTES:
+            rows = next((r for r in range(rows_all, 0, -1) if sides.block_bytes(r, images) <= BLOCK_BYTES), 1)
+            rows = -(-rows_all // -(-rows_all // rows))
+        blocks = image_blocks * s.groups * -(-rows_all // rows)
+        if blocks % problem.threads and blocks < 8 * problem.threads:
+            # Too few blocks to share out: split the filters of one block, or cut the map into more rows.
+            yield (mode, images, rows, problem.threads, WINDOW)
+            cuts = -(-problem.threads // (image_blocks * s.groups))
+            finer = -(-rows_all // (cuts * -(-rows_all // rows) if cuts > 1 else problem.threads))
+            if finer < rows:
+                yield (mode, images, max(1, finer), 1, WINDOW)
+        yield (mode, images, rows, 1, WINDOW)
+
+
+def predict(problem: Problem, which: Pass, config: Config, lanes: int) -> float:
+    """Seconds: multiply-adds of live stripes over the lanes actually run, plus moving activations in and out.
+
+    Constants are cycles a vector, measured on Zen 4: a multiply-add 1.05; the per-tap update of y 3; into pixel lanes 3, into
+    batch lanes 6 (a transpose), an im2col plane 3 a tap; out again the same.
+    """
+    s = problem.shape
+    mode, images, rows, parts, _ = config
+    sides = Sides.of(s, which)
+    if mode == BATCH:
+        blocks_n, lanes_n = -(-s.N // images), images
+        width, move = sides.cols, 6.0
+    elif mode == GATHER:
+        blocks_n, lanes_n = -(-s.N // images), 1
+        width, move = sides.cols * images, 3.0
+    else:
+        blocks_n, lanes_n = s.N, 1
+        width, move = sides.pitch, 3.0
+    row_blocks = -(-sides.rows // rows)
+    out_vectors = -(-min(rows, sides.rows) * width * lanes_n // lanes)
+    in_rows = sides.rows if mode == GATHER else rows + sides.halo
+    planes = s.taps if mode == GATHER else sides.planes
+    in_vectors = -(-in_rows * width * lanes_n // lanes) * planes
+    stripes = problem.skeleton.stripes / s.groups
+    share = 1.0
+    if mode == BATCH:
+        from stripe_kernels.backends.dense import inside_share
+
+        share = inside_share(problem) / s.taps
+    fma = 1.05 * stripes * share * out_vectors * s.group_c
+    if which == "fprop":
+        fma += 3.0 * stripes * share * out_vectors + 1.0 * sides.channels_out * out_vectors
+    fma /= 1.0 if which == "fprop" else sides.phases
+    block = fma + move * (in_vectors * sides.channels_in + out_vectors * sides.channels_out)
+    blocks = blocks_n * row_blocks * s.groups * (sides.phases if which == "dgrad" else 1)
+    if parts > 1:
+        rounds = blocks * (1.0 / min(parts, problem.threads)) * 1.03
+    else:
+        rounds = -(-blocks // problem.threads)
+    return 3e-6 + (1e-6 if problem.threads > 1 else 0.0) + rounds * block / CLOCK
+
+
+def predict_wgrad(problem: Problem, lanes: int) -> float:
+    """Seconds of wgrad: live multiply-adds with lanes along C, and two pixel-major copies."""
+    s = problem.shape
+    pixels = s.N * s.P * s.Q
+    vectors = -(-s.group_c // lanes)
+    work = 1.3 * problem.skeleton.stripes * vectors * pixels
+    copies = 6.0 * s.N * (s.H * s.W * s.C + s.P * s.Q * s.K) / lanes
+    return 4e-6 + (work + copies) / problem.threads / CLOCK

@@ -1,0 +1,127 @@
+"""torch's own convolution on the scattered filter: the candidate no other kernel may be slower than.
+
+It runs in the tensor's dtype on any device; its packed form is the dense filter, kept between calls like any other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
+
+Epilogue = tuple[Tensor | None, Tensor | None, Tensor | None, str]  # bias [K], scale [K], residual, activation
+
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+
+
+def apply_epilogue(y: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None, act: str) -> Tensor:
+    """activation(y * scale[k] + bias[k] + residual), as separate torch calls."""
+    if scale is not None:
+        y = y * scale[:, None, None]
+    if bias is not None:
+        y = y + bias[:, None, None]
+    if residual is not None:
+        y = y + residual
+    return ACTIVATIONS[act](y)
+
+
+class _Dense:
+    """What the three passes share: the scatter and the padding torch's convolution does not take."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.shape = problem.shape
+        self.live = torch.from_numpy(problem.skeleton.live.copy())
+        self.format = torch.channels_last if problem.channels_last else torch.contiguous_format
+        top, left, bottom, right = problem.shape.padding
+        self.uneven = (0, right - left, 0, bottom - top)  # "same" with an even filter pads one side more
+        self.padding = (top, left)
+
+    def pack(self, weight: Tensor) -> Tensor:  # [A, C/groups] -> [K, C/groups, R, S]
+        live = self.live.to(weight.device)
+        dense = weight.new_zeros(*live.shape, weight.shape[1])
+        dense[live] = weight
+        return dense.permute(0, 3, 1, 2).contiguous(memory_format=self.format)
+
+    def pad(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.uneven) if any(self.uneven) else x
+
+    def gradients(self, dy: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
+        s = self.shape
+        return torch.ops.aten.convolution_backward(
+            dy, x, weight, None, s.stride, self.padding, s.dilation, False, [0, 0], s.groups, mask
+        )
+
+
+class DenseFprop(_Dense):
+    def __call__(
+        self, x: Tensor, packed: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None, act: str
+    ) -> Tensor:
+        s = self.shape
+        early = bias if scale is None else None
+        y = F.conv2d(self.pad(x), packed, early, s.stride, self.padding, s.dilation, s.groups)
+        return apply_epilogue(y, None if early is not None else bias, scale, residual, act)
+
+
+class DenseDgrad(_Dense):
+    def __call__(self, dy: Tensor, packed: Tensor) -> Tensor:
+        x = torch.empty(self.shape.input_size, dtype=dy.dtype, device=dy.device, memory_format=self.format)
+        padded = self.pad(x)
+        dx = self.gradients(dy, padded, packed, [True, False, False])[0]
+        return dx[:, :, : self.shape.H, : self.shape.W].contiguous(memory_format=self.format)
+
+
+class DenseWgrad(_Dense):
+    def __call__(self, dy: Tensor, x: Tensor) -> Tensor:
+        s = self.shape
+        weight = x.new_empty(s.K, s.group_c, s.R, s.S)
+        dw = self.gradients(dy, self.pad(x), weight, [False, True, False])[1]
+        return dw.permute(0, 2, 3, 1)[self.live.to(dw.device)]
+
+
+_RUNNERS = {"fprop": DenseFprop, "dgrad": DenseDgrad, "wgrad": DenseWgrad}
+
+
+def predict(problem: Problem, which: Pass) -> float:
+    """Seconds for oneDNN or cuDNN, from the multiply-adds that fall inside the image.
+
+    The share of peak falls with the pixels M a filter sees: about M / (M + 28) of 92 % (measured, fp32, N * P * Q from 4 to
+    32768); wgrad and dgrad run at about the same rate. A GPU does not enter: its kernels compare against each other.
+    """
+    s = problem.shape
+    pixels = s.N * s.P * s.Q
+    macs = pixels * s.K * s.group_c * inside_share(problem)
+    rate = 55e9 * problem.threads * 0.92 * pixels / (pixels + 28)
+    narrow = min(1.0, s.group_c / 8) * min(1.0, s.group_k / 8)
+    return 6e-6 + macs / max(rate * max(narrow, 0.02), 1.0)
+
+
+def inside_share(problem: Problem) -> float:
+    """Taps of an output pixel that fall inside the image, on average (3x3 on 4x4, padding 1: 6.25 of 9)."""
+    s = problem.shape
+
+    def reach(size: int, out: int, taps: int, stride: int, pad: int, dilation: int) -> float:
+        hits = sum(0 <= i * stride + t * dilation - pad < size for i in range(out) for t in range(taps))
+        return hits / max(out, 1)
+
+    return reach(s.H, s.P, s.R, s.stride[0], s.padding[0], s.dilation[0]) * reach(
+        s.W, s.Q, s.S, s.stride[1], s.padding[1], s.dilation[1]
+    )
+
+
+def _candidates(problem: Problem, which: Pass) -> dict[Config, float]:
+    return {(): predict(problem, which)}
+
+
+def _build(problem: Problem, which: Pass, config: Config) -> _Dense:
+    return _RUNNERS[which](problem)
+
+
+register(Kernel("dense", lambda problem, which: None, _candidates, _build))

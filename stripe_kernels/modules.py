@@ -1,0 +1,194 @@
+"""StripeConv2d: nn.Conv2d that stores and computes its live stripes only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stripe_kernels import functional, ops
+from stripe_kernels.geometry import pair, resolve_padding
+from stripe_kernels.skeleton import FilterSkeleton
+
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class StripeConv2d(nn.Module):
+    """A convolution over the live stripes of a filter; nn.Conv2d's signature plus `skeleton`, bool [K, R, S].
+
+    weight  Parameter [A, C/groups]: live stripes in the order skeleton.nonzero() gives
+    bias    Parameter [K] or None
+    skeleton  buffer, bool [K, R, S]
+    kernel  "auto" or a name from list_kernels(); may be assigned
+
+    In inference the kernel's own form of the weight is kept until the parameter changes, moves, is loaded or the layer
+    trains; after writing through ``layer.weight.data`` call ``layer.repack()``.
+
+    >>> import torch
+    >>> from stripe_kernels import StripeConv2d
+    >>> skeleton = torch.rand(16, 3, 3) < 0.3
+    >>> layer = StripeConv2d(8, 16, 3, padding=1, skeleton=skeleton)
+    >>> layer(torch.randn(2, 8, 10, 10)).shape
+    torch.Size([2, 16, 10, 10])
+    """
+
+    skeleton: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        skeleton: Tensor | FilterSkeleton,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        live = functional.as_skeleton(skeleton)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = pair(kernel_size, "kernel_size", 1)
+        self.stride, self.dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+        self.padding: Any = padding if isinstance(padding, str) else pair(padding, "padding", 0)
+        self.padding_mode = padding_mode
+        if groups < 1 or in_channels < 1 or out_channels < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
+        if live.shape != (out_channels, *self.kernel_size):
+            raise ValueError(
+                f"skeleton is {list(live.shape)} but the filter has K={out_channels} and {self.kernel_size} taps"
+            )
+        if padding_mode not in _PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}")
+        resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
+        factory = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(live.stripes, in_channels // groups, **factory))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **factory)) if bias else None)
+        self.register_buffer("skeleton", torch.tensor(live.live, device=device))
+        self._kernel = "auto"
+        self._bind(live)
+        self.reset_parameters()
+
+    def _bind(self, live: FilterSkeleton) -> None:
+        """Derives what calls need from the settings; called when the skeleton or the kernel changes."""
+        self.filter_skeleton = live
+        pads = resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
+        top, left, bottom, right = pads
+        self._explicit_pad = (left, right, top, bottom) if self.padding_mode != "zeros" and any(pads) else None
+        inner = (0, 0, 0, 0) if self._explicit_pad else pads
+        self._op = ops.StripeOp.of(live.text, self.stride, inner, self.dilation, self.groups, self._kernel)
+
+    def reset_parameters(self) -> None:
+        """As nn.Conv2d: uniform in +-1/sqrt(fan_in), fan_in counted over the live stripes of an average filter."""
+        live_taps = max(1.0, self.weight.shape[0] / self.out_channels)
+        bound = 1 / math.sqrt(self.in_channels // self.groups * live_taps)
+        with torch.no_grad():
+            self.weight.uniform_(-bound, bound)
+            if self.bias is not None:
+                self.bias.uniform_(-bound, bound)
+
+    @property
+    def kernel(self) -> str:
+        """The kernel's name, or "auto"."""
+        return self._kernel
+
+    @kernel.setter
+    def kernel(self, name: str) -> None:
+        self._kernel = name
+        self._bind(self.filter_skeleton)
+
+    @property
+    def density(self) -> float:
+        """Live stripes / all stripes."""
+        return self.filter_skeleton.density
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W] or [C, H, W] -> [N, K, P, Q] or [K, P, Q]."""
+        if self._explicit_pad is not None:
+            x = F.pad(x, self._explicit_pad, mode=self.padding_mode)
+        return functional.convolve(self._op, x, self.weight, self.bias)
+
+    def repack(self) -> None:
+        """Forgets packed copies of the weight; needed after writing through ``weight.data``."""
+        ops.drop_snapshot(self.weight)
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, skeleton: Tensor | FilterSkeleton | None = None) -> StripeConv2d:
+        """The live stripes of a convolution. Without a skeleton, stripes that are entirely zero are dead."""
+        if type(conv).__name__ in ("LazyConv2d",) or not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"from_conv2d takes an initialised nn.Conv2d, got {type(conv).__name__}")
+        weight = conv.weight.detach()
+        if skeleton is None:
+            skeleton = (weight != 0).any(1)
+        live = functional.as_skeleton(skeleton)
+        layer = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
+            conv.groups, conv.bias is not None, conv.padding_mode,
+            skeleton=live, device=weight.device, dtype=weight.dtype,
+        )  # fmt: skip
+        with torch.no_grad():
+            layer.weight.copy_(weight.permute(0, 2, 3, 1)[layer.skeleton])
+            if conv.bias is not None and layer.bias is not None:
+                layer.bias.copy_(conv.bias)
+        layer.weight.requires_grad_(conv.weight.requires_grad)
+        return layer.train(conv.training)
+
+    def dense_weight(self) -> Tensor:
+        """The dense filter [K, C/groups, R, S], zero where a stripe is dead; differentiable in `weight`."""
+        dense = self.weight.new_zeros(*self.skeleton.shape, self.weight.shape[1])
+        return dense.index_put(self.skeleton.nonzero(as_tuple=True), self.weight).permute(0, 3, 1, 2)
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """The same layer as nn.Conv2d: a dense weight with zeros. Lossless."""
+        conv = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.groups, self.bias is not None, self.padding_mode, device=self.weight.device, dtype=self.weight.dtype,
+        )  # fmt: skip
+        with torch.no_grad():
+            conv.weight.copy_(self.dense_weight())
+            if self.bias is not None and conv.bias is not None:
+                conv.bias.copy_(self.bias)
+        return conv.train(self.training)
+
+    def train(self, mode: bool = True) -> StripeConv2d:
+        self.repack()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StripeConv2d:
+        self.repack()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes a state with another skeleton too: the weight is resized to its live stripes."""
+        self.repack()
+        saved = state_dict.get(prefix + "skeleton")
+        if saved is not None and tuple(saved.shape) == tuple(self.skeleton.shape) and saved.dtype == torch.bool:
+            live = functional.as_skeleton(saved)
+            if live != self.filter_skeleton:
+                self.weight = nn.Parameter(self.weight.new_empty(live.stripes, self.weight.shape[1]))
+                self._bind(live)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_op"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._bind(self.filter_skeleton)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text += f", padding={self.padding}, density={self.density:.3f}"
+        for name, default in (("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros"), ("kernel", "auto")):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)!r}"
+        return text + (", bias=False" if self.bias is None else "")

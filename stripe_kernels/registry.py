@@ -1,0 +1,78 @@
+"""What kernels exist. One `register` line makes a kernel selectable, tested and benchmarked.
+
+A kernel covers the passes "fprop", "dgrad" and "wgrad" of one family and states, torch-free, whether it takes a problem
+(`refuse` gives the reason it does not), in which configurations, and how long each should take.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stripe_kernels.geometry import ConvShape
+from stripe_kernels.skeleton import FilterSkeleton
+
+Pass = Literal["fprop", "dgrad", "wgrad"]
+PASSES: tuple[Pass, ...] = ("fprop", "dgrad", "wgrad")
+Config = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything a plan depends on. `dtype` is torch's name without the prefix, `device` a device type."""
+
+    shape: ConvShape
+    skeleton: FilterSkeleton
+    dtype: str
+    device: str
+    channels_last: bool
+    threads: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`candidates(problem, which)` maps each configuration to its predicted seconds; `build(problem, which, config)`
+    gives the runner. `automatic` kernels take part in kernel="auto"; all can be forced by name."""
+
+    name: str
+    refuse: Callable[[Problem, Pass], str | None]
+    candidates: Callable[[Problem, Pass], Mapping[Config, float]]
+    build: Callable[[Problem, Pass, Config], Any]
+    automatic: bool = True
+
+
+_kernels: dict[str, Kernel] = {}
+_missing: dict[str, str] = {}
+
+
+def register(kernel: Kernel) -> None:
+    """Adds a kernel; a second one of the same name is an error."""
+    if kernel.name in _kernels:
+        raise ValueError(f"kernel {kernel.name!r} is registered twice")
+    _kernels[kernel.name] = kernel
+
+
+def register_missing(backend: str, reason: str) -> None:
+    """Remembers why a backend's kernels are not there, for messages."""
+    _missing[backend] = reason
+
+
+def kernels() -> dict[str, Kernel]:
+    """All registered kernels by name."""
+    return dict(_kernels)
+
+
+def missing() -> dict[str, str]:
+    """Backends that could not be loaded, with the reason."""
+    return dict(_missing)
+
+
+def find(name: str) -> Kernel:
+    """The kernel of that name; ValueError names the nearest ones and what could not be loaded."""
+    if name in _kernels:
+        return _kernels[name]
+    near = difflib.get_close_matches(name, _kernels, n=3) or sorted(_kernels)
+    absent = "".join(f"; {backend} is missing: {reason}" for backend, reason in _missing.items())
+    raise ValueError(f"no kernel {name!r}; did you mean {', '.join(near)}?{absent}")
