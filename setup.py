@@ -21,8 +21,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
+import setuptools
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+
+if (
+    int(setuptools.__version__.split(".")[0]) < 77
+):  # it would stumble over pyproject.toml's licence expression
+    sys.exit(f"stripe_kernels: building needs setuptools >= 77, this is {setuptools.__version__}")
 
 CSRC = Path("csrc")
 NATIVE = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
