@@ -10,7 +10,7 @@ import csv
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iessp import checkpoint
-from iessp.attach import attach, freeze, gates, network_of, param_groups, skeletons
+from iessp.attach import attach, freeze, gates, param_groups, skeletons
 from iessp.budget import compacted_macs_kept, macs_kept
 from iessp.data.images import Images, Splits, augment, normalise, shuffled
 from iessp.loss import StripeLoss
 from iessp.models import build
 from iessp.network import probe
 from iessp.recipe import Recipe
+from iessp.timing import compare
 
 SAVE_SECONDS = 30.0
-LOG_FIELDS = ("step", "task_loss", "lambda", "share_soft", "share_hard", "target", "lr", "size")
+EQUALITY_IMAGES = 32
 
 
-@dataclass
-class Progress:
+class Interrupted(Exception):
+    """The run was asked to stop; a checkpoint of its last step is in the folder."""
+
+
+@dataclass(frozen=True)
+class Step:
     """What a step reports: to the progress bar, the CSV file and TensorBoard."""
 
     step: int
     steps: int
+    phase: str  # dense, warm, learn, settled (masked) or packed (stripe kernels)
     task_loss: float
-    learning: bool  # gates are on and not yet settled
-    pressure: float = 0.0
+    lr: float
+    size: int
+    pressure: float = 0.0  # lambda_t
     share_soft: float = 1.0
     share_hard: float = 1.0
     target: float = 1.0
-    lr: float = 0.0
-    size: int = 0
 
 
 class Trainer:
@@ -60,7 +65,8 @@ class Trainer:
         self.splits = splits.to(self.device)
         self.per_epoch = max(1, len(splits.train) // recipe.batch)
         self.steps = self.per_epoch * recipe.epochs
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
+        self.equality: dict[str, float] = {}  # frozen against masked, when the network was packed
         self.skeletons: dict[str, Tensor] = {}
         self._build()
         state = checkpoint.load(folder / "checkpoints")
@@ -71,17 +77,11 @@ class Trainer:
 
     def _build(self) -> None:
         recipe, splits = self.recipe, self.splits
-        torch.manual_seed(recipe.seed)
-        width = slim_width(recipe, splits) if recipe.method == "slim" else recipe.width
-        self.model = build(recipe.model, len(splits.classes), splits.channels, width).to(self.device)
-        if recipe.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
         self.example = torch.zeros(1, splits.channels, splits.size, splits.size, device=self.device)
+        self.model = assemble(recipe, len(splits.classes), self.example)
         self.network = probe(self.model, self.example)
         self.loss: StripeLoss | None = None
         if recipe.pruned:
-            attach(self.model, recipe.method, example_input=self.example, **recipe.options)
-            self.network = network_of(self.model)
             self.loss = StripeLoss(
                 self.model, budget=recipe.budget, steps=self.steps, warmup=recipe.warmup, meet=recipe.meet,
                 settle=recipe.settle, kappa=recipe.kappa, adaptive=recipe.adaptive, eta=recipe.eta,
@@ -105,9 +105,14 @@ class Trainer:
 
     def _pack(self) -> None:
         """Go on with the live stripes alone, on the stripe kernels, with a fresh optimiser."""
-        self.skeletons = {name: s.cpu() for name, s in skeletons(self.model).items()}
-        self.model = freeze(self.model)
-        self.loss = None
+        masked = self.model
+        self.skeletons = {name: s.cpu() for name, s in skeletons(masked).items()}
+        self.model, self.loss = freeze(masked), None
+        x = normalise(self.splits.held_out.x[:EQUALITY_IMAGES], self.splits)
+        equality = compare(self.model, masked, x)
+        if not equality.ok:
+            raise RuntimeError(f"the frozen network differs from the masked one: {equality}")
+        self.equality = asdict(equality)
         self._build_optimisers()
 
     # -- checkpoints
@@ -120,6 +125,13 @@ class Trainer:
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "loss": self.loss.state_dict() if self.loss else None,
             "skeletons": self.skeletons,
+            "images": {
+                "classes": len(self.splits.classes),
+                "channels": self.splits.channels,
+                "size": self.splits.size,
+            },
+            "seconds": self.seconds,
+            "equality": self.equality,
         }
         checkpoint.save(self.folder / "checkpoints", self.step, state)
 
@@ -131,68 +143,76 @@ class Trainer:
                 f"{self.folder} holds another recipe's run ({'; '.join(differing)}): choose another folder"
             )
         if state["skeletons"]:
-            for name, gate in gates(self.model).items():
-                gate.settle(state["skeletons"][name].to(self.device))
-            self._pack()
+            self.skeletons, self.loss = state["skeletons"], None
+            self.model = packed_from(self.model, self.skeletons)
+            self._build_optimisers()
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         if self.loss:
             self.loss.load_state_dict(state["loss"])
-        self.step = state["step"]
+        self.step, self.seconds, self.equality = state["step"], state["seconds"], state["equality"]
 
     # -- training
 
-    def run(self, report: Callable[[Progress], None] = lambda progress: None) -> None:
-        """Train to the end, saving every half minute; KeyboardInterrupt saves and is raised again."""
+    def run(
+        self,
+        report: Callable[[Step], None] = lambda step: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Train to the end, saving every half minute; when `stop` says so, save and raise Interrupted."""
         self.folder.mkdir(parents=True, exist_ok=True)
         saved_at = time.monotonic()
-        log = Log(self.folder / "log.csv", self.step)
-        try:
+        with Log(self.folder / "log.csv", self.step) as log:
             while self.step < self.steps:
-                progress = self.train_step()
-                log.write(progress)
-                report(progress)
-                if time.monotonic() - saved_at > SAVE_SECONDS:
+                began = time.monotonic()
+                done = self.train_step()
+                self.seconds += time.monotonic() - began
+                log.write(done)
+                report(done)
+                if stop() or time.monotonic() - saved_at > SAVE_SECONDS:
                     self.save()
                     saved_at = time.monotonic()
-        except KeyboardInterrupt:
-            # The step that was interrupted is not counted, but may have changed weights: the last whole
-            # state is on disk.
-            raise
-        finally:
-            log.close()
+                if stop() and self.step < self.steps:
+                    raise Interrupted(
+                        f"stopped at step {self.step} of {self.steps}; {self.folder} resumes from there"
+                    )
         self.save()
 
-    def train_step(self) -> Progress:
+    def train_step(self) -> Step:
         """One optimiser step; moves on to the packed network when the skeletons have settled."""
         recipe = self.recipe
-        size = recipe.size(self.step / self.steps)
-        x, y = self._batch(size)
+        x, y = self._batch(recipe.size(self.step / self.steps))
         self.model.train()
         rate = learning_rate(recipe, (self.step + 0.5) / self.steps)
         for group in self.optimisers[0].param_groups:
             group["lr"] = rate
+        phase, target = self.phase, self.loss.target() if self.loss else recipe.budget
         with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bfloat16):
             task = F.cross_entropy(self.model(x), y, label_smoothing=recipe.label_smoothing)
-        progress = Progress(self.step + 1, self.steps, float(task.detach()), False, lr=rate, size=x.shape[-1])
-        total = task
-        if self.loss:
-            progress.learning = self.loss.phase() == "learn"
-            progress.target = self.loss.target()
-            total = self.loss(task)
-            progress.pressure = float(self.loss.lambda_now)
-            progress.share_soft = float(self.loss.share_soft)
-            progress.share_hard = float(self.loss.share_hard)
+        total = self.loss(task) if self.loss else task
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         total.backward()
         for optimiser in self.optimisers:
             optimiser.step()
         self.step += 1
+        done = Step(self.step, self.steps, phase, float(task.detach()), rate, x.shape[-1], target=target)
+        if self.loss:
+            state = self.loss
+            shares = (float(n) for n in (state.lambda_now, state.share_soft, state.share_hard))
+            done = replace(done, **dict(zip(("pressure", "share_soft", "share_hard"), shares, strict=True)))
+        elif phase == "packed":
+            done = replace(done, share_hard=self.shares()[0])
         if self.loss and self.loss.phase() == "settled" and recipe.packed:
             self._pack()
-        return progress
+        return done
+
+    @property
+    def phase(self) -> str:
+        if self.loss:
+            return self.loss.phase()
+        return "packed" if self.skeletons else "dense"
 
     def _batch(self, size: int | None) -> tuple[Tensor, Tensor]:
         recipe, epoch, within = self.recipe, self.step // self.per_epoch, self.step % self.per_epoch
@@ -218,25 +238,51 @@ class Trainer:
 
 
 class Log:
-    """log.csv, one row a step; what a killed run wrote beyond its last checkpoint is written anew."""
+    """log.csv, one row a step; what a killed run wrote beyond its last checkpoint is dropped."""
 
     def __init__(self, path: Path, step: int):
-        rows = []
-        if path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
-        self.file = path.open("w", newline="")
-        self.writer = csv.writer(self.file)
-        self.writer.writerow(LOG_FIELDS)
-        self.writer.writerows(rows)
+        self.path, self.step = path, step
 
-    def write(self, p: Progress) -> None:
-        numbers = (p.task_loss, p.pressure, p.share_soft, p.share_hard, p.target, p.lr)
-        self.writer.writerow([p.step, *(f"{number:.6g}" for number in numbers), p.size])
+    def __enter__(self) -> Log:
+        rows = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = [
+                    row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= self.step
+                ]
+        self.file = self.path.open("w", newline="")
+        self.writer = csv.writer(self.file)
+        self.writer.writerows([[field.name for field in fields(Step)], *rows])
+        return self
+
+    def write(self, step: Step) -> None:
+        values = asdict(step).values()
+        self.writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
         self.file.flush()
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self.file.close()
+
+
+def assemble(recipe: Recipe, classes: int, example: Tensor) -> nn.Module:
+    """The recipe's network, freshly initialised and, for the methods that prune, gated; example is [1, C, H,
+    W].
+    """
+    torch.manual_seed(recipe.seed)
+    width = slim_width(recipe, classes, example) if recipe.method == "slim" else recipe.width
+    model = build(recipe.model, classes, example.shape[1], width).to(example.device)
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return attach(model, recipe.method, example_input=example, **recipe.options) if recipe.pruned else model
+
+
+def packed_from(model: nn.Module, chosen: dict[str, Tensor]) -> nn.Module:
+    """A gated model, frozen to the given skeletons: the shape of a packed network, for a state to be loaded
+    into.
+    """
+    for name, gate in gates(model).items():
+        gate.settle(chosen[name].to(gate.skeleton.device))
+    return freeze(model)
 
 
 def learning_rate(recipe: Recipe, done: float) -> float:
@@ -244,12 +290,11 @@ def learning_rate(recipe: Recipe, done: float) -> float:
     return recipe.lr * min(done / recipe.rise if recipe.rise else 1.0, (1 - done) / (1 - recipe.rise), 1.0)
 
 
-def slim_width(recipe: Recipe, splits: Splits) -> float:
+def slim_width(recipe: Recipe, classes: int, example: Tensor) -> float:
     """The width at which the whole network costs the recipe's budget, by bisection."""
-    example = torch.zeros(1, splits.channels, splits.size, splits.size)
 
     def macs(width: float) -> int:
-        return probe(build(recipe.model, len(splits.classes), splits.channels, width), example).macs
+        return probe(build(recipe.model, classes, example.shape[1], width), example.cpu()).macs
 
     allowed, low, high = recipe.budget * macs(recipe.width), 0.0, recipe.width
     for _ in range(12):

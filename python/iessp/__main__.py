@@ -1,0 +1,3 @@
+from iessp.cli import main
+
+main()

@@ -1,0 +1,95 @@
+"""`iessp demo`: the whole path on real images, from training to a faster network, in one table and two
+pictures.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from iessp import runs
+from iessp.data import load
+from iessp.progress import console, train_with_bar
+from iessp.recipe import Recipe
+from iessp.report import draw_skeletons, draw_time_against_macs, table
+from iessp.runs import Frozen
+from iessp.train import Trainer
+
+BATCHES = (1, 32)
+SECONDS = 6.0  # of timing for each batch size
+
+
+def run(out: Path, recipe: Recipe) -> None:
+    """Train `recipe` and its dense baseline (same schedule, same seed), compare and time them; resumes what
+    it finds.
+    """
+    import stripe_kernels
+
+    start = time.monotonic()
+    splits = load(recipe.data)
+    console.print(
+        f"{recipe.model} on {splits.name}: {len(splits.train)} training images, {len(splits.held_out)} held out, "
+        f"{len(splits.test)} for one test at the end. Everything goes to {out}; Ctrl-C keeps what is done.",
+        highlight=False,
+    )
+    trainers = {
+        "dense": Trainer(recipe.but(method="dense"), splits, out / "dense"),
+        "pruned": Trainer(recipe, splits, out / "pruned"),
+    }
+    for title, trainer in trainers.items():
+        train_with_bar(trainer, title)
+    found = {title: runs.results(trainer) for title, trainer in trainers.items()}
+
+    frozen = runs.load_run(out / "pruned")
+    dense_file, frozen_file = out / "dense.safetensors", out / "frozen.safetensors"
+    stripe_kernels.save(runs.load_run(out / "dense").model, dense_file)
+    stripe_kernels.save(frozen.model, frozen_file)
+    times = {batch: runs.contest(frozen.model, batch, frozen.example, SECONDS) for batch in BATCHES}
+
+    dense, pruned = found["dense"], found["pruned"]
+    tested = dense["images"]["test"]
+    rows = [
+        ["test errors", *(f"{r['test_errors']} of {tested}" for r in (dense, pruned)), ""],
+        ["accuracy", *(f"{1 - r['test_errors'] / tested:.2%}" for r in (dense, pruned)), ""],
+        ["convolution MACs", *(f"{r['macs'] * r['macs_kept'] / 1e6:.1f} M" for r in (dense, pruned)),
+         f"-{1 - pruned['macs_kept']:.2%}"],
+        ["parameters", *(f"{r['parameters'] / 1e6:.2f} M" for r in (dense, pruned)),
+         f"-{1 - pruned['parameters'] / dense['parameters']:.2%}"],
+        ["file", *(f"{f.stat().st_size / 1e6:.2f} MB" for f in (dense_file, frozen_file)),
+         f"-{1 - frozen_file.stat().st_size / dense_file.stat().st_size:.2%}"],
+    ]  # fmt: skip
+    for batch, contest in times.items():
+        base = contest["dense"][0]
+        for name in ("frozen", "frozen, optimized"):
+            timing = contest[name][0]
+            title = f"ms, batch {batch}" + (", optimized" if "optimized" in name else "")
+            rows.append([title, str(base), str(timing), f"{base.median / timing.median:.2f}x"])
+    console.print(table(f"{recipe.model} on {splits.name}", ["", "dense", "pruned", "change"], rows))
+
+    equality = pruned["equality"]
+    console.print(
+        f"Frozen against masked network: largest error {equality['error']:.2e}, allowed {equality['allowed']:.2e} "
+        f"(twice torch's own against float64, plus 2 ulp).\n{runs.conditions()}",
+        highlight=False,
+    )
+    pictures = draw(frozen, out)
+    console.print(
+        f"Pictures: {', '.join(str(p) for p in pictures)}. {time.monotonic() - start:.0f} s in all."
+    )
+
+
+def draw(frozen: Frozen, out: Path) -> tuple[Path, Path]:
+    """The skeletons by layer, and each layer's time against the MACs it executes."""
+    skeletons, plot = out / "skeletons.png", out / "time-against-macs.png"
+    draw_skeletons(frozen.network, frozen.skeletons, skeletons)
+    batch = BATCHES[-1]
+    x = torch.randn(batch, *frozen.example.shape[1:], generator=torch.Generator().manual_seed(0))
+    points: dict[str, list[tuple[float, float]]] = {"dense": [], "stripes": []}
+    for name, (dense, stripes) in runs.time_layers(frozen.model, x, seconds=6.0).items():
+        site, live = frozen.network[name], int(frozen.skeletons[name].sum())
+        points["dense"].append((batch * site.macs / 1e6, dense.median))
+        points["stripes"].append((batch * live * site.stripe_macs / 1e6, stripes.median))
+    draw_time_against_macs(points, f"Each layer at batch {batch}, {torch.get_num_threads()} threads", plot)
+    return skeletons, plot

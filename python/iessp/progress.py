@@ -1,0 +1,68 @@
+"""What a person sees while a run goes on, and how Ctrl-C ends it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from iessp.train import Step, Trainer
+
+console = Console()
+
+
+@contextmanager
+def progress_bar(title: str, every: int) -> Iterator[Callable[[Step], None]]:
+    """A bar with loss, lambda, R and target; where output is no terminal, a line every `every` steps."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, TextColumn("{task.fields[state]}"), console=console, transient=False) as bar:
+        task = bar.add_task(title, total=None, state="")
+        loss = 0.0
+
+        def report(step: Step) -> None:
+            nonlocal loss
+            loss = step.task_loss if loss == 0.0 else 0.9 * loss + 0.1 * step.task_loss
+            state = f"loss {loss:.3f}"
+            if step.phase == "learn":
+                state += f"  λ {step.pressure:.2g}  R {step.share_soft:.1%} soft {step.share_hard:.1%} hard -> {step.target:.1%}"
+            elif step.phase in ("settled", "packed"):
+                state += f"  {step.phase}, {step.share_hard:.1%} of MACs"
+            bar.update(task, completed=step.step, total=step.steps, state=state)
+            if not console.is_terminal and (step.step % every == 0 or step.step == step.steps):
+                console.print(f"{title}  {step.step}/{step.steps}  {state}", highlight=False)
+
+        yield report
+
+
+def train_with_bar(trainer: Trainer, title: str) -> None:
+    """Run a trainer to its end with a progress bar; Ctrl-C raises Interrupted."""
+    with progress_bar(title, every=trainer.per_epoch) as report, stop_on_interrupt() as stop:
+        trainer.run(report, stop)
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks the run to stop after its step, a second one stops at once."""
+    asked = False
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        console.print("stopping after this step, to leave a checkpoint (Ctrl-C again: at once)")
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,112 @@
+"""Tables and pictures of a pruned network."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from iessp.network import Network
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """A rich table, numbers to the right."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def layer_table(network: Network, skeletons: dict[str, Tensor]) -> Table:
+    """Stripes, filters and MACs that each layer keeps."""
+    rows = []
+    for site in network.sites:
+        k = site.stripe_shape[0]
+        skeleton = skeletons.get(site.name, torch.ones(site.stripe_shape, dtype=torch.bool))
+        live, filters = int(skeleton.sum()), int(skeleton.flatten(1).any(1).sum())
+        rows.append(
+            [
+                site.name,
+                f"{site.stripe_channels} -> {k}, {site.stripe_shape[1]}x{site.stripe_shape[2]}",
+                f"{live} / {site.stripes}",
+                f"{filters} / {k}",
+                f"{live * site.stripe_macs / 1e6:.2f} / {site.macs / 1e6:.2f}",
+            ]
+        )
+    return table("What each layer keeps", ["layer", "shape", "stripes", "filters", "MACs, M"], rows)
+
+
+def skeleton_mosaic(skeleton: Tensor) -> Tensor:
+    """bool [K, R, S] -> float [h, w]: every filter a small tile of taps, 1 live, 0 dead, 0.5 the lines
+    between them.
+    """
+    k, r, s = skeleton.shape
+    columns = max(1, math.ceil(math.sqrt(k / 2)))
+    rows = math.ceil(k / columns)
+    tiles = torch.full((rows * columns, r + 1, s + 1), 0.5)
+    tiles[:k, :r, :s] = skeleton.cpu().float()
+    return (
+        tiles.view(rows, columns, r + 1, s + 1).permute(0, 2, 1, 3).reshape(rows * (r + 1), columns * (s + 1))
+    )
+
+
+def draw_skeletons(network: Network, skeletons: dict[str, Tensor], path: Path) -> None:
+    """PNG: the filter skeletons of every gated layer, one small tile of taps a filter."""
+    plt = _pyplot()
+    sites = [site for site in network.sites if site.name in skeletons]
+    columns = min(len(sites), 7)
+    rows = math.ceil(len(sites) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, 3.9 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, site in zip(axes.flat, sites, strict=False):
+        skeleton = skeletons[site.name]
+        axis.imshow(skeleton_mosaic(skeleton), cmap=_inks(plt), vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(f"{site.name}\n{skeleton.float().mean():.0%} of {site.stripes} stripes", fontsize=8)
+    figure.suptitle("Filter skeletons: dark taps live", x=0.01, ha="left")
+    _write(figure, path)
+
+
+def _inks(plt: Any) -> Any:
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(["#e8e4da", "#ffffff", "#1f3a5f"])
+
+
+def draw_time_against_macs(points: dict[str, list[tuple[float, float]]], title: str, path: Path) -> None:
+    """PNG: each layer a point (million MACs executed, ms), dense and stripes; a dense point is joined to its
+    stripe point.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 4.8))
+    series = list(points.values())
+    for pair in zip(*series, strict=True):
+        axis.plot(*zip(*pair, strict=True), color="#bbbbbb", linewidth=0.8, zorder=1)
+    for (name, values), colour in zip(points.items(), ("#b5523b", "#1f3a5f"), strict=False):
+        axis.scatter(*zip(*values, strict=True), label=name, color=colour, zorder=2)
+    axis.set(xscale="log", yscale="log", xlabel="million MACs executed", ylabel="milliseconds", title=title)
+    axis.legend()
+    axis.grid(alpha=0.3, which="both")
+    _write(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _write(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    figure.clf()

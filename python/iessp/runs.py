@@ -1,0 +1,195 @@
+"""What one does with a finished run: evaluate, freeze to a file, time against its dense twin."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from iessp import checkpoint
+from iessp.attach import freeze, gates, skeletons
+from iessp.network import Network, probe
+from iessp.recipe import Recipe
+from iessp.report import layer_table, table
+from iessp.timing import Timing, busy, compare, interleave, time_networks
+from iessp.train import Trainer, assemble, count_errors, packed_from, write_results
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A run's network as it is deployed; `model` has StripeConv2d where stripes died."""
+
+    model: nn.Module
+    network: Network
+    skeletons: dict[str, Tensor]
+    recipe: Recipe
+    example: Tensor  # [1, C, H, W]
+
+
+def load_run(folder: Path) -> Frozen:
+    """The network of a run's newest checkpoint, on the CPU. Raises FileNotFoundError for a folder without
+    one.
+    """
+    state = checkpoint.load(folder / "checkpoints")
+    if state is None:
+        raise FileNotFoundError(f"{folder} holds no run: expected {folder / 'checkpoints' / 'step-*.pt'}")
+    recipe, images = Recipe.from_dict(state["recipe"]), state["images"]
+    example = torch.zeros(1, images["channels"], images["size"], images["size"])
+    model = assemble(recipe, images["classes"], example)
+    network = probe(model, example)
+    chosen = state["skeletons"]
+    if chosen:
+        model = packed_from(model, chosen)
+    model.load_state_dict(state["model"])
+    if gates(model):
+        chosen = skeletons(model)
+        model = freeze(model)
+    return Frozen(model.eval(), network, chosen, recipe, example)
+
+
+def thaw(model: nn.Module) -> nn.Module:
+    """The dense twin of a frozen network: a copy with every StripeConv2d as nn.Conv2d, zeros in place of dead
+    stripes.
+    """
+    from stripe_kernels import StripeConv2d
+
+    twin = copy.deepcopy(model)
+    for name, layer in list(twin.named_modules()):
+        if isinstance(layer, StripeConv2d):
+            parent, _, child = name.rpartition(".")
+            setattr(twin.get_submodule(parent), child, layer.to_conv2d())
+    return twin
+
+
+def results(trainer: Trainer) -> dict[str, Any]:
+    """Figures of a finished run, from its results.json when there is one: the test set is read once."""
+    path = trainer.folder / "results.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    kept, compacted = trainer.shares()
+    splits, recipe = trainer.splits, trainer.recipe
+    found = {
+        "recipe": recipe.as_dict(),
+        "images": {"train": len(splits.train), "held_out": len(splits.held_out), "test": len(splits.test)},
+        "held_out_errors": count_errors(trainer.model, splits.held_out, splits),
+        "test_errors": count_errors(trainer.model, splits.test, splits),
+        "macs": trainer.network.macs,
+        "macs_kept": kept,
+        "macs_kept_after_compaction": compacted,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "equality": trainer.equality,
+        "train_seconds": trainer.seconds,
+    }
+    write_results(trainer.folder, found)
+    return found
+
+
+def finish(trainer: Trainer, console: Console) -> None:
+    """Print what a finished run reached."""
+    found = results(trainer)
+    n = found["images"]["test"]
+    console.print(
+        f"{trainer.recipe.name}: {1 - found['test_errors'] / n:.2%} of {n} test images right "
+        f"({found['test_errors']} errors), {found['macs_kept']:.2%} of {found['macs'] / 1e6:.1f} M MACs kept "
+        f"({found['macs_kept_after_compaction']:.2%} after compaction)",
+        highlight=False,
+    )
+    if trainer.skeletons:
+        console.print(layer_table(trainer.network, trainer.skeletons))
+    console.print(f"checkpoints, log.csv and results.json are in {trainer.folder}")
+
+
+def write_frozen(folder: Path, output: Path, console: Console) -> None:
+    """`iessp freeze`."""
+    import stripe_kernels
+
+    run = load_run(folder)
+    stripe_kernels.save(run.model, output)
+    console.print(layer_table(run.network, run.skeletons))
+    console.print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB; stripe_kernels.load reads it")
+
+
+def bench_frozen(path: Path, batches: list[int], seconds: float, console: Console) -> None:
+    """`iessp bench`."""
+    import stripe_kernels
+
+    if path.is_dir():
+        run = load_run(path)
+        model, example = run.model, run.example
+    else:
+        model = stripe_kernels.load(path)
+        first = next(m for m in model.modules() if isinstance(m, (nn.Conv2d, stripe_kernels.StripeConv2d)))
+        example = torch.zeros(1, first.in_channels, 32, 32)
+    rows = []
+    for batch in batches:
+        times = contest(model, batch, example, seconds)
+        rows += contest_rows(times, batch)
+    console.print(
+        table("Inference, ms: median (quartiles)", ["network", "batch", "ms", "format", "speed-up"], rows)
+    )
+    console.print(conditions())
+
+
+def contest(model: nn.Module, batch: int, example: Tensor, seconds: float) -> dict[str, tuple[Timing, str]]:
+    """Dense twin against frozen network in one interleaved run, outputs checked first; RuntimeError when they
+    differ.
+    """
+    import stripe_kernels
+
+    twin = thaw(model)
+    x = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    optimized = stripe_kernels.optimize(model, x)
+    for name, network in (("frozen", model), ("optimized", optimized)):
+        equality = compare(network, twin, x)
+        if not equality.ok:
+            raise RuntimeError(
+                f"the {name} network differs from its dense twin, nothing was timed: {equality}"
+            )
+    return time_networks({"dense": twin, "frozen": model, "frozen, optimized": optimized}, x, seconds)
+
+
+def contest_rows(times: dict[str, tuple[Timing, str]], batch: int) -> list[list[str]]:
+    """Rows of the table: name, batch, time, memory format, speed-up over dense."""
+    dense = times["dense"][0].median
+    return [
+        [name, str(batch), str(timing), title, f"{dense / timing.median:.2f}x"]
+        for name, (timing, title) in times.items()
+    ]
+
+
+def conditions() -> str:
+    """Under what the timings were taken."""
+    line = f"{torch.get_num_threads()} threads, torch {torch.__version__}; each network in its faster memory format"
+    warning = busy()
+    return f"{line}; {warning}" if warning else line
+
+
+@torch.inference_mode()
+def time_layers(model: nn.Module, x: Tensor, seconds: float) -> dict[str, tuple[Timing, Timing]]:
+    """Each StripeConv2d of a network on the input it gets in a run on x: name -> (dense twin, stripes),
+    interleaved.
+    """
+    from stripe_kernels import StripeConv2d
+
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, StripeConv2d)}
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].clone()))
+        for name, layer in layers.items()
+    ]
+    model.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    for name, layer in layers.items():
+        twin, given = layer.to_conv2d().eval(), inputs[name]
+        calls = {"dense": lambda: twin(given), "stripes": lambda: layer(given)}
+        times = interleave(calls, seconds / len(layers))
+        found[name] = (times["dense"], times["stripes"])
+    return found
