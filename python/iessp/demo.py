@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,9 +23,7 @@ SECONDS = 6.0  # of timing for each batch size
 
 
 def run(out: Path, recipe: Recipe) -> None:
-    """Train `recipe` and its dense baseline (same schedule, same seed), compare and time them; resumes what
-    it finds.
-    """
+    """Train `recipe` and its dense baseline (same schedule and seed), compare, time; resumes what it finds."""
     import stripe_kernels
 
     start = time.monotonic()
@@ -48,18 +47,7 @@ def run(out: Path, recipe: Recipe) -> None:
     stripe_kernels.save(frozen.model, frozen_file)
     times = {batch: runs.contest(frozen.model, batch, frozen.example, SECONDS) for batch in BATCHES}
 
-    dense, pruned = found["dense"], found["pruned"]
-    tested = dense["images"]["test"]
-    rows = [
-        ["test errors", *(f"{r['test_errors']} of {tested}" for r in (dense, pruned)), ""],
-        ["accuracy", *(f"{1 - r['test_errors'] / tested:.2%}" for r in (dense, pruned)), ""],
-        ["convolution MACs", *(f"{r['macs'] * r['macs_kept'] / 1e6:.1f} M" for r in (dense, pruned)),
-         f"-{1 - pruned['macs_kept']:.2%}"],
-        ["parameters", *(f"{r['parameters'] / 1e6:.2f} M" for r in (dense, pruned)),
-         f"-{1 - pruned['parameters'] / dense['parameters']:.2%}"],
-        ["file", *(f"{f.stat().st_size / 1e6:.2f} MB" for f in (dense_file, frozen_file)),
-         f"-{1 - frozen_file.stat().st_size / dense_file.stat().st_size:.2%}"],
-    ]  # fmt: skip
+    rows = comparison(found["dense"], found["pruned"], dense_file, frozen_file)
     for batch, contest in times.items():
         base = contest["dense"][0]
         for name in ("frozen", "frozen, optimized"):
@@ -68,7 +56,7 @@ def run(out: Path, recipe: Recipe) -> None:
             rows.append([title, str(base), str(timing), f"{base.median / timing.median:.2f}x"])
     console.print(table(f"{recipe.model} on {splits.name}", ["", "dense", "pruned", "change"], rows))
 
-    equality = pruned["equality"]
+    equality = found["pruned"]["equality"]
     console.print(
         f"Frozen against masked network: largest error {equality['error']:.2e}, allowed {equality['allowed']:.2e} "
         f"(twice torch's own against float64, plus 2 ulp).\n{runs.conditions()}",
@@ -78,6 +66,28 @@ def run(out: Path, recipe: Recipe) -> None:
     console.print(
         f"Pictures: {', '.join(str(p) for p in pictures)}. {time.monotonic() - start:.0f} s in all."
     )
+
+
+def comparison(
+    dense: dict[str, Any], pruned: dict[str, Any], dense_file: Path, frozen_file: Path
+) -> list[list[str]]:
+    """Rows of the table: quantity, dense, pruned, change."""
+    tested = dense["images"]["test"]
+    both = (dense, pruned)
+    macs = [r["macs"] * r["macs_kept"] for r in both]
+    parameters = [r["parameters"] for r in both]
+    sizes = [file.stat().st_size for file in (dense_file, frozen_file)]
+
+    def row(title: str, pair: list[float], unit: str) -> list[str]:
+        return [title, *(f"{v / 1e6:.2f} {unit}" for v in pair), f"-{1 - pair[1] / pair[0]:.2%}"]
+
+    return [
+        ["test errors", *(f"{r['test_errors']} of {tested}" for r in both), ""],
+        ["accuracy", *(f"{1 - r['test_errors'] / tested:.2%}" for r in both), ""],
+        row("convolution MACs", macs, "M"),
+        row("parameters", parameters, "M"),
+        row("file", sizes, "MB"),
+    ]
 
 
 def draw(frozen: Frozen, out: Path) -> tuple[Path, Path]:

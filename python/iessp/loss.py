@@ -165,8 +165,10 @@ class StripeLoss(nn.Module):
         """decay/2 * |W|^2 over live stripes: what weight decay does, without fading the dead ones."""
         terms = []
         for conv in gated(self.model).values():
-            live = conv.parametrizations.weight[0].live().unsqueeze(1)
-            terms.append((original_weight(conv) * live).square().sum())
+            norms = torch.linalg.vector_norm(
+                original_weight(conv), dim=1
+            )  # [K, R, S], in one pass over the weight
+            terms.append((norms.square() * conv.parametrizations.weight[0].live()).sum())
         return 0.5 * self.weight_decay * torch.stack(terms).sum()
 
     def _enter(self) -> None:

@@ -33,7 +33,8 @@ def progress_bar(title: str, every: int) -> Iterator[Callable[[Step], None]]:
             loss = step.task_loss if loss == 0.0 else 0.9 * loss + 0.1 * step.task_loss
             state = f"loss {loss:.3f}"
             if step.phase == "learn":
-                state += f"  λ {step.pressure:.2g}  R {step.share_soft:.1%} soft {step.share_hard:.1%} hard -> {step.target:.1%}"
+                state += f"  λ {step.pressure:.2g}  R {step.share_soft:.1%} soft"
+                state += f" {step.share_hard:.1%} hard -> {step.target:.1%}"
             elif step.phase in ("settled", "packed"):
                 state += f"  {step.phase}, {step.share_hard:.1%} of MACs"
             bar.update(task, completed=step.step, total=step.steps, state=state)

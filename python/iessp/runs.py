@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,16 +166,14 @@ def contest_rows(times: dict[str, tuple[Timing, str]], batch: int) -> list[list[
 
 def conditions() -> str:
     """Under what the timings were taken."""
-    line = f"{torch.get_num_threads()} threads, torch {torch.__version__}; each network in its faster memory format"
+    line = f"{torch.get_num_threads()} threads, torch {torch.__version__}, the faster memory format of each"
     warning = busy()
     return f"{line}; {warning}" if warning else line
 
 
 @torch.inference_mode()
 def time_layers(model: nn.Module, x: Tensor, seconds: float) -> dict[str, tuple[Timing, Timing]]:
-    """Each StripeConv2d of a network on the input it gets in a run on x: name -> (dense twin, stripes),
-    interleaved.
-    """
+    """Each StripeConv2d on the input it gets in a run on x: name -> (dense twin, stripes), interleaved."""
     from stripe_kernels import StripeConv2d
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, StripeConv2d)}
@@ -188,8 +187,8 @@ def time_layers(model: nn.Module, x: Tensor, seconds: float) -> dict[str, tuple[
         hook.remove()
     found = {}
     for name, layer in layers.items():
-        twin, given = layer.to_conv2d().eval(), inputs[name]
-        calls = {"dense": lambda: twin(given), "stripes": lambda: layer(given)}
+        twin = layer.to_conv2d().eval()
+        calls = {"dense": partial(twin, inputs[name]), "stripes": partial(layer, inputs[name])}
         times = interleave(calls, seconds / len(layers))
         found[name] = (times["dense"], times["stripes"])
     return found

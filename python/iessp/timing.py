@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ def time_networks(
     for name, network in networks.items():
         for title, fmt in formats.items():
             arranged, given = copy.deepcopy(network).eval().to(memory_format=fmt), x.to(memory_format=fmt)
-            contestants[f"{name}/{title}"] = lambda arranged=arranged, given=given: arranged(given)
+            contestants[f"{name}/{title}"] = partial(arranged, given)
     with torch.inference_mode():
         times = interleave(contestants, seconds)
     best = {name: min(formats, key=lambda title: times[f"{name}/{title}"].median) for name in networks}
