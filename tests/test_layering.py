@@ -87,6 +87,25 @@ def where(path: Path, item: Import) -> str:
     return f"{path.relative_to(ROOT)}:{item.line} imports {item.module}"
 
 
+def public_names() -> set[str]:
+    """`__all__` of the runtime."""
+    for node in ast.parse((PACKAGE / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    raise AssertionError("stripe_kernels/__init__.py has no __all__")
+
+
+def names_used(path: Path) -> set[str]:
+    """What `path` takes from stripe_kernels: imported from it, or as stripe_kernels.NAME."""
+    used: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.ImportFrom) and node.module == "stripe_kernels":
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "stripe_kernels":
+            used.add(node.attr)
+    return used
+
+
 def backend_of(dotted: str) -> str:
     """The family a backend module belongs to: cpu for .cpu and .cpu_tiling, triton for .triton.fprop."""
     return dotted.removeprefix("stripe_kernels.backends").removeprefix(".").split(".")[0].split("_")[0]
@@ -171,6 +190,7 @@ def test_index_mathematics_is_free_of_torch(name: str) -> None:
 def test_learning_uses_the_public_names_only(path: Path) -> None:
     for item in imports_of(path):
         assert item.within("stripe_kernels") in (None, ""), where(path, item)
+    assert names_used(path) <= public_names()
 
 
 def test_nothing_in_the_runtime_imports_learning_benchmarks_or_tests() -> None:
