@@ -23,14 +23,16 @@ SECONDS = 6.0  # of timing for each batch size
 
 
 def run(out: Path, recipe: Recipe) -> None:
-    """Train `recipe` and its dense baseline (same schedule and seed), compare, time; resumes what it finds."""
+    """Train `recipe` and its dense baseline (same schedule and seed), compare, time; resumes what it
+    finds.
+    """
     import stripe_kernels
 
     start = time.monotonic()
     splits = load(recipe.data)
     console.print(
-        f"{recipe.model} on {splits.name}: {len(splits.train)} training images, {len(splits.held_out)} held out, "
-        f"{len(splits.test)} for one test at the end. Everything goes to {out}; Ctrl-C keeps what is done.",
+        f"{recipe.model} on {splits.name}: {len(splits.train)} training images, {len(splits.held_out)} held "
+        f"out, {len(splits.test)} for one test at the end. Everything goes to {out}; Ctrl-C keeps what is done.",
         highlight=False,
     )
     trainers = {
@@ -58,8 +60,8 @@ def run(out: Path, recipe: Recipe) -> None:
 
     equality = found["pruned"]["equality"]
     console.print(
-        f"Frozen against masked network: largest error {equality['error']:.2e}, allowed {equality['allowed']:.2e} "
-        f"(twice torch's own against float64, plus 2 ulp).\n{runs.conditions()}",
+        f"Frozen against masked network: largest error {equality['error']:.2e}, allowed "
+        f"{equality['allowed']:.2e} (twice torch's own against float64, plus 2 ulp).\n{runs.conditions()}",
         highlight=False,
     )
     pictures = draw(frozen, out)

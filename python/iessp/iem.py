@@ -1,17 +1,19 @@
 """The information extraction module (IEM) and its gate. The design is ours, in the spirit of the IESSP
 paper's abstract (Sensors 25(7):2261, 2025); no equation of the paper was available.
 
-    q[c]    = running variance of the input channel x_c                                    what a channel says
-    e[k,t]  = sqrt(sum_c W[k,c,t]^2 q[c]),  divided by its rms over the layer               what a stripe adds
-    a[k,t]  = sum_c W[k,c,t]^2 alive[c] / sum_c W[k,c,t]^2                                   what upstream
-    leaves of it m       = mean over the producers p of  send_p(mean_k h_p)
-    their message h[k]    = relu(FC1 [e[k,:], a[k,:], m])
-    z[k,:]  = FC2 h[k] - mean_k' FC2 h[k'] + b[k,:]
+    q[c]    = running variance of the input channel x_c                              what a channel says
+    e[k,t]  = sqrt(sum_c W[k,c,t]^2 q[c]),  divided by its rms over the layer         what a stripe adds
+    a[k,t]  = sum_c W[k,c,t]^2 alive[c] / sum_c W[k,c,t]^2                          what upstream leaves of it
+    m       = RECEIVE mean_p mean_k h_p,  p the producers of x                        their message
+    h[k]    = relu(FC1 [e[k,:], a[k,:], m])
+    z[k,:]  = y[k,:] - mean_k' y[k',:] + b[k,:],   y[k,:] = gain e[k,:] + FC2 h[k]
     M       = sigmoid(z / tau),   g = M (M > 1/2) with the gradient of M
 
-FC1, FC2 and send are shared by the filters of a layer: about 700 weights for 3x3. Variance, not power: a
-channel that a dead filter left constant says nothing, its constant folds into the next bias, and pruning
-upstream so lowers what reads it.
+FC1, FC2, RECEIVE and gain are shared by the filters of a layer: about 600 weights for 3x3. b is free.
+Variance, not power: a channel that a dead filter left constant says nothing, its constant folds into the
+next bias, and pruning upstream so lowers what reads it. e, a and the messages are statistics, without a
+gradient (`through_information` lets it pass through e). The mean over the filters is taken out of y because
+otherwise the module drops whole taps, the same in every filter of a layer.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from torch import Tensor, nn
 from iessp.gate import StripeGate
 from iessp.network import Network, Site
 
-MESSAGE = 4  # numbers a layer sends to the layers that read it
-SPARE_UNITS = 7  # hidden units beyond one for each tap
+HIDDEN = 16  # units of h
+MESSAGE = 4  # numbers of m
 
 
 def straight_through(soft: Tensor) -> Tensor:
@@ -36,110 +38,86 @@ def straight_through(soft: Tensor) -> Tensor:
 
 
 class IEMGate(StripeGate):
-    """z = module(information, aliveness, message) + free bias; see the top of the file."""
+    """The gate at the top of this file. A pure function of its parameters and buffers; `observe` writes the
+    buffers.
+    """
 
     options: ClassVar[dict[str, object]] = {
         "module": True,  # False: z = b, a free gate
         "message": True,  # False: m = 0
         "aliveness": True,  # False: a = 1
-        "statistic": True,  # False: q = 1, so e is the norm of the stripe
-        "centre": True,  # False: the module may move whole taps of a layer at once
+        "statistic": True,  # False: q = 1, so that e is the norm of the stripe
+        "centre": True,  # False: y keeps its mean over the filters
         "through_information": False,  # True: the gate's gradient reaches W through e
         "bias": 3.0,  # where b starts: sigmoid(3) = 0.95
-        "gain": 1.0,  # how strongly z follows e before anything is learned
+        "gain": 1.0,  # where gain starts: how strongly z follows e before anything is learned
         "momentum": 0.05,  # of the running moments of x
     }
 
     def __init__(self, conv: nn.Conv2d, site: Site, network: Network, **options: object):
         super().__init__(conv, site, network)
         self.use = {**self.options, **options}
-        self.upstream: tuple[IEMGate, ...] = ()
+        self.groups = conv.groups
+        self.upstream: tuple[IEMGate, ...] = ()  # set by attach, once all gates exist
         k, r, s = site.stripe_shape
-        taps, hidden, device = r * s, r * s + SPARE_UNITS, conv.weight.device
-        self.groups, self.stop_information = conv.groups, not self.use["through_information"]
+        taps, device = r * s, conv.weight.device
         self.bias = nn.Parameter(torch.full(site.stripe_shape, float(self.use["bias"]), device=device))
-        if self.use["module"]:
-            self.fc1 = nn.Linear(2 * taps + MESSAGE, hidden, device=device)
-            self.fc2 = nn.Linear(hidden, taps, bias=False, device=device)
-            self.send = nn.Linear(hidden, MESSAGE, device=device)
-            self._start_from_information(taps)
+        if not self.use["module"]:
+            return
+        self.gain = nn.Parameter(torch.tensor(float(self.use["gain"]), device=device))
+        self.receive = nn.Linear(HIDDEN, MESSAGE, device=device)
+        self.fc1 = nn.Linear(2 * taps + MESSAGE, HIDDEN, device=device)
+        self.fc2 = nn.Linear(HIDDEN, taps, bias=False, device=device)
+        nn.init.normal_(self.fc2.weight, std=0.01)  # at first z follows e alone
         self.register_buffer("moments", torch.zeros(2, conv.in_channels, device=device))  # E x, E x^2
-        self.register_buffer("seen", torch.zeros((), device=device))
-        self.register_buffer("information", torch.ones(k, taps, device=device))
-        self.register_buffer("alive", torch.ones(conv.in_channels, device=device))
-        self.register_buffer("share", torch.ones(k, taps, device=device))
-        self.register_buffer("inbox", torch.zeros(MESSAGE, device=device))
-
-    @torch.no_grad()
-    def _start_from_information(self, taps: int) -> None:
-        """At first unit t passes e_t on (e >= 0, so relu keeps it) and z = gain (e - mean_k e) + b; the rest
-        is small."""
-        for layer in (self.fc1, self.fc2):
-            layer.weight.mul_(0.1)
-        self.fc1.bias.zero_()
-        for t in range(taps):
-            self.fc1.weight[t].zero_()
-            self.fc1.weight[t, t] = 1.0
-            self.fc2.weight[t, t] = float(self.use["gain"])
+        self.register_buffer("passes", torch.zeros((), device=device))
+        self.register_buffer("features", torch.ones(k, 2 * taps, device=device))  # e, a
+        self.register_buffer("inbox", torch.zeros(HIDDEN, device=device))  # mean_p mean_k h_p
+        self.register_buffer("outbox", torch.zeros(HIDDEN, device=device))  # mean_k h
+        self.register_buffer("alive", torch.ones(k, device=device))  # filters with a live stripe
 
     # -- from parameters and buffers to the gate
 
-    def hidden(self, message: Tensor, weight: Tensor | None = None) -> Tensor:
-        """h [K, R*S + 7]."""
-        # Copies, because observe() writes these buffers while an earlier pass may still wait for its
-        # backward.
-        e, share = self.information.clone(), self.share.clone()
-        if weight is not None and not self.stop_information:
-            e = torch.sqrt(self._weighted_energy(weight, self.variance()[None])[:, 0] + 1e-12)
-        e = e / e.square().mean().add(1e-12).sqrt()
-        return F.relu(self.fc1(torch.cat([e, share, message.expand(len(e), MESSAGE)], dim=1)))
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.phase != "learn" or not self.use["through_information"]:
+            return super().forward(weight)
+        return weight * straight_through(self.soft(weight)).to(weight.dtype).unsqueeze(1)
 
-    def message(self) -> Tensor:
-        """m [4]. Its gradient reaches the modules that sent it, not those that sent to them."""
-        if not (self.use["message"] and self.upstream):
-            return torch.zeros_like(self.inbox)
-        return torch.stack([p.send(p.hidden(p.inbox.clone()).mean(0)) for p in self.upstream]).mean(0)
-
-    def logits(self, weight: Tensor | None = None) -> Tensor:
-        """z [K, R, S]."""
-        if not self.use["module"]:
-            return self.bias
-        z = self.fc2(self.hidden(self.message(), weight))
-        if self.use["centre"]:
-            z = z - z.mean(0)
-        return z.view_as(self.bias) + self.bias
+    def learned(self) -> Tensor:
+        return straight_through(self.soft())
 
     def soft(self, weight: Tensor | None = None) -> Tensor:
+        # tau is copied because the schedule changes it in place while a pass may still wait for its backward.
         return torch.sigmoid(self.logits(weight) / self.tau.clone()) if self.phase == "learn" else self.gate()
 
-    def learned(self, weight: Tensor | None = None) -> Tensor:
-        return straight_through(self.soft(weight))
+    def logits(self, weight: Tensor | None = None) -> Tensor:
+        """z [K, R, S]; with the weight given, e is computed from it and carries its gradient."""
+        if not self.use["module"]:
+            return self.bias
+        features = self.features.clone()  # observe() of a later pass writes it
+        if weight is not None:
+            e = self._information(self._energy(weight, self.variance()[None])[:, 0])
+            features = torch.cat([e, features[:, e.shape[1] :]], dim=1)
+        y = self.gain * features[:, : self.fc2.out_features] + self.fc2(self.hidden(features))
+        if self.use["centre"]:
+            y = y - y.mean(0)
+        return y.view_as(self.bias) + self.bias
 
-    def forward(self, weight: Tensor) -> Tensor:
-        if self.phase != "learn" or self.stop_information:
-            return super().forward(weight)
-        return weight * self.learned(weight).to(weight.dtype).unsqueeze(1)
+    def hidden(self, features: Tensor) -> Tensor:
+        """h [K, HIDDEN]."""
+        message = self.receive(self.inbox.clone()) if self.use["message"] else self.inbox.new_zeros(MESSAGE)
+        return F.relu(self.fc1(torch.cat([features, message.expand(len(features), MESSAGE)], dim=1)))
+
+    def live(self) -> Tensor:
+        return self.logits().detach() > 0 if self.phase == "learn" else super().live()
 
     def scores(self, weight: Tensor) -> Tensor:
-        return self.logits(weight)
+        return self.logits()
 
     def magnitude(self) -> Tensor:
         return torch.sigmoid(self.logits() / self.tau)
 
     # -- from what passes through the layer to the buffers
-
-    def variance(self) -> Tensor:
-        """q [C]."""
-        if not self.use["statistic"]:
-            return torch.ones_like(self.moments[0])
-        return (self.moments[1] - self.moments[0].square()).clamp_min(0)
-
-    def _weighted_energy(self, weight: Tensor, per_channel: Tensor) -> Tensor:
-        """sum_c W[k,c,t]^2 v[i,c] for every row i: weight [K, C/g, R, S], per_channel [I, C] -> [K, I,
-        R*S]."""
-        rows = per_channel.view(len(per_channel), self.groups, -1).transpose(0, 1)  # [G, I, C/g]
-        energy = weight.float().square().flatten(2).unflatten(0, (self.groups, -1))  # [G, K/g, C/g, T]
-        return torch.matmul(rows.unsqueeze(1), energy).flatten(0, 1)
 
     @torch.no_grad()
     def observe(self, conv: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
@@ -147,24 +125,47 @@ class IEMGate(StripeGate):
             return
         if self.use["statistic"]:
             self._observe_moments(args[0])
-        if self.use["aliveness"] and self.upstream:
-            live = [p.live().flatten(1).any(1) for p in self.upstream]
-            self.alive.copy_(torch.stack(live).any(0))
-        weight = conv.parametrizations.weight.original
-        rows = torch.stack([self.variance(), self.alive, torch.ones_like(self.alive)])
-        informed, alive, total = self._weighted_energy(weight, rows).unbind(1)
-        self.information.copy_(informed.sqrt())
-        self.share.copy_(alive / total.clamp_min(1e-30))
-        self.inbox.copy_(self.message())
+        alive = torch.ones_like(self.moments[0])
+        if self.upstream:
+            self.inbox.copy_(torch.stack([p.outbox for p in self.upstream]).mean(0))
+            if self.use["aliveness"]:
+                alive = torch.stack([p.alive for p in self.upstream]).amax(0)
+        rows = torch.stack([self.variance(), alive, torch.ones_like(alive)])
+        informed, left, total = self._energy(conv.parametrizations.weight.original, rows).unbind(1)
+        share = left / total.clamp_min(1e-30)
+        self.features.copy_(torch.cat([self._information(informed), share], dim=1))
+        self.outbox.copy_(self.hidden(self.features).mean(0))
+        if self.phase == "learn":
+            self.alive.copy_(self.live().flatten(1).any(1))
+
+    def variance(self) -> Tensor:
+        """q [C]."""
+        if not self.use["statistic"]:
+            return torch.ones_like(self.moments[0])
+        return (self.moments[1] - self.moments[0].square()).clamp_min(0)
 
     def _observe_moments(self, x: Tensor) -> None:
-        """Running E x and E x^2 over batch and positions; equal on all ranks, as one batch of all of them
-        would give."""
+        """Running E x and E x^2 over batch and positions, on all ranks those of the ranks' batches
+        together.
+        """
         x = x.detach().float()
         dims = (0, 2, 3) if x.dim() == 4 else (1, 2)
         moments = torch.stack([x.mean(dims), x.square().mean(dims)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(moments)
             moments /= dist.get_world_size()
-        self.seen += 1
-        self.moments.lerp_(moments, torch.clamp_min(1 / self.seen, float(self.use["momentum"])))
+        self.passes += 1
+        self.moments.lerp_(moments, torch.clamp_min(1 / self.passes, float(self.use["momentum"])))
+
+    def _energy(self, weight: Tensor, per_channel: Tensor) -> Tensor:
+        """sum_c W[k,c,t]^2 v[i,c] for every row i: weight [K, C/g, R, S], per_channel [I, C] -> [K, I,
+        R*S].
+        """
+        rows = per_channel.view(len(per_channel), self.groups, -1).transpose(0, 1)  # [G, I, C/g]
+        energy = weight.float().square().flatten(2).unflatten(0, (self.groups, -1))  # [G, K/g, C/g, T]
+        return torch.matmul(rows.unsqueeze(1), energy).flatten(0, 1)
+
+    @staticmethod
+    def _information(energy: Tensor) -> Tensor:
+        """e [K, T] of its square before the normalisation."""
+        return torch.sqrt(energy + 1e-12) / (energy.mean() + 1e-12).sqrt()

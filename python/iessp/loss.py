@@ -19,6 +19,7 @@ magnitude between tasks.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,22 @@ def _share(model: nn.Module, kept: list[Tensor]) -> Tensor:
     fixed = sum(site.macs for site in network.sites if site.name not in found) / network.macs
     parts = [n * (gate.site.stripe_macs / network.macs) for n, gate in zip(kept, found.values(), strict=True)]
     return torch.stack(parts).sum() + fixed
+
+
+class LiveEnergy(torch.autograd.Function):
+    """sum over live stripes of |W|^2: weight [K, C/g, R, S], live bool [K, R, S]; one pass over W each
+    way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, live: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, live)
+        return (torch.linalg.vector_norm(weight, dim=1).square() * live).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        weight, live = ctx.saved_tensors
+        return weight * (2 * grad * live).to(weight.dtype).unsqueeze(1), None
 
 
 class StripeLoss(nn.Module):
@@ -163,12 +180,11 @@ class StripeLoss(nn.Module):
 
     def _decay(self) -> Tensor:
         """decay/2 * |W|^2 over live stripes: what weight decay does, without fading the dead ones."""
-        terms = []
-        for conv in gated(self.model).values():
-            norms = torch.linalg.vector_norm(
-                original_weight(conv), dim=1
-            )  # [K, R, S], in one pass over the weight
-            terms.append((norms.square() * conv.parametrizations.weight[0].live()).sum())
+        found = gates(self.model)
+        terms = [
+            LiveEnergy.apply(original_weight(conv), found[name].live())
+            for name, conv in gated(self.model).items()
+        ]
         return 0.5 * self.weight_decay * torch.stack(terms).sum()
 
     def _enter(self) -> None:
