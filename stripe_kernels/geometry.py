@@ -102,3 +102,13 @@ class ConvShape:
     def macs(self, stripes: int) -> int:
         """Multiply-adds of `stripes` live stripes, out-of-image taps counted (as is usual)."""
         return self.N * self.P * self.Q * stripes * self.group_c
+
+    def taps_inside(self) -> float:
+        """Taps of an output pixel that fall inside the image, on average: 3x3 on 4x4 with padding 1 has 6.25 of 9."""
+
+        def reach(size: int, out: int, taps: int, stride: int, pad: int, dilation: int) -> float:
+            hits = sum(0 <= i * stride + t * dilation - pad < size for i in range(out) for t in range(taps))
+            return hits / max(out, 1)
+
+        rows = reach(self.H, self.P, self.R, self.stride[0], self.padding[0], self.dilation[0])
+        return rows * reach(self.W, self.Q, self.S, self.stride[1], self.padding[1], self.dilation[1])

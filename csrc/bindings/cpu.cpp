@@ -9,6 +9,7 @@
 
 #include "cpu/dgrad.h"
 #include "cpu/fprop.h"
+#include "cpu/fprop_filters.h"
 #include "cpu/isa/isa.h"
 #include "cpu/wgrad.h"
 
@@ -103,6 +104,15 @@ Epilogue epilogue(std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t res
   return e;
 }
 
+// fprop of either kind, with its whole epilogue.
+template <class Kernel>
+void run_fprop(const Kernel& k, int threads, std::uintptr_t x, int x_type, const Strides& xs, std::uintptr_t packed,
+               std::uintptr_t y, int y_type, const Strides& ys, std::uintptr_t scale, std::uintptr_t shift,
+               std::uintptr_t residual, const Strides& rs, int activation) {
+  k.run(view(x, x_type, xs), reinterpret_cast<const float*>(packed), view(y, y_type, ys),
+        epilogue(scale, shift, residual, y_type, rs, activation), threads);
+}
+
 float* floats(std::uintptr_t p) { return reinterpret_cast<float*>(p); }
 
 template <class Kernel>
@@ -131,12 +141,18 @@ PYBIND11_MODULE(_cpu, m) {
       }))
       .def_property_readonly("packed_floats", &Fprop::packed_floats)
       .def("pack_weight", &pack_weight<Fprop>, Release())
-      .def("run", [](const Fprop& k, int threads, std::uintptr_t x, int x_type, const Strides& xs, std::uintptr_t packed,
-                     std::uintptr_t y, int y_type, const Strides& ys, std::uintptr_t scale, std::uintptr_t shift,
-                     std::uintptr_t residual, const Strides& rs, int activation) {
-        k.run(view(x, x_type, xs), floats(packed), view(y, y_type, ys),
-              epilogue(scale, shift, residual, y_type, rs, activation), threads);
-      }, Release());
+      .def("run", &run_fprop<Fprop>, Release());
+
+  py::class_<FpropFilters>(m, "FpropFilters")
+      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row, const Ints& tile,
+                       const std::string& name) {
+        const ConvShape s = conv_shape(shape);
+        require(tile.size() == 2 && tile[0] >= 1 && tile[1] >= 1, "filter lanes take (images, filter_parts)");
+        return new FpropFilters(s, stripes(s, tap_ptr, filter, row), tile[0], tile[1], isa(name));
+      }))
+      .def_property_readonly("packed_floats", &FpropFilters::packed_floats)
+      .def("pack_weight", &pack_weight<FpropFilters>, Release())
+      .def("run", &run_fprop<FpropFilters>, Release());
 
   py::class_<Dgrad>(m, "Dgrad")
       .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row, const Ints& tile,

@@ -26,25 +26,18 @@ Fprop::Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
   const int taps = static_cast<int>(schedule_.lattice().taps.size());
   for (int t = 0; t < taps; ++t) tap_offsets_.push_back(schedule_.tap_offset(t, shape.group_c()));
 
-  for (int g = 0; g < shape.groups; ++g) {
-    std::vector<int> work(shape.group_k(), 1);  // a dead filter still is an output to write
-    for (int i = stripes_.begin(g, 0); i < stripes_.end(g, stripes_.taps - 1); ++i)
-      work[stripes_.filter[i]] += shape.group_c();
-    for (const Part& p : balanced_parts(g, work, part_count_)) parts_.push_back(p);
-  }
+  for (int g = 0; g < shape.groups; ++g)
+    for (const Part& p : balanced_parts(g, stripes_.work(g, shape.group_k(), shape.group_c()), part_count_))
+      parts_.push_back(p);
   tile_ptr_.push_back(0);
   for (const Part& p : parts_)
     for (const TapAccess& t : schedule_.lattice().taps) {
-      const auto filters = stripes_.filter.begin();
-      const int lo = static_cast<int>(
-          std::lower_bound(filters + stripes_.begin(p.group, t.tap), filters + stripes_.end(p.group, t.tap), p.begin) -
-          filters);
-      const int hi = static_cast<int>(
-          std::lower_bound(filters + lo, filters + stripes_.end(p.group, t.tap), p.end) - filters);
-      split_evenly(hi - lo, isa.tile_filters, [&](int a, int b) {
+      const auto [lo, hi] = stripes_.within(p.group, t.tap, p.begin, p.end);
+      const int first = lo;
+      split_evenly(hi - lo, isa.tile_filters, [&, first](int a, int b) {
         tiles_.push_back({packed_floats_, b - a, static_cast<int>(order_.size())});
         packed_floats_ += static_cast<std::int64_t>(b - a) * shape.group_c();
-        for (int i = lo + a; i < lo + b; ++i) {
+        for (int i = first + a; i < first + b; ++i) {
           order_.push_back(stripes_.row[i]);
           local_.push_back(stripes_.filter[i] - p.begin);
         }

@@ -1,7 +1,9 @@
 // Live stripes as flat arrays, computed once per skeleton in Python (stripe_kernels/packed.py), sorted by
 // (convolution group, tap, filter).
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace sk {
@@ -16,6 +18,18 @@ struct Stripes {
   int begin(int group, int tap) const { return tap_ptr[group * taps + tap]; }
   int end(int group, int tap) const { return tap_ptr[group * taps + tap + 1]; }
 
+  // Stripes of one tap whose filter lies in [k0, k1).
+  std::pair<int, int> within(int group, int tap, int k0, int k1) const {
+    const auto first = filter.begin() + begin(group, tap), last = filter.begin() + end(group, tap);
+    return {static_cast<int>(std::lower_bound(first, last, k0) - filter.begin()),
+            static_cast<int>(std::lower_bound(first, last, k1) - filter.begin())};
+  }
+  // Multiply-adds of each filter of a group, per pixel; a dead filter still is an output to write.
+  std::vector<int> work(int group, int filters, int channels) const {
+    std::vector<int> w(filters, 1);
+    for (int i = begin(group, 0); i < end(group, taps - 1); ++i) w[filter[i]] += channels;
+    return w;
+  }
   std::vector<bool> live_taps() const {
     std::vector<bool> live(taps);
     for (int g = 0; g < groups; ++g)

@@ -6,7 +6,7 @@ import importlib
 
 from stripe_kernels import registry
 
-_MODULES = ("dense", "reference", "cpu")
+_MODULES = ("dense", "reference", "cpu", "triton")
 _loaded = False
 
 

@@ -51,7 +51,8 @@ class _Runner:
 class CpuFprop(_Runner):
     def __init__(self, problem: Problem, config: Config, isa: str) -> None:
         super().__init__(problem)
-        self.native = _cpu.Fprop(*self.arguments, list(config), isa)
+        make = _cpu.FpropFilters if len(config) == 2 else _cpu.Fprop
+        self.native = make(*self.arguments, list(config), isa)
         self.size = self.shape.output_size
         self.run = self.native.run
 
@@ -116,7 +117,9 @@ def _candidates_of(mode: int, lanes: int) -> Callable[[Problem, Pass], Mapping[C
     def candidates(problem: Problem, which: Pass) -> Mapping[Config, float]:
         if which == "wgrad":
             return {(): cpu_tiling.predict_wgrad(problem, lanes)}
-        tilings = cpu_tiling.tilings(problem, which, mode, lanes)
+        # Lanes along filters exist for fprop; its name's dgrad runs along pixels.
+        loops = cpu_tiling.PIXELS if which == "dgrad" and mode == cpu_tiling.FILTERS else mode
+        tilings = cpu_tiling.tilings(problem, which, loops, lanes)
         return {t: cpu_tiling.predict(problem, which, t, lanes) for t in tilings}
 
     return candidates

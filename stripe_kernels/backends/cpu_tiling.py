@@ -1,6 +1,7 @@
 """Which blocks the CPU kernels cut a problem into, and what each should cost. Torch-free.
 
-A tiling is (mode, images, rows, filter_parts, window): see csrc/cpu/schedule.h. Costs are cycles of one core divided by a
+A tiling is (mode, images, rows, filter_parts, window), see csrc/cpu/schedule.h, or (images, filter_parts) where lanes run
+along filters, see csrc/cpu/fprop_filters.h. Costs are cycles of one core divided by a
 nominal clock; only their ratios matter, and tune() replaces them by measurements.
 """
 
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.registry import Config, Pass, Problem
 
-PIXELS, GATHER, BATCH = 0, 1, 2
-MODES = {"pixels": PIXELS, "gather": GATHER, "batch": BATCH}
+PIXELS, GATHER, BATCH, FILTERS = 0, 1, 2, 3
+MODES = {"pixels": PIXELS, "gather": GATHER, "batch": BATCH, "filters": FILTERS}
 CLOCK = 3.5e9
 # Measured on 1 MB of L2: blocks up to this size run as fast as small ones; past it halo rows cost less than misses.
 BLOCK_BYTES = 1_400_000
@@ -56,6 +57,11 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Co
     s = problem.shape
     sides = Sides.of(s, which)
     rows_all = max(1, sides.rows)
+    if mode == FILTERS:
+        blocks = s.N * s.groups
+        images = 1 if sides.rows * sides.cols >= 16 else max(1, min(s.N, 64 // max(1, sides.rows * sides.cols)))
+        yield (images, 1 if blocks >= 4 * problem.threads * images else problem.threads)
+        return
     if mode == GATHER:
         pixels = max(1, sides.rows * sides.cols)
         images = max(1, min(s.N, -(-12 * lanes // pixels)))
@@ -88,6 +94,8 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int) -> float:
     Constants are cycles a vector, measured on Zen 4: a multiply-add 1.05; the per-tap update of y 3; into pixel lanes 3, into
     batch lanes 6 (a transpose), an im2col plane 3 a tap; out again the same.
     """
+    if len(config) == 2:
+        return _predict_filters(problem, config, lanes)
     s = problem.shape
     mode, images, rows, parts, _ = config
     sides = Sides.of(s, which)
@@ -108,9 +116,7 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int) -> float:
     stripes = problem.skeleton.stripes / s.groups
     share = 1.0
     if mode == BATCH:
-        from stripe_kernels.backends.dense import inside_share
-
-        share = inside_share(problem) / s.taps
+        share = s.taps_inside() / s.taps
     fma = 1.05 * stripes * share * out_vectors * s.group_c
     if which == "fprop":
         fma += 3.0 * stripes * share * out_vectors + 1.0 * sides.channels_out * out_vectors
@@ -122,6 +128,18 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int) -> float:
     else:
         rounds = -(-blocks // problem.threads)
     return 3e-6 + (1e-6 if problem.threads > 1 else 0.0) + rounds * block / CLOCK
+
+
+def _predict_filters(problem: Problem, config: Config, lanes: int) -> float:
+    s = problem.shape
+    _, parts = config
+    pixels = s.N * s.taps_inside() / s.taps * s.P * s.Q
+    per_tap = max(1.0, problem.skeleton.stripes / s.taps / s.groups / parts)
+    vectors = -(-per_tap // lanes) * s.taps * s.groups * parts
+    tile = vectors * pixels * (1.15 * s.group_c + 24.0)  # a scatter of 16 lanes costs about 24 cycles
+    weights = vectors * s.group_c * 5.0 * -(-s.N // config[0])  # from beyond L2: 64 bytes in about 5 cycles
+    out = 8.0 * s.N * s.K * s.P * s.Q / lanes
+    return 4e-6 + (max(tile, weights) + out) / min(problem.threads, parts * s.N) / CLOCK
 
 
 def predict_wgrad(problem: Problem, lanes: int) -> float:

@@ -97,23 +97,10 @@ def predict(problem: Problem, which: Pass) -> float:
     """
     s = problem.shape
     pixels = s.N * s.P * s.Q
-    macs = pixels * s.K * s.group_c * inside_share(problem)
+    macs = pixels * s.K * s.group_c * s.taps_inside()
     rate = 55e9 * problem.threads * 0.92 * pixels / (pixels + 28)
     narrow = min(1.0, s.group_c / 8) * min(1.0, s.group_k / 8)
     return 6e-6 + macs / max(rate * max(narrow, 0.02), 1.0)
-
-
-def inside_share(problem: Problem) -> float:
-    """Taps of an output pixel that fall inside the image, on average (3x3 on 4x4, padding 1: 6.25 of 9)."""
-    s = problem.shape
-
-    def reach(size: int, out: int, taps: int, stride: int, pad: int, dilation: int) -> float:
-        hits = sum(0 <= i * stride + t * dilation - pad < size for i in range(out) for t in range(taps))
-        return hits / max(out, 1)
-
-    return reach(s.H, s.P, s.R, s.stride[0], s.padding[0], s.dilation[0]) * reach(
-        s.W, s.Q, s.S, s.stride[1], s.padding[1], s.dilation[1]
-    )
 
 
 def _candidates(problem: Problem, which: Pass) -> dict[Config, float]:

@@ -1,0 +1,152 @@
+#include "cpu/fprop_filters.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "cpu/lanes.h"
+#include "cpu/parallel.h"
+
+namespace sk {
+
+FpropFilters::FpropFilters(const ConvShape& shape, Stripes stripes, int images, int filter_parts, const IsaKernels& isa)
+    : shape_(shape),
+      stripes_(std::move(stripes)),
+      isa_(isa),
+      lattice_(fprop_lattice(shape, stripes_.live_taps(), true)),
+      images_(std::max(1, std::min(images, shape.N))),
+      part_count_(std::max(1, filter_parts)) {
+  for (int g = 0; g < shape.groups; ++g)
+    for (const Part& p : balanced_parts(g, stripes_.work(g, shape.group_k(), shape.group_c()), part_count_))
+      parts_.push_back(p);
+  for (const Part& p : parts_)
+    for (const TapAccess& t : lattice_.taps) {
+      const auto [lo, hi] = stripes_.within(p.group, t.tap, p.begin, p.end);
+      const int vectors = (hi - lo + isa.lanes - 1) / isa.lanes;
+      taps_.push_back({packed_floats_, vectors, lo, hi, t});
+      packed_floats_ += static_cast<std::int64_t>(vectors) * isa.lanes * shape.group_c();
+    }
+}
+
+void FpropFilters::pack_weight(const void* weight, DType type, float* packed) const {
+  const std::int64_t c = shape_.group_c(), bytes = static_cast<std::int64_t>(size_of(type));
+  std::vector<float> row(static_cast<std::size_t>(c));
+  std::fill(packed, packed + packed_floats_, 0.f);
+  for (const TapFilters& t : taps_) {
+    const std::int64_t step = static_cast<std::int64_t>(t.vectors) * isa_.lanes;
+    for (int i = t.first; i < t.last; ++i) {
+      isa_.load_row(row.data(), static_cast<const char*>(weight) + stripes_.row[i] * c * bytes, type, 1, c);
+      float* at = packed + t.weight + (i - t.first);
+      for (std::int64_t j = 0; j < c; ++j) at[j * step] = row[j];
+    }
+  }
+}
+
+namespace {
+
+// Pixels a tile broadcasts, so that F * V comes nearest to filling the registers: 4 vectors of filters take 6, not 8.
+int tile_pixels(const IsaKernels& isa, int vectors) {
+  int best = 1, most = 0;
+  for (int f = isa.tile_filters; f >= isa.tile_filters / 2; --f) {
+    const int tiles = (vectors + isa.tile_vectors[f] - 1) / isa.tile_vectors[f];
+    const int filled = f * vectors / tiles;
+    if (filled > most) most = filled, best = f;
+  }
+  return best;
+}
+
+}  // namespace
+
+// sums[(image * P + p) * Q + q][filter of the part] over every tap.
+void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int images, const TensorView& x,
+                           const float* packed, float* sums) const {
+  const ConvShape& s = shape_;
+  const int filters = part.end - part.begin;
+  alignas(64) float tile[kMaxTileFilters * kMaxTileVectors * 16];
+  std::int32_t source[kMaxTileFilters], target[kMaxTileFilters];
+  BoxSteps box{};
+  box.count[0] = box.count[1] = 1, box.count[2] = s.group_c();
+  box.a[2] = x.stride[1];
+  for (const TapFilters* t = taps; t != taps + lattice_.taps.size(); ++t) {
+    if (t->first == t->last) continue;
+    const Range rows = lattice_.valid_rows(t->access), cols = lattice_.valid_cols(t->access);
+    const int pixels = rows.size() * cols.size() * images;
+    if (pixels == 0) continue;
+    const Plane& plane = lattice_.planes[t->access.plane];
+    box.b[2] = static_cast<std::int64_t>(t->vectors) * isa_.lanes;
+    split_evenly(pixels, tile_pixels(isa_, t->vectors), [&](int begin, int end) {
+      const int count = end - begin;
+      for (int f = 0; f < count; ++f) {
+        const int col = cols.lo + (begin + f) % cols.size(), line = (begin + f) / cols.size();
+        const int row = rows.lo + line % rows.size(), image = line / rows.size();
+        source[f] = static_cast<std::int32_t>((n0 + image) * x.stride[0] +
+                                              (row * lattice_.step_h + plane.row0) * x.stride[2] +
+                                              (col * lattice_.step_w + plane.col0) * x.stride[3]);
+        target[f] = (image * s.P + row) * s.Q + col;
+      }
+      const float* const a = static_cast<const float*>(x.data) + part.group * s.group_c() * x.stride[1];
+      each_tile(t->vectors, isa_.tile_vectors[count], [&](int at, int vectors) {
+        const int lanes = vectors * isa_.lanes;
+        std::fill(tile, tile + count * lanes, 0.f);
+        isa_.box[count][vectors](box, a, source, packed + t->weight + at * isa_.lanes, tile, lanes);
+        const std::int32_t* const filter = &stripes_.filter[t->first + at * isa_.lanes];
+        const int live = std::min(lanes, t->last - t->first - at * isa_.lanes);
+        for (int f = 0; f < count; ++f) {
+          float* const out = sums + static_cast<std::int64_t>(target[f]) * filters - part.begin;
+          for (int j = 0; j < live; ++j) out[filter[j]] += tile[f * lanes + j];
+        }
+      });
+    });
+  }
+}
+
+void FpropFilters::run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e,
+                       int threads) const {
+  const ConvShape& s = shape_;
+  const auto padded = [](std::int64_t n) { return (n + 15) / 16 * 16 + 16; };
+  const std::int64_t pixels = static_cast<std::int64_t>(images_) * s.P * s.Q;
+  int widest = 0;
+  for (const Part& p : parts_) widest = std::max(widest, p.end - p.begin);
+  const std::int64_t part_floats = padded(pixels * widest);
+  const std::int64_t x_floats = x.dtype == DType::f32 ? 0 : static_cast<std::int64_t>(s.N) * s.C * s.H * s.W;
+  float* const memory = scratch(static_cast<std::size_t>(padded(x_floats) + threads * 2 * part_floats));
+
+  TensorView source = x;  // halves are widened once; float32 is read where it lies
+  if (x_floats) {
+    source.data = memory, source.dtype = DType::f32;
+    source.stride[0] = std::int64_t(s.C) * s.H * s.W, source.stride[1] = std::int64_t(s.H) * s.W;
+    source.stride[2] = s.W, source.stride[3] = 1;
+  }
+  LaneMap map;
+  map.rows = s.P, map.cols = map.pitch = s.Q, map.tensor_h = s.P, map.tensor_w = s.Q;
+  const int image_blocks = ceil_div(s.N, images_), tasks = image_blocks * static_cast<int>(parts_.size());
+  std::atomic<int> next{0};
+
+  run_team(threads, [&](const Team& team) {
+    if (x_floats) {
+      const std::int64_t planes = static_cast<std::int64_t>(s.N) * s.C;
+      for (std::int64_t i = team.begin(planes); i < team.end(planes); ++i)
+        for (int h = 0; h < s.H; ++h)
+          isa_.load_row(memory + (i * s.H + h) * s.W, x.at(i / s.C, i % s.C, h, 0), x.dtype, x.stride[3], s.W);
+      team.barrier();
+    }
+    float* const sums = memory + padded(x_floats) + team.thread * 2 * part_floats;
+    float* const turned = sums + part_floats;
+    for (int task; (task = next.fetch_add(1)) < tasks;) {
+      const int index = task % static_cast<int>(parts_.size());
+      const Part& part = parts_[index];
+      const int filters = part.end - part.begin;
+      LaneMap m = map;
+      m.n0 = task / static_cast<int>(parts_.size()) * images_, m.images = std::min(images_, s.N - m.n0);
+      const std::int64_t here = static_cast<std::int64_t>(m.images) * s.P * s.Q;
+      std::fill(sums, sums + here * filters, 0.f);
+      compute(part, &taps_[index * lattice_.taps.size()], m.n0, m.images, source, packed, sums);
+      isa_.load_transposed(turned, here, sums, DType::f32, filters, here, filters);
+      m.c_stride = here;
+      finish_lanes(isa_, e, m, part.group * s.group_k() + part.begin, filters, turned);
+      store_lanes(isa_, y, m, part.group * s.group_k() + part.begin, filters, turned);
+    }
+  });
+}
+
+}  // namespace sk

@@ -1,0 +1,104 @@
+"""What every Triton launch shares: index arrays on the device, the current device, addressing width and precision."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from stripe_kernels.registry import Pass, Problem
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@triton.jit
+def _probe() -> None:
+    pass
+
+
+# Decided when the kernels were decorated; from then on the environment has no say.
+INTERPRETED = isinstance(_probe, InterpretedFunction)
+
+
+def refuse(problem: Problem, which: Pass) -> str | None:
+    """Why the Triton kernels cannot run this problem, or None."""
+    if problem.device != "cuda" and not (problem.device == "cpu" and INTERPRETED):
+        return f"runs on CUDA devices, not on {problem.device} (there only in Triton's interpreter, TRITON_INTERPRET=1)"
+    if problem.dtype not in DTYPES:
+        return f"takes {', '.join(DTYPES)}, not {problem.dtype}"
+    return None
+
+
+class Launch(NamedTuple):
+    """One kernel launch, complete; ahead-of-time tests compile from the same object that runs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    def run(self, device: torch.device) -> None:
+        """On the current stream of `device`. No host synchronisation."""
+        if min(self.grid) == 0:
+            return
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+            self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+
+
+class IndexArrays:
+    """Host index arrays, copied to a device the first time it is met. That copy waits for the device, so call a runner once
+    before capturing it in a CUDA graph (as graphs need anyway)."""
+
+    def __init__(self, **arrays: np.ndarray) -> None:
+        self._host = arrays
+        self._on: dict[torch.device, dict[str, Tensor]] = {}
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        found = self._on.get(device)
+        if found is None:
+            found = {name: torch.from_numpy(array.copy()).to(device) for name, array in self._host.items()}
+            self._on[device] = found
+        return found
+
+
+def with_zero_row(weight: Tensor) -> Tensor:
+    """[A, C/g] -> [A + 1, C/g]: the last row stands for every dead stripe."""
+    weight = weight.detach()
+    return torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
+
+
+def span(t: Tensor | None) -> int:
+    """Elements between the first and the last of a tensor."""
+    return 0 if t is None or not t.numel() else sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+
+
+def wide(*tensors: Tensor | None) -> bool:
+    """True when an offset may not fit 32 bits."""
+    return max(max(span(t), 0 if t is None else t.numel()) for t in tensors) >= 2**31 - 2**16
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision. float32 follows torch's switch for convolutions (torch.backends.cudnn.allow_tf32, or
+    cudnn.conv.fp32_precision), read at every call; other types have one way only."""
+    if dtype != torch.float32:
+        return "ieee"
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    tf32 = conv.fp32_precision == "tf32" if conv is not None else torch.backends.cudnn.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def strides(prefix: str, t: Tensor | None, names: str) -> dict[str, int]:
+    """Strides of a tensor as keyword arguments, {prefix}_{name}; zeros for None."""
+    values = (0,) * len(names) if t is None else t.stride()
+    return {f"{prefix}_{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def memory_format(problem: Problem) -> torch.memory_format:
+    return torch.channels_last if problem.channels_last else torch.contiguous_format
