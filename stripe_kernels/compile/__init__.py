@@ -1,0 +1,7 @@
+"""Whole networks: freeze, optimize, tune, explain, save, load, export."""
+
+from __future__ import annotations
+
+from stripe_kernels.compile.freeze import freeze, to_dense
+
+__all__ = ["freeze", "to_dense"]

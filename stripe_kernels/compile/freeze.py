@@ -1,0 +1,106 @@
+"""freeze: every convolution with dead stripes becomes a StripeConv2d; to_dense: the way back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stripe_kernels.compile.unwrap import clone, move_hooks, plain_name, replace_modules
+from stripe_kernels.functional import as_skeleton
+from stripe_kernels.modules import StripeConv2d
+from stripe_kernels.skeleton import FilterSkeleton
+
+Skeletons = Mapping[str, "Tensor | FilterSkeleton"]
+
+
+def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
+    """A new model in which every nn.Conv2d with dead stripes is a StripeConv2d; the input is not touched.
+
+    skeletons maps a convolution's name, as ``model.named_modules()`` gives it, to bool [K, R, S];
+    convolutions not named stay as they are. None: a stripe is dead where its weights are all zero after masks
+    of torch.nn.utils.prune and parametrizations are applied. Both are removed from the result, their effect
+    baked into the weights. Modules used twice stay shared; DataParallel, DistributedDataParallel and
+    torch.compile wrappers, at any depth, are taken off.
+
+    Raises ValueError for a name the model does not have, a skeleton of another shape, or two skeletons for
+    one shared module; TypeError for a named module that is no convolution, and for models that hide their
+    modules.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from stripe_kernels import freeze
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    >>> freeze(model, {"0": torch.rand(8, 3, 3) < 0.4})[0]  # doctest: +ELLIPSIS
+    StripeConv2d(3, 8, kernel_size=(3, 3), ..., density=0...)
+    """
+    copied = clone(model)
+    with torch.inference_mode(False), torch.no_grad():
+        if skeletons is None:
+            chosen = {m: as_skeleton((m.weight != 0).any(1)) for m in copied.modules() if is_convolution(m)}
+        else:
+            chosen = _named(copied, skeletons)
+        layers: dict[nn.Module, nn.Module] = {}
+        weights: dict[tuple[nn.Parameter, FilterSkeleton], nn.Parameter] = {}
+        for conv, live in chosen.items():
+            if live.stripes == live.live.size:
+                continue
+            dense = conv.to_conv2d() if isinstance(conv, StripeConv2d) else conv
+            layer = StripeConv2d.from_conv2d(dense, live)  # type: ignore[arg-type]
+            # Two layers that shared one weight keep sharing where they keep the same stripes of it.
+            layer.weight = weights.setdefault((conv.weight, live), layer.weight)  # type: ignore[index]
+            if conv.bias is not None:
+                layer.bias = conv.bias  # type: ignore[assignment]
+            move_hooks(conv, layer)
+            layers[conv] = layer
+        return replace_modules(copied, layers)
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """A new model in which every StripeConv2d is an nn.Conv2d again, zeros for dead stripes: plain torch."""
+    copied = clone(model)
+    with torch.inference_mode(False), torch.no_grad():
+        layers = {m: m.to_conv2d() for m in copied.modules() if isinstance(m, StripeConv2d)}
+        for layer, conv in layers.items():
+            conv.weight.requires_grad_(layer.weight.requires_grad)
+            if layer.bias is not None:
+                conv.bias = layer.bias
+            move_hooks(layer, conv)
+        return replace_modules(copied, dict(layers))
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """nn.Conv2d, or a subclass that computes what nn.Conv2d does."""
+    if not isinstance(module, nn.Conv2d):
+        return False
+    kind = type(module)
+    return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+
+
+def _named(model: nn.Module, skeletons: Skeletons) -> dict[nn.Module, FilterSkeleton]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen: dict[nn.Module, FilterSkeleton] = {}
+    for given, skeleton in skeletons.items():
+        name = given if given in modules else plain_name(given)
+        module = modules.get(name)
+        if module is None:
+            convolutions = [n for n, m in modules.items() if isinstance(m, (nn.Conv2d, StripeConv2d))]
+            near = difflib.get_close_matches(given, convolutions, n=3) or convolutions[:5]
+            raise ValueError(
+                f"the model has no module {given!r}; its convolutions are like {', '.join(near)}"
+            )
+        if not (is_convolution(module) or isinstance(module, StripeConv2d)):
+            raise TypeError(
+                f"{given!r} is a {type(module).__name__}, not an nn.Conv2d that stripes can be taken from"
+            )
+        live = as_skeleton(skeleton)
+        expected = (module.out_channels, *module.kernel_size)
+        if live.shape != expected:
+            raise ValueError(
+                f"skeleton of {given!r} is {list(live.shape)} but its filter has [K, R, S] = {list(expected)}"
+            )
+        if chosen.setdefault(module, live) != live:
+            raise ValueError(f"{given!r} is a shared module and was given two different skeletons")
+    return chosen
