@@ -14,11 +14,23 @@ SMS = 132
 LAUNCH = 4e-6  # estimate: a launch and its tail
 HBM = 3.0e12  # bytes/s of a large copy
 L2 = 5.5e12  # bytes/s from L2 to all SMs, an estimate
-MATH = {"bfloat16": 790e12, "float16": 790e12, "float32": 395e12, "float64": 60e12}  # FLOP/s of a large GEMM; float32 as tf32
+MATH = {
+    "bfloat16": 790e12,
+    "float16": 790e12,
+    "float32": 395e12,
+    "float64": 60e12,
+}  # FLOP/s of a large GEMM; float32 as tf32
 
 
 def gpu_seconds(
-    dtype: str, *, macs: float, moved: float, loaded: float = 0.0, share: float = 1.0, programs: int = SMS, launches: int = 1
+    dtype: str,
+    *,
+    macs: float,
+    moved: float,
+    loaded: float = 0.0,
+    share: float = 1.0,
+    programs: int = SMS,
+    launches: int = 1,
 ) -> float:
     """macs: multiply-adds executed, at `share` of the GEMM rate. moved: bytes to and from memory, each counted once.
     loaded: bytes that programs load in total, repeats included. programs: thread blocks of the launch."""

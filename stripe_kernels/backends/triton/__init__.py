@@ -1,24 +1,28 @@
-"""Triton kernels for GPUs: fprop over clustered filter tiles, dgrad and wgrad over the stripes of each tap.
+"""Triton kernels for GPUs: fprop over clustered filter tiles, dgrad and wgrad over the live stripes of each tap.
 
-One name, `triton`, covers the passes. On CPU tensors it runs only in Triton's interpreter.
+One name, `triton`, covers the three passes. CPU tensors it takes only inside Triton's interpreter.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 try:
     import triton  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"triton is not installed ({error}); run: pip install 'stripe-kernels[triton]'") from error
+    raise ImportError(f"triton is not installed ({error}); run: pip install triton") from error
 
 from stripe_kernels.backends.triton.candidates import candidates
+from stripe_kernels.backends.triton.dgrad import TritonDgrad
 from stripe_kernels.backends.triton.fprop import TritonFprop
 from stripe_kernels.backends.triton.launch import INTERPRETED, refuse
+from stripe_kernels.backends.triton.wgrad import TritonWgrad
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
 
-_RUNNERS = {"fprop": TritonFprop}
+_RUNNERS = {"fprop": TritonFprop, "dgrad": TritonDgrad, "wgrad": TritonWgrad}
 
 
-def build(problem: Problem, which: Pass, config: Config) -> TritonFprop:
+def build(problem: Problem, which: Pass, config: Config) -> Any:
     return _RUNNERS[which](problem, config)
 
 

@@ -76,9 +76,13 @@ def fprop_kernel(
             t_h = t_h.to(tl.int64)
             t_w = t_w.to(tl.int64)
         x_tile = tl.load(
-            (x_at + t_h * x_h + t_w * x_w)[:, None] + (c * x_c)[None, :], inside[:, None] & (c < channels)[None, :], 0.0
+            (x_at + t_h * x_h + t_w * x_w)[:, None] + (c * x_c)[None, :],
+            inside[:, None] & (c < channels)[None, :],
+            0.0,
         )
-        w_tile = tl.load((w_at + entry * BLOCK_N * channels)[None, :] + c[:, None], (c < channels)[:, None], 0.0)
+        w_tile = tl.load(
+            (w_at + entry * BLOCK_N * channels)[None, :] + c[:, None], (c < channels)[:, None], 0.0
+        )
         acc = multiply(x_tile, w_tile, acc, PRECISION, CAST)
 
     if scale is not None:
@@ -103,7 +107,11 @@ class TritonFprop:
         plan = FpropSchedule.of(problem.skeleton, problem.shape, self.config.block_n)
         self.tiles = len(plan.group)
         self.arrays = IndexArrays(
-            filters=plan.filters, group=plan.group, entry_ptr=plan.entry_ptr, offset=plan.offset, row=plan.row.reshape(-1)
+            filters=plan.filters,
+            group=plan.group,
+            entry_ptr=plan.entry_ptr,
+            offset=plan.offset,
+            row=plan.row.reshape(-1),
         )
 
     def pack(self, weight: Tensor) -> Tensor:
@@ -137,7 +145,13 @@ class TritonFprop:
         return Launch(fprop_kernel, grid, arguments, config.warps, config.stages)
 
     def __call__(
-        self, x: Tensor, packed: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None, act: str
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        act: str,
     ) -> Tensor:
         y = torch.empty(self.shape.output_size, dtype=x.dtype, device=x.device, memory_format=self.format)
         self.launch(x, packed, y, bias, scale, residual, act).run(x.device)

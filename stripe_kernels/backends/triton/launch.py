@@ -76,7 +76,11 @@ def with_zero_row(weight: Tensor) -> Tensor:
 
 def span(t: Tensor | None) -> int:
     """Elements between the first and the last of a tensor."""
-    return 0 if t is None or not t.numel() else sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return (
+        0
+        if t is None or not t.numel()
+        else sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    )
 
 
 def wide(*tensors: Tensor | None) -> bool:

@@ -95,30 +95,127 @@ class FpropSchedule:
                 counts.append(len(taps))
                 offsets += [tap_offset(s, int(t)) for t in taps]
                 of_tap = row_of[members][:, taps].T
-                rows.append(np.pad(of_tap, ((0, 0), (0, width - len(members))), constant_values=skeleton.stripes))
+                rows.append(
+                    np.pad(of_tap, ((0, 0), (0, width - len(members))), constant_values=skeleton.stripes)
+                )
         return FpropSchedule(
-            _int32(filters), _int32(groups), _pointers(counts), _int32(offsets).reshape(-1, 2), _int32(np.concatenate(rows))
+            _int32(filters),
+            _int32(groups),
+            _pointers(counts),
+            _int32(offsets).reshape(-1, 2),
+            _int32(np.concatenate(rows)),
         )
 
-    @property
-    def entries(self) -> int:
-        return len(self.offset)
 
-    def fill(self, skeleton: FilterSkeleton) -> float:
-        """Live stripes / executed stripes; 1 when nothing is executed."""
-        return skeleton.stripes / max(1, self.row.size) if self.row.size else 1.0
+@dataclass(frozen=True)
+class _Tap:
+    """The live stripes of one tap in one group."""
+
+    tap: int
+    filters: Int32Array  # within the group, ascending
+    rows: Int32Array  # of the packed values
+
+    def chunks(self, size: int) -> list[tuple[Int32Array, Int32Array]]:
+        """(filters, rows), `size` stripes each."""
+        cuts = range(size, len(self.filters), size)
+        return list(zip(np.split(self.filters, cuts), np.split(self.rows, cuts), strict=True))
+
+    def blocks(self, size: int, group_k: int, absent: int) -> list[tuple[Int32Array, Int32Array]]:
+        """(filters, rows) of the aligned blocks of `size` filters with a live stripe; row `absent` for the dead ones."""
+        row_of = np.full(group_k, absent)
+        row_of[self.filters] = self.rows
+        firsts = np.unique(self.filters // size) * size
+        spans = [np.arange(first, min(first + size, group_k)) for first in firsts]
+        return [(_int32(span), _int32(row_of[span])) for span in spans]
 
 
 @lru_cache(maxsize=1024)
-def filters_by_tap(skeleton: FilterSkeleton, groups: int) -> tuple[tuple[tuple[int, int, Int32Array, Int32Array], ...], ...]:
-    """For every group its live taps: (group, tap, filters within the group, rows of the packed values)."""
+def live_taps(skeleton: FilterSkeleton, groups: int) -> tuple[tuple[_Tap, ...], ...]:
+    """The taps with a live stripe, for every group."""
     index = StripeIndex.of(skeleton, groups)
-    found = []
-    for group in range(groups):
-        taps = []
-        for tap in range(index.taps):
-            first, last = index.tap_ptr[group * index.taps + tap], index.tap_ptr[group * index.taps + tap + 1]
-            if last > first:
-                taps.append((group, tap, index.filter[first:last], index.row[first:last]))
-        found.append(tuple(taps))
-    return tuple(found)
+    bounds = index.tap_ptr[:-1].reshape(groups, -1), index.tap_ptr[1:].reshape(groups, -1)
+    return tuple(
+        tuple(
+            _Tap(tap, index.filter[first:last], index.row[first:last])
+            for tap, (first, last) in enumerate(zip(firsts, lasts, strict=True))
+            if last > first
+        )
+        for firsts, lasts in zip(*bounds, strict=True)
+    )
+
+
+def _padded(parts: list[Int32Array], size: int, value: int) -> Int32Array:
+    """[len(parts), size], short parts filled up with `value`."""
+    return _int32([np.pad(p, (0, size - len(p)), constant_values=value) for p in parts]).reshape(-1, size)
+
+
+@dataclass(frozen=True, eq=False)
+class DgradSchedule:
+    """Reduction lists. With stride (u, v), input pixel (h0 + u*i, w0 + v*j) meets only taps whose offset differs from
+    (h0, w0) by a multiple of the stride: one list for each group and each of the u*v phases (h0, w0)."""
+
+    origin: Int32Array  # [lists, 3]: group, h0, w0
+    entry_ptr: Int32Array  # [lists + 1]
+    offset: Int32Array  # [entries, 2]: output pixel (p, q) that input pixel i = j = 0 of the phase meets
+    filters: Int32Array  # [entries, depth]: within the group, -1 where an entry is not full
+    row: Int32Array  # [entries, depth]: row of the packed values, A for zeros
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def of(skeleton: FilterSkeleton, s: ConvShape, depth: int, aligned: bool) -> DgradSchedule:
+        """aligned: entries are blocks of consecutive filters, so that dy is read in whole vectors and dead stripes of a block
+        are executed; otherwise an entry gathers live filters only."""
+        u, v = s.stride
+        origins, counts, offsets, parts = [], [], [], []
+        for group, taps in enumerate(live_taps(skeleton, s.groups)):
+            for h0, w0 in np.ndindex(u, v):
+                count = 0
+                for tap in taps:
+                    (p, p_rest), (q, q_rest) = (
+                        divmod(o - t, step)
+                        for o, t, step in zip((h0, w0), tap_offset(s, tap.tap), (u, v), strict=True)
+                    )
+                    if p_rest == 0 and q_rest == 0:
+                        found = (
+                            tap.blocks(depth, s.group_k, skeleton.stripes) if aligned else tap.chunks(depth)
+                        )
+                        parts += found
+                        offsets += [(p, q)] * len(found)
+                        count += len(found)
+                origins.append((group, h0, w0))
+                counts.append(count)
+        return DgradSchedule(
+            _int32(origins),
+            _pointers(counts),
+            _int32(offsets).reshape(-1, 2),
+            _padded([filters for filters, _ in parts], depth, -1),
+            _padded([rows for _, rows in parts], depth, skeleton.stripes),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class WgradSchedule:
+    """Output entries: one tap and up to `height` of its live filters."""
+
+    group: Int32Array  # [entries]
+    offset: Int32Array  # [entries, 2]: input pixel (h, w) read by output pixel (0, 0)
+    filters: Int32Array  # [entries, height]: output channel, -1 where an entry is not full
+    row: Int32Array  # [entries, height]: row of the result, -1 likewise
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def of(skeleton: FilterSkeleton, s: ConvShape, height: int) -> WgradSchedule:
+        groups, offsets, filters, rows = [], [], [], []
+        for group, taps in enumerate(live_taps(skeleton, s.groups)):
+            for tap in taps:
+                for of_chunk, rows_of_chunk in tap.chunks(height):
+                    groups.append(group)
+                    offsets.append(tap_offset(s, tap.tap))
+                    filters.append(_int32(of_chunk + group * s.group_k))
+                    rows.append(rows_of_chunk)
+        return WgradSchedule(
+            _int32(groups),
+            _int32(offsets).reshape(-1, 2),
+            _padded(filters, height, -1),
+            _padded(rows, height, -1),
+        )

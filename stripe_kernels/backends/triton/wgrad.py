@@ -1,0 +1,158 @@
+"""wgrad: dw[a, c] = sum_{n, p, q} dy[n, k_a, p, q] * x[n, c, p*u + t_h, q*v + t_w]   for the live stripes a = (k_a, t)
+
+(filter, tap) is only an output index: live stripes are computed and no others. Output pixels are split into `splits` parts
+with a float32 partial result each, and a second kernel adds the parts in their order: run to run the bits repeat.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stripe_kernels.backends.triton.launch import INTERPRETED, IndexArrays, Launch, precision, strides, wide
+from stripe_kernels.backends.triton.schedule import WgradSchedule
+from stripe_kernels.backends.triton.tile import multiply, unravel
+from stripe_kernels.registry import Config, Problem
+
+_REDUCE = 1024  # values a program of the second stage
+
+
+class WgradConfig(NamedTuple):
+    block_k: int  # live filters of one tap
+    block_n: int  # channels
+    block_m: int  # output pixels a step
+    splits: int
+    planar: int  # 1: dy is copied to NCHW first, where a gathered filter is a row of consecutive pixels
+    warps: int
+    stages: int
+
+
+@triton.jit
+def wgrad_kernel(
+    dy, x, dw,
+    group, offset, filters, row,
+    entries, c_blocks, pixels, steps, stripes, channels, H, W, P, Q, u, v,
+    dy_n, dy_k, dy_p, dy_q, x_n, x_c, x_h, x_w,
+    PRECISION: tl.constexpr, CAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    c_block = tl.program_id(0) % c_blocks
+    entry = tl.program_id(0) // c_blocks % entries
+    split = tl.program_id(0) // c_blocks // entries
+    g = tl.load(group + entry)
+    t_h = tl.load(offset + 2 * entry)
+    t_w = tl.load(offset + 2 * entry + 1)
+    k = tl.load(filters + entry * BLOCK_K + tl.arange(0, BLOCK_K))
+    a = tl.load(row + entry * BLOCK_K + tl.arange(0, BLOCK_K))
+    c = c_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = split * steps * BLOCK_M
+    if WIDE:
+        k = k.to(tl.int64)
+        a = a.to(tl.int64)
+        c = c.to(tl.int64)
+        g = g.to(tl.int64)
+        first = split.to(tl.int64) * steps * BLOCK_M
+    dy_at = dy + k * dy_k
+    x_at = x + (g * channels + c) * x_c
+
+    acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    for step in range(0, steps):
+        m = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        n, p, q = unravel(m, P, Q)
+        h = p * u + t_h
+        s = q * v + t_w
+        real = m < pixels
+        dy_tile = tl.load(
+            dy_at[:, None] + (n * dy_n + p * dy_p + q * dy_q)[None, :], (k >= 0)[:, None] & real[None, :], 0.0
+        )
+        inside = real & (h >= 0) & (h < H) & (s >= 0) & (s < W)
+        x_tile = tl.load(
+            (n * x_n + h * x_h + s * x_w)[:, None] + x_at[None, :],
+            inside[:, None] & (c < channels)[None, :],
+            0.0,
+        )
+        acc = multiply(dy_tile, x_tile, acc, PRECISION, CAST)
+
+    at = (split * stripes + a) * channels
+    if WIDE:
+        at = (split.to(tl.int64) * stripes + a) * channels
+    tl.store(
+        dw + at[:, None] + c[None, :],
+        acc.to(dw.dtype.element_ty),
+        (a >= 0)[:, None] & (c < channels)[None, :],
+    )
+
+
+@triton.jit
+def sum_splits_kernel(parts, dw, splits, values, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """dw[i] = parts[0, i] + parts[1, i] + ... in this order."""
+    block = tl.program_id(0)
+    if WIDE:
+        block = block.to(tl.int64)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for split in range(0, splits):
+        if WIDE:
+            split = split.to(tl.int64)
+        acc += tl.load(parts + split * values + i, i < values, 0.0)
+    tl.store(dw + i, acc.to(dw.dtype.element_ty), i < values)
+
+
+class TritonWgrad:
+    """Runner: one launch, and a second one where the pixels are split."""
+
+    def __init__(self, problem: Problem, config: Config) -> None:
+        self.config = WgradConfig(*config)
+        self.shape = problem.shape
+        self.stripes = problem.skeleton.stripes
+        plan = WgradSchedule.of(problem.skeleton, problem.shape, self.config.block_k)
+        self.entries = len(plan.group)
+        self.arrays = IndexArrays(group=plan.group, offset=plan.offset, filters=plan.filters, row=plan.row)
+
+    def launch(
+        self,
+        dy: Tensor,  # [N, K, P, Q]
+        x: Tensor,  # [N, C, H, W]
+        dw: Tensor,  # [splits, A, C/g] float32, or [1, A, C/g] in the result's dtype
+    ) -> Launch:
+        s, config = self.shape, self.config
+        arrays = self.arrays.on(x.device)
+        pixels = s.N * s.P * s.Q
+        c_blocks = triton.cdiv(s.group_c, config.block_n)
+        steps = triton.cdiv(triton.cdiv(pixels, config.block_m), config.splits)
+        arguments = {
+            "dy": dy, "x": x, "dw": dw, **arrays,
+            "entries": self.entries, "c_blocks": c_blocks, "pixels": pixels, "steps": steps, "stripes": self.stripes,
+            "channels": s.group_c, "H": s.H, "W": s.W, "P": s.P, "Q": s.Q, "u": s.stride[0], "v": s.stride[1],
+            **strides("dy", dy, "nkpq"), **strides("x", x, "nchw"),
+            "PRECISION": precision(x.dtype), "CAST": INTERPRETED, "WIDE": wide(dy, x, dw),
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        }  # fmt: skip
+        grid = (c_blocks * self.entries * config.splits,)
+        return Launch(wgrad_kernel, grid, arguments, config.warps, config.stages)
+
+    def sum_launch(
+        self,
+        parts: Tensor,  # [splits, A, C/g] float32
+        dw: Tensor,  # [A, C/g]
+    ) -> Launch:
+        arguments = {
+            "parts": parts, "dw": dw, "splits": len(parts), "values": dw.numel(),
+            "WIDE": wide(parts), "BLOCK": _REDUCE,
+        }  # fmt: skip
+        return Launch(sum_splits_kernel, (triton.cdiv(dw.numel(), _REDUCE),), arguments, 4, 1)
+
+    def __call__(self, dy: Tensor, x: Tensor) -> Tensor:
+        dw = x.new_empty(self.stripes, self.shape.group_c)
+        dy = dy.contiguous() if self.config.planar else dy
+        if self.config.splits == 1:
+            self.launch(dy, x, dw[None]).run(x.device)
+            return dw
+        parts = dw.new_empty(self.config.splits, *dw.shape, dtype=torch.float32)
+        self.launch(dy, x, parts).run(x.device)
+        self.sum_launch(parts, dw).run(x.device)
+        return dw
