@@ -139,7 +139,7 @@ def _predict_filters(problem: Problem, config: Config, lanes: int) -> float:
     tile = vectors * pixels * (1.15 * s.group_c + 24.0)  # a scatter of 16 lanes costs about 24 cycles
     weights = vectors * s.group_c * 5.0 * -(-s.N // config[0])  # from beyond L2: 64 bytes in about 5 cycles
     out = 8.0 * s.N * s.K * s.P * s.Q / lanes
-    return 4e-6 + (max(tile, weights) + out) / min(problem.threads, parts * s.N) / CLOCK
+    return 4e-6 + (max(tile, weights) + out) / min(problem.threads, parts * max(s.N, 1)) / CLOCK
 
 
 def predict_wgrad(problem: Problem, lanes: int) -> float:

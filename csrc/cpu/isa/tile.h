@@ -37,6 +37,13 @@ struct Accumulators {
 #pragma GCC unroll 12
       for (int j = 0; j < V; ++j) store(y + row(f) + j * W, v[f][j]);
   }
+  template <class Row>
+  void add_rows(float* y, Row row) const {
+#pragma GCC unroll 8
+    for (int f = 0; f < F; ++f)
+#pragma GCC unroll 12
+      for (int j = 0; j < V; ++j) store(y + row(f) + j * W, load(y + row(f) + j * W) + v[f][j]);
+  }
   template <class Scalar>
   inline __attribute__((always_inline)) void step(Scalar a, const float* b) {
     vf x[V];
@@ -78,7 +85,7 @@ void box_tile(const sk::BoxSteps& box, const float* a, const std::int32_t* f_off
               std::int64_t ldy) {
   Accumulators<F, V> acc;
   const auto row = [=](int f) { return f * ldy; };
-  acc.load_rows(y, row);
+  acc.zero();
   const float* scalar[F];
   for (int f = 0; f < F; ++f) scalar[f] = a + f_off[f];
   for (std::int64_t n = 0; n < box.count[0]; ++n)
@@ -88,7 +95,7 @@ void box_tile(const sk::BoxSteps& box, const float* a, const std::int32_t* f_off
       for (std::int64_t w = 0; w < box.count[2]; ++w, at += box.a[2], bi += box.b[2])
         acc.step([&](int f) { return scalar[f][at]; }, bi);
     }
-  acc.store_rows(y, row);
+  acc.add_rows(y, row);
 }
 
 template <int F, int V>

@@ -1,0 +1,43 @@
+// y = activation(sum * scale[k] + shift[k] + residual), NaN kept where torch keeps it.
+#pragma once
+#include "cuda/instructions.h"
+#include "cuda/params.h"
+
+namespace sk::cuda {
+
+__device__ inline float activate(float x, Activation a) {
+  switch (a) {
+    case Activation::relu: return x < 0.f ? 0.f : x;
+    case Activation::relu6: return x < 0.f ? 0.f : (x > 6.f ? 6.f : x);
+    case Activation::silu: return x / (1.f + exponential(-x));
+    case Activation::hardswish: {
+      const float t = x + 3.f;
+      return x * (t < 0.f ? 0.f : (t > 6.f ? 6.f : t)) / 6.f;
+    }
+    case Activation::none: break;
+  }
+  return x;
+}
+
+template <class T>
+__device__ inline T finish(const Finish& f, float sum, float scale, float shift, long long offset) {
+  float y = sum * scale + shift;
+  if (f.residual) y += widen(static_cast<const T*>(f.residual)[offset]);
+  T out;
+  narrow(activate(y, f.activation), out);
+  return out;
+}
+
+__device__ inline float scale_of(const Finish& f, int k) { return f.scale ? f.scale[k] : 1.f; }
+__device__ inline float shift_of(const Finish& f, int k) { return f.shift ? f.shift[k] : 0.f; }
+
+// Stores one sum: finished, or as this split's share of it.
+template <class T>
+__device__ inline void store(const Call& call, int split, int k, long long offset, float sum) {
+  if (call.partial)
+    call.partial[split * call.out_count + offset] = sum;
+  else
+    static_cast<T*>(call.out)[offset] = finish<T>(call.finish, sum, scale_of(call.finish, k), shift_of(call.finish, k), offset);
+}
+
+}  // namespace sk::cuda

@@ -1,0 +1,30 @@
+// The launchers: a CUDA error code comes back, 0 when the kernel was started. `stream` is a cudaStream_t.
+#pragma once
+#include "cuda/params.h"
+
+namespace sk::cuda {
+
+using Launcher = int (*)(const Params&, void* stream);
+
+// Strict float32, exact at one filter (fprop) or one stripe (dgrad, wgrad), any strides.
+int fprop_ffma(const Params&, void* stream);
+int dgrad_ffma(const Params&, void* stream);
+int wgrad_ffma(const Params&, void* stream);
+
+// Shared memory of a block in bytes, so that Python can choose layouts that fit.
+int fprop_ffma_bytes(const Layout&);
+int dgrad_ffma_bytes(const Layout&);
+int wgrad_ffma_bytes(const Layout&);
+
+// out[i] = finish(partial[0][i] + partial[1][i] + ...), in this order; channel of i: i / channel_stride % channels.
+struct Reduction {
+  const float* partial;
+  void* out;
+  long long count, channel_stride;
+  int splits, channels;
+  DType dtype;
+  Finish finish;
+};
+int reduce(const Reduction&, void* stream);
+
+}  // namespace sk::cuda
