@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stripe_kernels import backends
+from stripe_kernels.epilogue import ACTIVATIONS
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.plan import Plan, make_plan
 from stripe_kernels.registry import Pass, Problem
 from stripe_kernels.skeleton import FilterSkeleton
 
-ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
 _RUNNERS_KEPT = 64  # shapes a layer remembers
 
 library = torch.library.Library("stripe_kernels", "DEF")

@@ -45,6 +45,7 @@ class Kernel:
 
 _kernels: dict[str, Kernel] = {}
 _missing: dict[str, str] = {}
+_parts: dict[str, Any] = {}
 
 
 def register(kernel: Kernel) -> None:
@@ -57,6 +58,18 @@ def register(kernel: Kernel) -> None:
 def register_missing(backend: str, reason: str) -> None:
     """Remembers why a backend's kernels are not there, for messages."""
     _missing[backend] = reason
+
+
+def provide(part: str, implementation: Any) -> None:
+    """Offers a piece of one backend to the others, which may not import it, under a name such as "gather"."""
+    if part in _parts:
+        raise ValueError(f"part {part!r} is provided twice")
+    _parts[part] = implementation
+
+
+def provided(part: str) -> Any | None:
+    """What was provided under that name, or None."""
+    return _parts.get(part)
 
 
 def kernels() -> dict[str, Kernel]:

@@ -1,13 +1,21 @@
-"""Before anything imports triton: its kernels run in the interpreter here, so that they are tested without a GPU.
-
-Tests that compile them start a process without this setting (tests/triton/test_compiled.py).
-"""
+"""Settings of every test process, and the process-wide state of torch put back after each test."""
 
 from __future__ import annotations
 
 import os
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on the CPU
+
+from collections.abc import Iterator
+
+import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+
+@pytest.fixture(autouse=True)
+def torch_state() -> Iterator[None]:
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)

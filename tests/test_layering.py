@@ -15,11 +15,14 @@ PACKAGE = ROOT / "stripe_kernels"
 IESSP = ROOT / "python/iessp"
 
 # Each module may import only what stands before it, so the order is also free of cycles.
-ORDER = ("geometry", "skeleton", "packed", "roofline", "registry", "plan", "ops", "functional", "modules", "compile")
-BACKENDS_MAY_IMPORT = {"geometry", "skeleton", "packed", "roofline", "registry", "plan", "backends", "_cpu", "_cuda"}
+ORDER = (
+    *("geometry", "skeleton", "packed", "phases", "roofline", "epilogue", "indices", "registry", "plan"),
+    *("ops", "functional", "modules", "compile"),
+)
+BACKENDS_MAY_IMPORT = {*ORDER[: ORDER.index("ops")], "backends", "_cpu", "_cuda"}
 ORACLE_KERNEL = PACKAGE / "backends/reference.py"  # offers the oracle as the kernel named "reference"
 NATIVE = {"_cpu": "backends/cpu.py", "_cuda": "backends/cuda.py"}
-TORCH_FREE = ("geometry", "roofline", "registry")
+TORCH_FREE = ("geometry", "phases", "roofline", "registry")
 CSRC_MAY_INCLUDE = {
     "core": {"core"},
     "cpu": {"core", "cpu"},

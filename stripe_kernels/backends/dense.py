@@ -5,32 +5,17 @@ It runs in the tensor's dtype on any device; its packed form is the dense filter
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stripe_kernels.epilogue import apply_epilogue
+from stripe_kernels.indices import IndexArrays
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
+from stripe_kernels.roofline import gpu_seconds, item_size
 
-Epilogue = tuple[Tensor | None, Tensor | None, Tensor | None, str]  # bias [K], scale [K], residual, activation
-
-ACTIVATIONS = {
-    "none": lambda y: y,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-}
-
-
-def apply_epilogue(y: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None, act: str) -> Tensor:
-    """activation(y * scale[k] + bias[k] + residual), as separate torch calls."""
-    if scale is not None:
-        y = y * scale[:, None, None]
-    if bias is not None:
-        y = y + bias[:, None, None]
-    if residual is not None:
-        y = y + residual
-    return ACTIVATIONS[act](y)
+_CUDNN_SHARE = 0.75  # of the GEMM rate on a GPU: an estimate
 
 
 class _Dense:
@@ -38,17 +23,18 @@ class _Dense:
 
     def __init__(self, problem: Problem) -> None:
         self.shape = problem.shape
-        self.live = torch.from_numpy(problem.skeleton.live.copy())
+        # Positions rather than a mask: indexing by a mask would wait for the device.
+        self.arrays = IndexArrays(live=np.flatnonzero(problem.skeleton.live))
         self.format = torch.channels_last if problem.channels_last else torch.contiguous_format
         top, left, bottom, right = problem.shape.padding
         self.uneven = (0, right - left, 0, bottom - top)  # "same" with an even filter pads one side more
         self.padding = (top, left)
 
     def pack(self, weight: Tensor) -> Tensor:  # [A, C/groups] -> [K, C/groups, R, S]
-        live = self.live.to(weight.device)
-        dense = weight.new_zeros(*live.shape, weight.shape[1])
-        dense[live] = weight
-        return dense.permute(0, 3, 1, 2).contiguous(memory_format=self.format)
+        s = self.shape
+        dense = weight.new_zeros(s.K * s.taps, s.group_c)
+        dense.index_copy_(0, self.arrays.on(weight.device)["live"], weight.detach())
+        return dense.view(s.K, s.R, s.S, s.group_c).permute(0, 3, 1, 2).contiguous(memory_format=self.format)
 
     def pad(self, x: Tensor) -> Tensor:
         return F.pad(x, self.uneven) if any(self.uneven) else x
@@ -83,7 +69,8 @@ class DenseWgrad(_Dense):
         s = self.shape
         weight = x.new_empty(s.K, s.group_c, s.R, s.S)
         dw = self.gradients(dy, self.pad(x), weight, [False, True, False])[1]
-        return dw.permute(0, 2, 3, 1)[self.live.to(dw.device)]
+        rows = dw.permute(0, 2, 3, 1).reshape(-1, s.group_c)
+        return rows.index_select(0, self.arrays.on(dw.device)["live"])
 
 
 _RUNNERS = {"fprop": DenseFprop, "dgrad": DenseDgrad, "wgrad": DenseWgrad}
@@ -93,9 +80,15 @@ def predict(problem: Problem, which: Pass) -> float:
     """Seconds for oneDNN or cuDNN, from the multiply-adds that fall inside the image.
 
     The share of peak falls with the pixels M a filter sees: about M / (M + 28) of 92 % (measured, fp32, N * P * Q from 4 to
-    32768); wgrad and dgrad run at about the same rate. A GPU does not enter: its kernels compare against each other.
+    32768); wgrad and dgrad run at about the same rate. On a GPU the roofline's estimate, never measured.
     """
     s = problem.shape
+    if problem.device == "cuda":
+        macs = s.macs(s.K * s.taps)
+        values = s.N * (s.C * s.H * s.W + s.K * s.P * s.Q) + s.K * s.taps * s.group_c
+        programs = -(-s.N * s.P * s.Q // 128) * -(-s.K // 128)
+        moved = values * item_size(problem.dtype)
+        return gpu_seconds(problem.dtype, macs=macs, moved=moved, share=_CUDNN_SHARE, programs=programs)
     pixels = s.N * s.P * s.Q
     macs = pixels * s.K * s.group_c * s.taps_inside()
     rate = 55e9 * problem.threads * 0.92 * pixels / (pixels + 28)

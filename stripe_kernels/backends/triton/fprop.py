@@ -15,7 +15,6 @@ from torch import Tensor
 
 from stripe_kernels.backends.triton.launch import (
     INTERPRETED,
-    IndexArrays,
     Launch,
     memory_format,
     precision,
@@ -25,6 +24,7 @@ from stripe_kernels.backends.triton.launch import (
 )
 from stripe_kernels.backends.triton.schedule import FpropSchedule
 from stripe_kernels.backends.triton.tile import activate, multiply, unravel
+from stripe_kernels.indices import IndexArrays
 from stripe_kernels.registry import Config, Problem
 
 

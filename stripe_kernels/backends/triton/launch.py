@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -50,22 +49,6 @@ class Launch(NamedTuple):
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
             self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
-
-
-class IndexArrays:
-    """Host index arrays, copied to a device the first time it is met. That copy waits for the device, so call a runner once
-    before capturing it in a CUDA graph (as graphs need anyway)."""
-
-    def __init__(self, **arrays: np.ndarray) -> None:
-        self._host = arrays
-        self._on: dict[torch.device, dict[str, Tensor]] = {}
-
-    def on(self, device: torch.device) -> dict[str, Tensor]:
-        found = self._on.get(device)
-        if found is None:
-            found = {name: torch.from_numpy(array.copy()).to(device) for name, array in self._host.items()}
-            self._on[device] = found
-        return found
 
 
 def with_zero_row(weight: Tensor) -> Tensor:

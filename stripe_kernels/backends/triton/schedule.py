@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from stripe_kernels.geometry import ConvShape
-from stripe_kernels.packed import StripeIndex
+from stripe_kernels.packed import Int32Array
+from stripe_kernels.phases import PhaseTap, phases
 from stripe_kernels.skeleton import FilterSkeleton
 
-Int32Array = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
 # Weight of a tap the tile must newly execute against one it executes already. No value wins on every skeleton: all are tried.
@@ -107,41 +107,19 @@ class FpropSchedule:
         )
 
 
-@dataclass(frozen=True)
-class _Tap:
-    """The live stripes of one tap in one group."""
-
-    tap: int
-    filters: Int32Array  # within the group, ascending
-    rows: Int32Array  # of the packed values
-
-    def chunks(self, size: int) -> list[tuple[Int32Array, Int32Array]]:
-        """(filters, rows), `size` stripes each."""
-        cuts = range(size, len(self.filters), size)
-        return list(zip(np.split(self.filters, cuts), np.split(self.rows, cuts), strict=True))
-
-    def blocks(self, size: int, group_k: int, absent: int) -> list[tuple[Int32Array, Int32Array]]:
-        """(filters, rows) of the aligned blocks of `size` filters with a live stripe; row `absent` for the dead ones."""
-        row_of = np.full(group_k, absent)
-        row_of[self.filters] = self.rows
-        firsts = np.unique(self.filters // size) * size
-        spans = [np.arange(first, min(first + size, group_k)) for first in firsts]
-        return [(_int32(span), _int32(row_of[span])) for span in spans]
+def _chunks(tap: PhaseTap, size: int) -> list[tuple[Int32Array, Int32Array]]:
+    """(filters, rows) of a tap's stripes, `size` at a time."""
+    cuts = range(size, len(tap.filters), size)
+    return list(zip(np.split(tap.filters, cuts), np.split(tap.row, cuts), strict=True))
 
 
-@lru_cache(maxsize=1024)
-def live_taps(skeleton: FilterSkeleton, groups: int) -> tuple[tuple[_Tap, ...], ...]:
-    """The taps with a live stripe, for every group."""
-    index = StripeIndex.of(skeleton, groups)
-    bounds = index.tap_ptr[:-1].reshape(groups, -1), index.tap_ptr[1:].reshape(groups, -1)
-    return tuple(
-        tuple(
-            _Tap(tap, index.filter[first:last], index.row[first:last])
-            for tap, (first, last) in enumerate(zip(firsts, lasts, strict=True))
-            if last > first
-        )
-        for firsts, lasts in zip(*bounds, strict=True)
-    )
+def _blocks(tap: PhaseTap, size: int, group_k: int, absent: int) -> list[tuple[Int32Array, Int32Array]]:
+    """(filters, rows) of the aligned blocks of `size` filters with a live stripe; row `absent` for the dead ones."""
+    row_of = np.full(group_k, absent)
+    row_of[tap.filters] = tap.row
+    firsts = np.unique(tap.filters // size) * size
+    spans = [np.arange(first, min(first + size, group_k)) for first in firsts]
+    return [(_int32(span), _int32(row_of[span])) for span in spans]
 
 
 def _padded(parts: list[Int32Array], size: int, value: int) -> Int32Array:
@@ -165,27 +143,17 @@ class DgradSchedule:
     def of(skeleton: FilterSkeleton, s: ConvShape, depth: int, aligned: bool) -> DgradSchedule:
         """aligned: entries are blocks of consecutive filters, so that dy is read in whole vectors and dead stripes of a block
         are executed; otherwise an entry gathers live filters only."""
-        u, v = s.stride
-        origins, counts, offsets, parts = [], [], [], []
-        for group, taps in enumerate(live_taps(skeleton, s.groups)):
-            for h0, w0 in np.ndindex(u, v):
-                count = 0
-                for tap in taps:
-                    (p, p_rest), (q, q_rest) = (
-                        divmod(o - t, step)
-                        for o, t, step in zip((h0, w0), tap_offset(s, tap.tap), (u, v), strict=True)
-                    )
-                    if p_rest == 0 and q_rest == 0:
-                        found = (
-                            tap.blocks(depth, s.group_k, skeleton.stripes) if aligned else tap.chunks(depth)
-                        )
-                        parts += found
-                        offsets += [(p, q)] * len(found)
-                        count += len(found)
-                origins.append((group, h0, w0))
-                counts.append(count)
+        counts, offsets, parts = [], [], []
+        every = phases(skeleton, s)
+        for phase in every:
+            before = len(parts)
+            for tap in phase.taps:
+                found = _blocks(tap, depth, s.group_k, skeleton.stripes) if aligned else _chunks(tap, depth)
+                parts += found
+                offsets += [(-tap.i, -tap.j)] * len(found)
+            counts.append(len(parts) - before)
         return DgradSchedule(
-            _int32(origins),
+            _int32([(phase.group, phase.h0, phase.w0) for phase in every]),
             _pointers(counts),
             _int32(offsets).reshape(-1, 2),
             _padded([filters for filters, _ in parts], depth, -1),
@@ -205,17 +173,16 @@ class WgradSchedule:
     @staticmethod
     @lru_cache(maxsize=1024)
     def of(skeleton: FilterSkeleton, s: ConvShape, height: int) -> WgradSchedule:
-        groups, offsets, filters, rows = [], [], [], []
-        for group, taps in enumerate(live_taps(skeleton, s.groups)):
-            for tap in taps:
-                for of_chunk, rows_of_chunk in tap.chunks(height):
-                    groups.append(group)
-                    offsets.append(tap_offset(s, tap.tap))
-                    filters.append(_int32(of_chunk + group * s.group_k))
-                    rows.append(rows_of_chunk)
+        groups, offsets, parts = [], [], []
+        for phase in phases(skeleton, s):
+            for tap in phase.taps:
+                found = _chunks(tap, height)
+                parts += [(filters + phase.group * s.group_k, row) for filters, row in found]
+                offsets += [(tap.h, tap.w)] * len(found)
+                groups += [phase.group] * len(found)
         return WgradSchedule(
             _int32(groups),
             _int32(offsets).reshape(-1, 2),
-            _padded(filters, height, -1),
-            _padded(rows, height, -1),
+            _padded([filters for filters, _ in parts], height, -1),
+            _padded([row for _, row in parts], height, -1),
         )

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stripe_kernels.backends.triton.launch import INTERPRETED, IndexArrays, Launch, precision, strides, wide
+from stripe_kernels.backends.triton.launch import INTERPRETED, Launch, precision, strides, wide
 from stripe_kernels.backends.triton.schedule import WgradSchedule
 from stripe_kernels.backends.triton.tile import multiply, unravel
+from stripe_kernels.indices import IndexArrays
 from stripe_kernels.registry import Config, Problem
 
 _REDUCE = 1024  # values a program of the second stage
