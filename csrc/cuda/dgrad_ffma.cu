@@ -5,6 +5,7 @@
 #include "cuda/epilogue.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/pipeline.h"
 #include "cuda/planes.h"
 
 namespace sk::cuda {
@@ -42,18 +43,16 @@ __device__ inline void execute(const int* where, int stripes, const float* plane
   }
 }
 
-__global__ void __launch_bounds__(kThreads) dgrad_ffma_kernel(Params params) {
+__global__ void __launch_bounds__(kThreads, 4) dgrad_ffma_kernel(Params params) {
   const Layout& l = params.layout;
   const Call& call = params.call;
   const Work work = work_of(l, call.tables);
   const Memory memory = memory_of(l);
   unsigned char* shared = shared_memory();
   auto* rows = reinterpret_cast<PatchRow*>(shared);
-  float *planes[2], *weights[2];
-  for (int i = 0; i < 2; ++i) {
-    planes[i] = reinterpret_cast<float*>(shared + memory.planes) + i * round_up(l.chunk * l.pitch, 4);
-    weights[i] = reinterpret_cast<float*>(shared + memory.weights) + i * l.slab * kChannels;
-  }
+  auto* planes = reinterpret_cast<float*>(shared + memory.planes);
+  auto* weights = reinterpret_cast<float*>(shared + memory.weights);
+  const int patch_size = round_up(l.chunk * l.pitch, 4), slab_size = l.slab * kChannels;
 
   list_patch_rows<kThreads>(l.walk, work.tile, rows);
   const int row[2] = {row_of_pixel(l.walk, threadIdx.x), row_of_pixel(l.walk, threadIdx.x + kThreads)};
@@ -62,23 +61,15 @@ __global__ void __launch_bounds__(kThreads) dgrad_ffma_kernel(Params params) {
   const float* in = static_cast<const float*>(call.in) + work.group * l.group_in * call.in_strides.c;
   const int* where = call.tables + l.lists;
   float sums[2][kChannels] = {};
-  int filling = 1, reading = 1;  // halves of the patch buffer
-  const auto load = [&](const Step& step, int half) {
-    filling ^= step.fresh;
-    if (step.fresh) load_planes<kThreads>(l, rows, in, call.in_strides, step, l.chunk, planes[filling]);
+  const auto load = [&](const Step& step, int patch, int slab) {
+    if (step.fresh) load_planes<kThreads>(l, rows, in, call.in_strides, step, l.chunk, planes + patch * patch_size);
     const float* from = static_cast<const float*>(call.weights) + static_cast<long long>(step.weights) * kChannels;
-    load_linear<kThreads>(from, step.weight_units * kChannels, weights[half]);
-    copies_commit();
+    load_linear<kThreads>(from, step.weight_units * kChannels, weights + slab * slab_size);
   };
-  if (work.step < work.end) load(*work.step, 0);
-  int half = 0;
-  for (const Step* s = work.step; s < work.end; ++s, half ^= 1) {
-    copies_wait();
-    barrier();
-    if (s + 1 < work.end) load(s[1], half ^ 1);
-    reading ^= s->fresh;
-    execute(where + s->entries, s->entries_end - s->entries, planes[reading], weights[half], row, sums);
-  }
+  run_steps(work.step, work.end, load, [&](const Step& step, int patch, int slab) {
+    const int* stripes = where + step.entries;
+    execute(stripes, step.entries_end - step.entries, planes + patch * patch_size, weights + slab * slab_size, row, sums);
+  });
 
   const int channels = min(kChannels, l.group_out - work.out), first = work.group * l.group_out + work.out;
 #pragma unroll

@@ -6,6 +6,7 @@
 #include "cuda/epilogue.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/pipeline.h"
 #include "cuda/planes.h"
 
 namespace sk::cuda {
@@ -45,8 +46,7 @@ __device__ inline void multiply(const Layout& l, const float* const (&pixel)[2],
     for (int f = 0; f < F; ++f) {
       const float4 w = *reinterpret_cast<const float4*>(weights + f * l.chunk + c);
 #pragma unroll
-      for (int p = 0; p < 2; ++p)
-        acc[f][p] += w.x * x[p][0] + w.y * x[p][1] + w.z * x[p][2] + w.w * x[p][3];
+      for (int p = 0; p < 2; ++p) acc[f][p] = dot4(w, x[p], acc[f][p]);
     }
   }
 #pragma unroll
@@ -90,19 +90,17 @@ __device__ inline void write(const Layout& l, const Call& call, const Work& work
       if (offsets[p] >= 0) store<float>(call, work.split, first + f, offsets[p] + first + f, sums[f * kSumPitch + p]);
 }
 
-__global__ void __launch_bounds__(kThreads) fprop_ffma_kernel(Params params) {
+__global__ void __launch_bounds__(kThreads, 4) fprop_ffma_kernel(Params params) {
   const Layout& l = params.layout;
   const Call& call = params.call;
   const Work work = work_of(l, call.tables);
   const Memory memory = memory_of(l);
   unsigned char* shared = shared_memory();
   auto* rows = reinterpret_cast<PatchRow*>(shared);
+  auto* planes = reinterpret_cast<float*>(shared + memory.planes);
+  auto* weights = reinterpret_cast<float*>(shared + memory.weights);
   auto* sums = reinterpret_cast<float*>(shared + memory.sums);
-  float *planes[2], *weights[2];
-  for (int i = 0; i < 2; ++i) {
-    planes[i] = reinterpret_cast<float*>(shared + memory.planes) + i * round_up(l.chunk * l.pitch, 4);
-    weights[i] = reinterpret_cast<float*>(shared + memory.weights) + i * l.slab * l.chunk;
-  }
+  const int patch_size = round_up(l.chunk * l.pitch, 4), slab_size = l.slab * l.chunk;
 
   list_patch_rows<kThreads>(l.walk, work.tile, rows);
   for (int i = threadIdx.x; i < l.tile_out * kSumPitch; i += kThreads) sums[i] = 0.f;
@@ -110,26 +108,17 @@ __global__ void __launch_bounds__(kThreads) fprop_ffma_kernel(Params params) {
   barrier();
 
   const float* in = static_cast<const float*>(call.in) + work.group * l.group_in * call.in_strides.c;
-  int filling = 1, reading = 1;  // halves of the patch buffer
-  const auto load = [&](const Step& step, int half) {
-    filling ^= step.fresh;
-    if (step.fresh) load_planes<kThreads>(l, rows, in, call.in_strides, step, l.chunk, planes[filling]);
+  const auto load = [&](const Step& step, int patch, int slab) {
+    if (step.fresh) load_planes<kThreads>(l, rows, in, call.in_strides, step, l.chunk, planes + patch * patch_size);
     const float* from = static_cast<const float*>(call.weights) + static_cast<long long>(step.weights) * l.chunk;
-    load_linear<kThreads>(from, step.weight_units * l.chunk, weights[half]);
-    copies_commit();
+    load_linear<kThreads>(from, step.weight_units * l.chunk, weights + slab * slab_size);
   };
-  if (work.step < work.end) load(*work.step, 0);
-  int half = 0;
-  for (const Step* s = work.step; s < work.end; ++s, half ^= 1) {
-    copies_wait();
-    barrier();
-    if (s + 1 < work.end) load(s[1], half ^ 1);
-    reading ^= s->fresh;
-    execute(l, call.tables, *s, planes[reading], weights[half], row, sums);
-  }
+  run_steps(work.step, work.end, load, [&](const Step& step, int patch, int slab) {
+    execute(l, call.tables, step, planes + patch * patch_size, weights + slab * slab_size, row, sums);
+  });
 
   barrier();
-  auto* offsets = reinterpret_cast<long long*>(planes[0]);
+  auto* offsets = reinterpret_cast<long long*>(planes);
   for (int p = threadIdx.x; p < kPixels; p += kThreads)
     offsets[p] = offset_of_pixel(l.walk, work.tile, call.out_strides, p, work.offset);
   barrier();

@@ -33,6 +33,7 @@ struct Layout {
   int slab;                 // most weight units of a step
   int splits;               // blocks that share one sum
   int items, steps, entries, lists, classes;  // where the sections of the tables start
+  DType dtype;
 };
 
 // One step of a block; the tables hold them as eight ints.

@@ -38,6 +38,11 @@ __device__ inline void load_planes(const Layout& l, const PatchRow* rows, const 
   }
 }
 
+__device__ inline float dot4(const float4& a, const float (&b)[4], float sum) {
+  sum = fmaf(a.x, b[0], sum), sum = fmaf(a.y, b[1], sum);
+  return fmaf(a.w, b[3], fmaf(a.z, b[2], sum));
+}
+
 // Copies `count` floats, a multiple of 4, both ends 16-byte aligned.
 template <int Threads>
 __device__ inline void load_linear(const float* from, int count, float* to) {

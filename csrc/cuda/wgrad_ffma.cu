@@ -54,12 +54,12 @@ __device__ inline void execute(const float* planes, int pitch, const int* pixel_
     for (int a = 0; a < kStripes; ++a) {
       const float4 d = *reinterpret_cast<const float4*>(dy + a * kPixelPitch + p);
 #pragma unroll
-      for (int c = 0; c < 2; ++c) sums[a][c] += d.x * x[c][0] + d.y * x[c][1] + d.z * x[c][2] + d.w * x[c][3];
+      for (int c = 0; c < 2; ++c) sums[a][c] = dot4(d, x[c], sums[a][c]);
     }
   }
 }
 
-__global__ void __launch_bounds__(kThreads) wgrad_ffma_kernel(Params params) {
+__global__ void __launch_bounds__(kThreads, 2) wgrad_ffma_kernel(Params params) {
   const Layout& l = params.layout;
   const Call& call = params.call;
   const Memory memory = memory_of(l);

@@ -24,13 +24,6 @@ struct Accumulators {
       for (int j = 0; j < V; ++j) v[f][j] = vf{};
   }
   template <class Row>
-  void load_rows(const float* y, Row row) {
-#pragma GCC unroll 8
-    for (int f = 0; f < F; ++f)
-#pragma GCC unroll 12
-      for (int j = 0; j < V; ++j) v[f][j] = load(y + row(f) + j * W);
-  }
-  template <class Row>
   void store_rows(float* y, Row row) const {
 #pragma GCC unroll 8
     for (int f = 0; f < F; ++f)
@@ -62,10 +55,9 @@ template <int F, int V>
 void strided_tile(std::int64_t n, const float* a, std::int64_t a_step, const float* b, std::int64_t b_step, float* y,
                   std::int64_t ldy, const std::int32_t* rows) {
   Accumulators<F, V> acc;
-  const auto row = [=](int f) { return rows[f] * ldy; };
-  acc.load_rows(y, row);
+  acc.zero();
   for (std::int64_t i = 0; i < n; ++i, a += a_step, b += b_step) acc.step([=](int f) { return a[f]; }, b);
-  acc.store_rows(y, row);
+  acc.add_rows(y, [=](int f) { return rows[f] * ldy; });
 }
 
 template <int F, int V>
