@@ -132,16 +132,20 @@ def original_weight(conv: nn.Conv2d) -> nn.Parameter:
 
 
 @torch.no_grad()
+def scores_of(model: nn.Module) -> dict[str, Tensor]:
+    """name -> [K, R, S]: what the gates think of their stripes."""
+    found = _needed(model)
+    return {name: found[name].scores(original_weight(conv)) for name, conv in gated(model).items()}
+
+
 def rank(model: nn.Module, budget: float) -> dict[str, Tensor]:
     """Skeletons by the gates' scores that keep at most `budget` of the MACs: see `cut`.
 
     A method that drops whole filters is given what that saves in the next layer: its MACs after compaction
     meet the budget.
     """
-    found = _needed(model)
-    network = network_of(model)
-    scores = {name: found[name].scores(original_weight(conv)) for name, conv in gated(model).items()}
-    if not all(gate.whole_filters for gate in found.values()):
+    scores, network = scores_of(model), network_of(model)
+    if not all(gate.whole_filters for gate in gates(model).values()):
         return cut(network, scores, budget)
     low, high = budget, 1.0
     for _ in range(30):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -50,23 +53,56 @@ def cut(
     best stripe of every layer (filter, with `whole_filters`) is always kept. Raises ValueError when even
     those, with the convolutions outside `scores`, exceed the budget.
     """
+    ranked = _rank(network, scores, budget, whole_filters)
+    left = ranked.left
+    for index in ranked.order[ranked.above :].tolist():
+        if left < float(ranked.cost.min()):
+            break
+        if ranked.cost[index] <= left:
+            ranked.keep[index] = True
+            left -= float(ranked.cost[index])
+    parts = ranked.keep.split([len(_units(v, whole_filters)) for v in ranked.scores.values()])
+    return {
+        name: _stripes(part, network[name].stripe_shape)
+        for name, part in zip(ranked.scores, parts, strict=True)
+    }
+
+
+def threshold(network: Network, scores: dict[str, Tensor], budget: float) -> float:
+    """The score above which (inclusive) stripes keep at most `budget` of the MACs: see `cut`."""
+    ranked = _rank(network, scores, budget, whole_filters=False)
+    return float(ranked.value[ranked.order[ranked.above - 1]]) if ranked.above else math.inf
+
+
+@dataclass
+class _Ranked:
+    """Units (stripes or filters) of all layers in a row, in the order of execution of their layers."""
+
+    scores: dict[str, Tensor]
+    value: Tensor  # score of each unit
+    cost: Tensor  # MACs of each unit
+    keep: Tensor  # bool: the best of each layer, and what is above the threshold
+    order: Tensor  # the other units, best first
+    above: int  # how many of `order` are above the threshold
+    left: float  # MACs of the budget still free
+
+
+def _rank(network: Network, scores: dict[str, Tensor], budget: float, whole_filters: bool) -> _Ranked:
     if not 0 < budget <= 1:
         raise ValueError(f"budget is a share of MACs in (0, 1], got {budget}")
-    names = [site.name for site in network.sites if site.name in scores]
-    units = {name: _units(scores[name], whole_filters) for name in names}
-    cost_of = {name: network[name].stripes // len(units[name]) * network[name].stripe_macs for name in names}
-    cost = torch.cat([torch.full((len(units[n]),), cost_of[n], dtype=torch.float64) for n in names])
-    value = torch.cat([units[n] for n in names])
-    best = torch.tensor([int(units[n].argmax()) for n in names])
-    best += torch.tensor([0, *[len(units[n]) for n in names]])[:-1].cumsum(0)
+    scores = {site.name: scores[site.name] for site in network.sites if site.name in scores}
+    units = [_units(value, whole_filters) for value in scores.values()]
+    sites = [network[name] for name in scores]
+    cost = torch.cat([u.new_full(u.shape, s.macs / len(u)) for u, s in zip(units, sites, strict=True)])
+    value = torch.cat(units)
+    starts = torch.tensor([0, *(len(u) for u in units)])[:-1].cumsum(0)
+    best = starts + torch.tensor([int(u.argmax()) for u in units])
 
     allowance = budget * network.macs - sum(site.macs for site in network.sites if site.name not in scores)
     allowance -= float(cost[best].sum())
     if allowance < 0:
         least = budget - allowance / network.macs
-        raise ValueError(
-            f"budget {budget:.4f} is out of reach: the least this network can keep is {least:.4f}"
-        )
+        raise ValueError(f"budget {budget:.4f} is out of reach: this network keeps at least {least:.4f}")
     keep = torch.zeros(len(value), dtype=torch.bool)
     keep[best] = True
     order = torch.argsort(value, descending=True, stable=True)
@@ -74,16 +110,9 @@ def cut(
     spent = cost[order].cumsum(0)
     above = int((spent <= allowance).sum())
     keep[order[:above]] = True
-    left = allowance - (float(spent[above - 1]) if above else 0.0)
-    for index in order[above:].tolist():
-        if left < min(cost_of.values()):
-            break
-        if cost[index] <= left:
-            keep[index] = True
-            left -= float(cost[index])
-
-    parts = keep.split([len(units[n]) for n in names])
-    return {name: _stripes(part, network[name].stripe_shape) for name, part in zip(names, parts, strict=True)}
+    return _Ranked(
+        scores, value, cost, keep, order, above, allowance - (float(spent[above - 1]) if above else 0.0)
+    )
 
 
 def _units(scores: Tensor, whole_filters: bool) -> Tensor:

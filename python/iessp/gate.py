@@ -98,6 +98,13 @@ class StripeGate(nn.Module):
         """bool [K, R, S]: the stripes the network sees now."""
         return self.gate().detach() != 0
 
+    def wanted(self) -> Tensor:
+        """bool [K, R, S]: the stripes the gate would let live if the budget did not hold on to more."""
+        return self.live()
+
+    def keep_above(self, score: float) -> None:
+        """Let stripes live whose score is above this, even if the gate would not."""
+
     def get_extra_state(self) -> dict[str, str]:
         return {"phase": self.phase}
 

@@ -7,7 +7,11 @@ paper's abstract (Sensors 25(7):2261, 2025); no equation of the paper was availa
     m       = RECEIVE mean_p mean_k h_p,  p the producers of x                        their message
     h[k]    = relu(FC1 [e[k,:], a[k,:], m])
     z[k,:]  = y[k,:] - mean_k' y[k',:] + b[k,:],   y[k,:] = gain e[k,:] + FC2 h[k]
-    M       = sigmoid(z / tau),   g = M (M > 1/2) with the gradient of M
+    M       = sigmoid(z / tau),   g = M (z >= theta) with the gradient of M
+
+theta is 0, so that M > 1/2 lives, unless that would leave less than the budget's falling target: then it is
+the threshold that meets the target (`StripeLoss` sets it). Adam moves all gates under pressure at one speed;
+without this floor they die together, before lambda can follow. The best stripe of a layer always lives.
 
 FC1, FC2, RECEIVE and gain are shared by the filters of a layer: about 600 weights for 3x3. b is free.
 Variance, not power: a channel that a dead filter left constant says nothing, its constant folds into the
@@ -32,9 +36,9 @@ HIDDEN = 16  # units of h
 MESSAGE = 4  # numbers of m
 
 
-def straight_through(soft: Tensor) -> Tensor:
-    """M * (M > 1/2) going forward, the gradient of M going back, so that a dead stripe can return."""
-    return soft + (soft * (soft > 0.5) - soft).detach()
+def straight_through(soft: Tensor, live: Tensor) -> Tensor:
+    """M where live, else 0, going forward; the gradient of M going back, so that a dead stripe can return."""
+    return soft + (soft * live - soft).detach()
 
 
 class IEMGate(StripeGate):
@@ -49,7 +53,7 @@ class IEMGate(StripeGate):
         "statistic": True,  # False: q = 1, so that e is the norm of the stripe
         "centre": True,  # False: y keeps its mean over the filters
         "through_information": False,  # True: the gate's gradient reaches W through e
-        "bias": 3.0,  # where b starts: sigmoid(3) = 0.95
+        "bias": 2.0,  # where b starts: sigmoid(2) = 0.88
         "gain": 1.0,  # where gain starts: how strongly z follows e before anything is learned
         "momentum": 0.05,  # of the running moments of x
     }
@@ -61,6 +65,7 @@ class IEMGate(StripeGate):
         self.upstream: tuple[IEMGate, ...] = ()  # set by attach, once all gates exist
         k, r, s = site.stripe_shape
         taps, device = r * s, conv.weight.device
+        self.register_buffer("theta", torch.zeros((), device=device))
         self.bias = nn.Parameter(torch.full(site.stripe_shape, float(self.use["bias"]), device=device))
         if not self.use["module"]:
             return
@@ -81,14 +86,23 @@ class IEMGate(StripeGate):
     def forward(self, weight: Tensor) -> Tensor:
         if self.phase != "learn" or not self.use["through_information"]:
             return super().forward(weight)
-        return weight * straight_through(self.soft(weight)).to(weight.dtype).unsqueeze(1)
+        return weight * self.learned(weight).to(weight.dtype).unsqueeze(1)
 
-    def learned(self) -> Tensor:
-        return straight_through(self.soft())
+    def learned(self, weight: Tensor | None = None) -> Tensor:
+        z = self.logits(weight)
+        return straight_through(self._sigmoid(z), self._above(z.detach(), self.theta))
 
-    def soft(self, weight: Tensor | None = None) -> Tensor:
+    def soft(self) -> Tensor:
+        return self._sigmoid(self.logits()) if self.phase == "learn" else self.gate()
+
+    def _sigmoid(self, z: Tensor) -> Tensor:
         # tau is copied because the schedule changes it in place while a pass may still wait for its backward.
-        return torch.sigmoid(self.logits(weight) / self.tau.clone()) if self.phase == "learn" else self.gate()
+        return torch.sigmoid(z / self.tau.clone())
+
+    @staticmethod
+    def _above(z: Tensor, theta: Tensor | float) -> Tensor:
+        best = F.one_hot(z.flatten().argmax(), z.numel()).bool().view_as(z)
+        return (z >= theta) | best
 
     def logits(self, weight: Tensor | None = None) -> Tensor:
         """z [K, R, S]; with the weight given, e is computed from it and carries its gradient."""
@@ -109,7 +123,14 @@ class IEMGate(StripeGate):
         return F.relu(self.fc1(torch.cat([features, message.expand(len(features), MESSAGE)], dim=1)))
 
     def live(self) -> Tensor:
-        return self.logits().detach() > 0 if self.phase == "learn" else super().live()
+        return self._above(self.logits().detach(), self.theta) if self.phase == "learn" else super().live()
+
+    def wanted(self) -> Tensor:
+        return self._above(self.logits().detach(), 0.0) if self.phase == "learn" else super().wanted()
+
+    @torch.no_grad()
+    def keep_above(self, score: float) -> None:
+        self.theta.fill_(min(0.0, score))
 
     def scores(self, weight: Tensor) -> Tensor:
         return self.logits()
@@ -148,7 +169,7 @@ class IEMGate(StripeGate):
         """Running E x and E x^2 over batch and positions, on all ranks those of the ranks' batches
         together.
         """
-        x = x.detach().float()
+        x = x.detach().to(self.moments.dtype)
         dims = (0, 2, 3) if x.dim() == 4 else (1, 2)
         moments = torch.stack([x.mean(dims), x.square().mean(dims)])
         if dist.is_available() and dist.is_initialized():
@@ -162,7 +183,9 @@ class IEMGate(StripeGate):
         R*S].
         """
         rows = per_channel.view(len(per_channel), self.groups, -1).transpose(0, 1)  # [G, I, C/g]
-        energy = weight.float().square().flatten(2).unflatten(0, (self.groups, -1))  # [G, K/g, C/g, T]
+        energy = (
+            weight.to(per_channel.dtype).square().flatten(2).unflatten(0, (self.groups, -1))
+        )  # [G, K/g, C/g, T]
         return torch.matmul(rows.unsqueeze(1), energy).flatten(0, 1)
 
     @staticmethod

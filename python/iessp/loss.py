@@ -1,19 +1,22 @@
 """The budgeted loss: it links the output loss to stripe selection and adapts the pressure to the budget.
 Ours.
 
-    R        = sum_l c_l sum M_l / sum_l c_l K_l R_l S_l                         expected share of MACs
+    R        = sum_l c_l sum M_l / sum_l c_l K_l R_l S_l                      expected share of MACs
     L        = CE + lambda_t R + decay/2 sum over live stripes of |W|^2
-    lambda_t = lambda * clamp(1 + error / BAND, 0, 2) * exp(-kappa EMA(CE))      what presses now
-    lambda  *= exp(eta / T * clamp(error / BAND, -1, 1))                         the dual step, in the
-    logarithm error    = R_hard - R_target(t),   R_target(t) = B + (1 - B)(1 + cos pi s)/2 s from 0 to 1 over
-    the T steps from warm-up to `meet`
+    lambda_t = lambda * clamp(1 + error / BAND, 0, 2) * exp(-kappa EMA(CE))   what presses now
+    lambda  *= exp(eta / T * clamp(error / BAND, -1, 1))                      the dual step, in the logarithm
+    error    = (1 - s) R + s R_wanted - R_target,  s = t / T                  R_wanted counts M > 1/2
+    R_target = B + (1 - B)(1 + cos(pi s)) / 2                                 over T steps, warm-up to `meet`
 
 While the output loss is high stripes are left alone; as it falls the pressure grows. The dual step is held
 while EMA(CE) is more than `tolerance` above what the dense warm-up reached, or it would integrate that link
-away; after `meet` the budget wins. Against wind-up: the step is bounded and lambda too, the proportional
-factor takes the pressure to zero as soon as R_hard is BAND below its target, and the falling target never
-asks for more than the gates can follow. The logarithm keeps lambda positive and lets it cross the orders of
-magnitude between tasks.
+away; after `meet` the budget wins.
+
+The gates cross 1/2 late and many at a time: at first only R tells where they are going, in the end only what
+lives counts. Against wind-up: the dual step and lambda are bounded; the proportional factor takes the pressure
+to zero as soon as the share is BAND below its target; and stripes below M = 1/2 live on where the target holds
+on to them (`theta` of the gates, renewed `remasks` times), so that R_hard does not fall below R_target. The
+logarithm keeps lambda positive and lets it cross the orders of magnitude between tasks.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iessp.attach import gated, gates, network_of, original_weight, rank, settle
+from iessp.attach import gated, gates, network_of, original_weight, rank, scores_of, settle
+from iessp.budget import threshold
 from iessp.gate import Phase, StripeGate
 
 BAND = 0.05  # share of MACs
@@ -41,6 +45,11 @@ def penalty(model: nn.Module) -> Tensor:
 def hard_share(model: nn.Module) -> Tensor:
     """R_hard, the share of MACs that live stripes keep, without a gradient."""
     return _share(model, [gate.live().sum() for gate in gates(model).values()])
+
+
+def wanted_share(model: nn.Module) -> Tensor:
+    """R_wanted, the share of MACs that the gates would keep if the target did not hold on to more."""
+    return _share(model, [gate.wanted().sum() for gate in gates(model).values()])
 
 
 def _share(model: nn.Module, kept: list[Tensor]) -> Tensor:
@@ -92,10 +101,10 @@ class StripeLoss(nn.Module):
         kappa: float = 1.0,
         adaptive: bool = True,
         pressure: float = 1.0,
-        eta: float = 12.0,
+        eta: float = 10.0,
         tolerance: float = 0.5,
         weight_decay: float = 0.0,
-        tau_end: float = 0.5,
+        tau_end: float = 0.3,
         remasks: int = 50,
     ):
         super().__init__()
@@ -122,8 +131,11 @@ class StripeLoss(nn.Module):
 
     def target(self) -> float:
         """R_target of the present step."""
-        done = (int(self.step) - self.warmup) / max(1, self.meet - self.warmup)
-        return self.budget + (1 - self.budget) * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
+        return self.budget + (1 - self.budget) * (1 + math.cos(math.pi * self._progress())) / 2
+
+    def _progress(self) -> float:
+        """s, 0..1 between warm-up and `meet`."""
+        return min(max((int(self.step) - self.warmup) / max(1, self.meet - self.warmup), 0.0), 1.0)
 
     def forward(self, task_loss: Tensor) -> Tensor:
         if not self.training:
@@ -167,7 +179,8 @@ class StripeLoss(nn.Module):
     def _press(self) -> Tensor:
         """The dual step, then lambda_t."""
         self.share_hard.copy_(hard_share(self.model))
-        error = (self.share_hard - self.target()) / BAND
+        seen = self.share_soft.lerp(wanted_share(self.model), self._progress())
+        error = (seen - self.target()) / BAND
         link = torch.exp(-self.kappa * self.output_loss)
         if not self.adaptive:
             self.lambda_now.copy_(self.pressure * link)
@@ -206,8 +219,13 @@ class StripeLoss(nn.Module):
         tau = math.exp(math.log(self.tau_end) * since / max(1, self.settle - self.warmup))
         for gate in found.values():
             gate.tau.fill_(tau)
-        ranked = not any(p.requires_grad for gate in found.values() for p in gate.parameters())
-        if ranked and since % self.remask_every == 0:
+        if since % self.remask_every:
+            return
+        if any(p.requires_grad for gate in found.values() for p in gate.parameters()):
+            lowest = threshold(network_of(self.model), scores_of(self.model), self.target())
+            for gate in found.values():
+                gate.keep_above(lowest)
+        else:
             for name, skeleton in rank(self.model, self.target()).items():
                 found[name].remask(skeleton.to(found[name].skeleton.device))
             self.share_hard.copy_(hard_share(self.model))

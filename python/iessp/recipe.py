@@ -53,7 +53,7 @@ class Recipe:
     meet: float = 0.5  # the budget is met
     settle: float = 0.75  # the skeletons are fixed
     kappa: float = 1.0
-    eta: float = 12.0
+    eta: float = 10.0
     tolerance: float = 0.5
     adaptive: bool = True
 

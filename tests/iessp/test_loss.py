@@ -1,0 +1,206 @@
+"""The budgeted loss: shares, schedule, controller, and that it ends on its budget."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import iessp
+from iessp.attach import METHODS, network_of, original_weight
+from iessp.loss import BAND, LAMBDA_RANGE, hard_share, wanted_share
+
+
+def toy(width: int = 16) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(2, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()),
+        *(nn.Conv2d(width, width, 3, padding=1, stride=2), nn.BatchNorm2d(width), nn.ReLU()),
+        *(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)),
+    )
+
+
+def patterns(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Bars in four directions with noise: [N, 2, 8, 8] and labels."""
+    y = torch.randint(0, 4, (n,), generator=generator)
+    i = torch.arange(8)
+    shapes = torch.stack([
+        (i % 3 == 0).expand(8, 8), (i % 3 == 0)[:, None].expand(8, 8),
+        (i[:, None] + i) % 3 == 0, (i[:, None] - i) % 3 == 0,
+    ]).float()  # fmt: skip
+    return shapes[y][:, None].expand(-1, 2, -1, -1) + torch.randn(n, 2, 8, 8, generator=generator), y
+
+
+def train(
+    model: nn.Module, loss: iessp.StripeLoss, steps: int, gate_lr: float = 0.05
+) -> list[dict[str, float]]:
+    optimiser = torch.optim.AdamW(iessp.param_groups(model, 3e-3, gate_lr=gate_lr))
+    generator, history = torch.Generator().manual_seed(0), []
+    for _ in range(steps):
+        x, y = patterns(32, generator)
+        ce = F.cross_entropy(model(x), y)
+        optimiser.zero_grad()
+        loss(ce).backward()
+        optimiser.step()
+        history.append(
+            {
+                "hard": float(hard_share(model)),
+                "wanted": float(wanted_share(model)),
+                "lambda": float(loss.lambda_now),
+                "pressure": float(loss.pressure),
+                "ce": ce.item(),
+            }
+        )
+    return history
+
+
+def test_penalty_is_the_weighted_share() -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    assert iessp.penalty(model).item() == pytest.approx(1.0)
+    found, network = iessp.gates(model), network_of(model)
+    for gate in found.values():
+        gate.phase = "learn"
+    expected = sum(g.soft().sum().item() * g.site.stripe_macs for g in found.values()) / network.macs
+    assert float(iessp.penalty(model)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("budget", [0.24, 0.6])
+def test_controller_meets_the_target_in_time_and_does_not_wind_up(budget: float) -> None:
+    steps = 300
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    loss = iessp.StripeLoss(model, budget=budget, steps=steps)
+    history = train(model, loss, steps)
+    by_then = history[round(0.6 * steps)]
+    assert abs(by_then["hard"] - budget) < 0.03
+    assert abs(by_then["wanted"] - budget) < 0.1, "the gates agree: the target is not merely forced on them"
+    learning = [h["hard"] for h in history[: round(0.75 * steps)]]
+    assert min(learning) > budget - 0.05, "held above the target, but for what gates move between two holds"
+    assert max(h["pressure"] for h in history) < LAMBDA_RANGE[1] / 10, "lambda stays far from its bound"
+    assert 0 <= budget - history[-1]["hard"] < 0.002, "to the cheapest stripe: 0.14 % of this network"
+    assert history[-1]["ce"] < 0.7, "and the task is learned: chance is 1.39"
+
+
+def controlled(model: nn.Module, **options: object) -> iessp.StripeLoss:
+    loss = iessp.StripeLoss(model, budget=0.3, steps=1000, warmup=0.05, meet=0.5, settle=0.75, **options)
+    for _ in range(60):
+        loss(torch.tensor(0.5))
+    return loss
+
+
+def feed(loss: iessp.StripeLoss, task: float, steps: int) -> list[float]:
+    """lambda_t over `steps` steps of a given output loss; the gates do not move."""
+    found = []
+    for _ in range(steps):
+        loss(torch.tensor(task))
+        found.append(float(loss.lambda_now))
+    return found
+
+
+def test_pressure_rises_while_the_share_is_above_its_target() -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    loss = controlled(model)
+    pressure = feed(loss, 0.5, 300)
+    assert pressure[-1] > pressure[100] > 0
+
+
+def test_anti_windup_releases_the_pressure_below_the_target() -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    loss = controlled(model)
+    feed(loss, 0.5, 440)  # gates cannot follow: the share stays 1
+    with torch.no_grad():
+        for gate in iessp.gates(model).values():
+            gate.bias.fill_(-5.0)
+    (released,) = feed(loss, 0.5, 1)
+    assert released == 0.0, f"the share is more than {BAND} below the target"
+    before = float(loss.pressure)
+    feed(loss, 0.5, 100)
+    assert float(loss.pressure) < 0.5 * before
+    assert float(loss.pressure) >= LAMBDA_RANGE[0]
+
+
+def test_the_link_to_the_output_loss_is_not_integrated_away() -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    calm, troubled = controlled(model), controlled(copy.deepcopy(model))
+    low, high = feed(calm, 0.5, 200), feed(troubled, 3.0, 200)
+    # A loss that stays high keeps the pressure low as long as it lasts, and holds the dual step meanwhile.
+    assert all(b < 0.5 * a for a, b in zip(low[80:], high[80:], strict=True))
+    assert float(troubled.pressure) < 0.5 * float(calm.pressure)
+    # Over, the pressure comes back; and without the link there is no difference.
+    assert feed(troubled, 0.5, 100)[-1] > high[-1]
+    unlinked = [
+        feed(controlled(copy.deepcopy(model), kappa=0.0, tolerance=9.0), ce, 50)[-1] for ce in (0.5, 3.0)
+    ]
+    assert unlinked[0] == unlinked[1]
+
+
+def test_after_the_deadline_the_budget_wins() -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    loss = controlled(model)
+    feed(loss, 3.0, 440)
+    held = float(loss.pressure)
+    feed(loss, 3.0, 50)
+    assert float(loss.pressure) > held
+
+
+def test_fixed_pressure_is_a_switch() -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    loss = controlled(model, adaptive=False, pressure=2.0, kappa=0.0)
+    assert feed(loss, 0.5, 50) == [2.0] * 50
+
+
+def test_decay_spares_the_dead() -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8), module=False)
+    loss = iessp.StripeLoss(model, budget=0.3, steps=100, warmup=0.0, weight_decay=0.1)
+    gate, weight = iessp.gates(model)["3"], original_weight(model[3])
+    with torch.no_grad():
+        gate.bias[:, 0] = -3.0
+    loss(torch.zeros((), requires_grad=True)).backward()
+    torch.testing.assert_close(weight.grad[:, :, 1:], 0.1 * weight.detach()[:, :, 1:])
+    assert weight.grad[:, :, 0].abs().max() == 0
+
+
+def test_every_parameter_gets_a_gradient_in_every_phase() -> None:
+    """What DistributedDataParallel waits for."""
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    loss = iessp.StripeLoss(model, budget=0.5, steps=3, warmup=0.34, meet=0.6, settle=0.67)
+    for phase in ("warm", "learn", "settled"):
+        assert loss.phase() == phase
+        model.zero_grad()
+        loss(F.cross_entropy(model(torch.randn(4, 2, 8, 8)), torch.arange(4))).backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_evaluation_passes_the_loss_through() -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    loss = iessp.StripeLoss(model, budget=0.5, steps=3).eval()
+    task = torch.tensor(1.25)
+    assert loss(task) is task
+    assert int(loss.step) == 0
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "iem"])
+def test_rivals_end_on_the_same_budget(method: str) -> None:
+    model = iessp.attach(toy(), method, example_input=torch.zeros(1, 2, 8, 8))
+    loss = iessp.StripeLoss(model, budget=0.3, steps=60)
+    train(model, loss, 60)
+    kept = iessp.macs_kept(network_of(model), iessp.skeletons(model))
+    if method == "l1-filter":  # its budget counts the channels that the next layer loses with a filter
+        assert iessp.compacted_macs_kept(network_of(model), iessp.skeletons(model)) == pytest.approx(
+            0.3, abs=0.03
+        )
+        assert kept > 0.3
+    else:
+        assert kept == pytest.approx(0.3, abs=0.003)
+
+
+@pytest.mark.parametrize(
+    "options", [{"warmup": 0.6, "meet": 0.5}, {"budget": 0.0}, {"budget": 1.5}, {"steps": 0}, {"settle": 0.3}]
+)
+def test_impossible_schedules_are_refused(options: dict[str, float]) -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    with pytest.raises(ValueError, match="need"):
+        iessp.StripeLoss(model, **{"budget": 0.3, "steps": 10, **options})
