@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from stripe_kernels.compile import freeze
+from stripe_kernels.compile import freeze, load, save
 from stripe_kernels.functional import stripe_conv2d
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.skeleton import FilterSkeleton
 
-__all__ = ["FilterSkeleton", "StripeConv2d", "freeze", "list_kernels", "stripe_conv2d"]
+__all__ = ["FilterSkeleton", "StripeConv2d", "freeze", "list_kernels", "load", "save", "stripe_conv2d"]
 __version__ = "0.1.0"
 
 

@@ -69,6 +69,11 @@ def recorded(problem: Problem, which: Pass) -> tuple[Candidate, ...]:
     return _tuned.get((problem, which), ())
 
 
+def records() -> tuple[tuple[Problem, Pass], ...]:
+    """The problems that have measured choices in this process."""
+    return tuple(_tuned)
+
+
 def forget() -> None:
     """Drops every measured choice of this process."""
     _tuned.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stripe_kernels.compile.files import load, save
 from stripe_kernels.compile.freeze import freeze, to_dense
 
-__all__ = ["freeze", "to_dense"]
+__all__ = ["freeze", "load", "save", "to_dense"]

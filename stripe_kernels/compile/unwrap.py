@@ -25,7 +25,7 @@ _HOOK_ATTRIBUTES = (
 
 
 def clone(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`, wrappers, pruning hooks and parametrizations resolved; the input is not touched.
+    """A deep copy of `model` without wrappers, pruning hooks and parametrizations; the input is untouched.
 
     Raises TypeError for what is not an nn.Module or hides its modules, ValueError for uninitialised lazy
     parameters.

@@ -1,0 +1,272 @@
+"""save and load: a network in one safetensors file.
+
+    header   metadata "stripe_kernels": JSON with versions, modules, graph nodes and tuned choices; "sha256"
+    of it all tensors  parameters and buffers under their state_dict names; a skeleton [K, R, S] as ceil(K*R*S
+    / 8) packed bytes
+
+The graph is torch.fx's, written in the words of vocabulary.py. Reading needs none of the classes the network
+was written with, runs no pickle, and looks up nothing by a name of the file's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, fx, nn
+
+from stripe_kernels.compile import choices, vocabulary
+from stripe_kernels.compile.trace import trace
+from stripe_kernels.modules import StripeConv2d
+from stripe_kernels.skeleton import FilterSkeleton
+
+FORMAT = 1  # rises when an older reader would misread a file
+_KEY = "stripe_kernels"
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, SyntaxError)
+_DOTTED = re.compile(r"\w+(\.\w+)*", re.ASCII)
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes `model` to one safetensors file that `load` reads without the code that built it.
+
+    Live stripes only are stored, so the file shrinks with the density. The network is stored in evaluation
+    mode, on the CPU; choices of `tune` go with it. The file appears whole or not at all.
+
+    Raises ValueError where the model has no fixed torch.fx graph or uses an operation that files do not
+    carry.
+    """
+    network = trace(model)
+    graph = _graph_json(network)
+    tensors = _tensors(network, graph)
+    graph["choices"] = choices.of_network(network)
+    text = json.dumps(graph, separators=(",", ":"), sort_keys=True)
+    metadata = {_KEY: text, "sha256": _checksum(text, tensors)}
+    _write_whole(Path(path), serialize(tensors, metadata))
+
+
+def load(path: str | os.PathLike[str]) -> nn.Module:
+    """The network that `save` wrote, in evaluation mode on the CPU: a graph of torch's layers and ours.
+
+    Tuned choices in the file become this process's choices where the kernels exist here, so outputs repeat
+    bit for bit.
+
+    Raises OSError where the file cannot be read, ValueError where it is corrupt, truncated, foreign, or
+    written by a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if _KEY not in metadata:
+        raise ValueError(f"{path} was not written by stripe_kernels.save: its header does not say so")
+    text = metadata[_KEY]
+    _check_version(path, text)
+    if metadata.get("sha256") != _checksum(text, tensors):
+        raise ValueError(f"{path} is corrupt: its contents do not have the checksum it states")
+    try:
+        graph = json.loads(text)
+        network = _network(graph, tensors)
+        choices.restore(graph["choices"], network)
+    except _MALFORMED as error:
+        # The checksum is no secret: a file made by hand can have any content and a right one.
+        raise ValueError(f"{path} describes no network: {type(error).__name__}: {error}") from error
+    return network
+
+
+def _check_version(path: Path, text: str) -> None:
+    try:
+        graph = json.loads(text)
+        version = graph["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is corrupt: its description is not what save writes ({error})") from error
+    if not isinstance(version, int) or version > FORMAT:
+        raise ValueError(
+            f"{path} has format {version}, of stripe_kernels {graph.get('library')}; this version reads "
+            f"formats up to {FORMAT}: upgrade stripe_kernels"
+        )
+
+
+def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {list(t.shape)}\n".encode())
+        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _graph_json(network: fx.GraphModule) -> dict[str, Any]:
+    from stripe_kernels import __version__
+
+    modules: dict[str, Any] = {}
+    first: dict[nn.Module, str] = {}
+    nodes = []
+    for node in network.graph.nodes:
+        target = node.target
+        if node.op == "call_module":
+            module = network.get_submodule(target)
+            if first.setdefault(module, target) != target:
+                modules[target] = {"same_as": first[module]}
+            else:
+                modules[target] = _module_json(target, module)
+        elif node.op == "call_function":
+            target = vocabulary.FUNCTION_NAMES.get(target)
+            known = target is not None and (target != "getattr" or node.args[1] in vocabulary.ATTRIBUTES)
+            if not known:
+                raise ValueError(f"a file cannot hold the function {node.target} at {node.format_node()}")
+        elif node.op == "call_method" and target not in vocabulary.METHODS:
+            raise ValueError(f"a file cannot hold the method {target} at {node.format_node()}")
+        try:
+            arguments = [vocabulary.encode(node.args), vocabulary.encode(dict(node.kwargs))]
+        except TypeError as error:
+            raise ValueError(f"at {node.format_node()}: {error}") from error
+        nodes.append([node.name, node.op, target, *arguments])
+    versions = {"format": FORMAT, "library": __version__, "torch": torch.__version__}
+    return {**versions, "modules": modules, "nodes": nodes}
+
+
+def _module_json(name: str, module: nn.Module) -> dict[str, Any]:
+    kind = vocabulary.MODULE_NAMES.get(type(module))
+    if kind is None:
+        raise ValueError(
+            f"a file cannot hold {name!r}: {type(module).__name__} is not among the modules it carries"
+        )
+    entry = {"class": kind, "config": vocabulary.encode(vocabulary.module_config(module))}
+    if hasattr(module, "skeleton"):
+        entry["skeleton"] = list(module.skeleton.shape)
+    return entry
+
+
+def _tensors(network: fx.GraphModule, graph: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor once, under its first name; `graph` learns the other names and who wants gradients."""
+    found: dict[str, Tensor] = {}
+    for name, entry in graph["modules"].items():
+        if "class" in entry:
+            state = network.get_submodule(name).state_dict(keep_vars=True)
+            found |= {f"{name}.{key}": t for key, t in state.items()}
+    for node in network.graph.nodes:
+        if node.op == "get_attr":
+            owner, _, leaf = node.target.rpartition(".")
+            found[node.target] = getattr(network.get_submodule(owner), leaf)
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, t in found.items():
+        if first.setdefault(id(t), name) != name:
+            ties[name] = first[id(t)]
+        elif t.dtype == torch.bool and name.endswith(".skeleton"):
+            tensors[name] = torch.from_numpy(np.packbits(t.cpu().numpy()))
+        else:
+            tensors[name] = t.detach().cpu().contiguous().clone()
+    graph["ties"] = ties
+    graph["parameters"] = {n: t.requires_grad for n, t in found.items() if isinstance(t, nn.Parameter)}
+    return tensors
+
+
+def _network(graph: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:
+    found: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        trainable = graph["parameters"].get(name)
+        found[name] = t if trainable is None else nn.Parameter(t, requires_grad=trainable)
+    found |= {name: found[first] for name, first in graph["ties"].items()}
+    root = nn.Module()
+    modules: dict[str, nn.Module] = {}
+    for name, entry in graph["modules"].items():
+        modules[name] = modules[entry["same_as"]] if "same_as" in entry else _module(name, entry, found)
+        _attach(root, name, modules[name])
+    built = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for name, op, target, args, kwargs in graph["nodes"]:
+        args, kwargs = vocabulary.decode(args, nodes), vocabulary.decode(kwargs, nodes)
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+            raise ValueError(f"node {name!r} has malformed arguments")
+        if op == "get_attr" and target not in modules:
+            _attach(root, target, found[target])
+        nodes[name] = built.create_node(
+            op, _target(op, target, args, modules), args, kwargs, _identifier(name)
+        )
+    built.lint()
+    return fx.GraphModule(root, built, "Network").eval()
+
+
+def _target(op: str, target: Any, args: tuple[Any, ...], modules: dict[str, nn.Module]) -> Any:
+    """The whitelisted thing a node calls; ValueError otherwise."""
+    if op == "call_function" and target in vocabulary.FUNCTIONS:
+        if target != "getattr" or (len(args) == 2 and args[1] in vocabulary.ATTRIBUTES):
+            return vocabulary.FUNCTIONS[target]
+    elif op == "call_method" and target in vocabulary.METHODS:
+        return target
+    elif (op == "call_module" and target in modules) or op in ("placeholder", "get_attr", "output"):
+        return _identifier(target)
+    raise ValueError(f"{op} of {target!r} is not something a file may ask for")
+
+
+def _identifier(name: Any) -> str:
+    if not isinstance(name, str) or not _DOTTED.fullmatch(name.lstrip("*")):
+        raise ValueError(f"{name!r} is not a name")
+    return name
+
+
+def _attach(root: nn.Module, name: str, value: nn.Module | Tensor) -> None:
+    """Registers `value` under a dotted name, making the modules on the way."""
+    *path, leaf = _identifier(name).split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]  # type: ignore[assignment]
+    if isinstance(value, nn.Module):
+        root.add_module(leaf, value)
+    elif isinstance(value, nn.Parameter):
+        root.register_parameter(leaf, value)
+    else:
+        root.register_buffer(leaf, value)
+
+
+def _module(name: str, entry: dict[str, Any], found: dict[str, Tensor]) -> nn.Module:
+    """One leaf. It is built without storage first, so that a wrong size cannot ask for memory."""
+    kind = vocabulary.MODULES[entry["class"]]
+    config = vocabulary.decode(entry["config"], {})
+    state = {key.removeprefix(name + "."): t for key, t in found.items() if key.startswith(name + ".")}
+    if "skeleton" in entry:
+        shape = entry["skeleton"]
+        bits = state["skeleton"].numpy()
+        count = int(np.prod(shape))
+        if len(shape) != 3 or bits.size != (count + 7) // 8:
+            raise ValueError(f"skeleton of {name!r} is {shape} but has {bits.size} bytes of bits")
+        live = np.unpackbits(bits, count=count).astype(np.bool_).reshape(shape)
+        state["skeleton"] = torch.from_numpy(live)
+        config["skeleton"] = FilterSkeleton(live)
+    with torch.device("meta"):
+        module = kind(**config)
+    wants_gradient = {key: t.requires_grad for key, t in state.items()}
+    module.load_state_dict(state, assign=True)  # sets the new module's requires_grad on what it is given
+    for key in module._parameters.keys() & state.keys():
+        module._parameters[key] = state[key].requires_grad_(wants_gradient[key])  # type: ignore[assignment]
+    if isinstance(module, StripeConv2d):
+        module.repack()
+    return module

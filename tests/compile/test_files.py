@@ -1,0 +1,231 @@
+"""save and load: same bits, small, whole or not at all; any other content is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from iessp.models import build
+from stripe_kernels import StripeConv2d, freeze, load, plan, save
+from stripe_kernels.compile import files
+
+
+def random_skeletons(model: nn.Module, density: float) -> dict[str, Tensor]:
+    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    return {n: torch.rand(m.out_channels, *m.kernel_size) < density for n, m in convolutions.items()}
+
+
+@pytest.fixture(scope="module")
+def frozen() -> nn.Module:
+    torch.manual_seed(0)
+    model = build("resnet20", classes=10, width=0.5).eval()
+    return freeze(model, random_skeletons(model, 0.24))
+
+
+@pytest.fixture
+def path(frozen: nn.Module, tmp_path: Path) -> Path:
+    save(frozen, tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"
+
+
+def rewritten(path: Path, change: object, seal: bool = True) -> Path:
+    """The same file after `change(graph, tensors)`, with a right checksum if `seal`."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    graph = json.loads(metadata["stripe_kernels"])
+    change(graph, tensors)  # type: ignore[operator]
+    text = json.dumps(graph)
+    checksum = files._checksum(text, tensors) if seal else metadata["sha256"]
+    save_file(tensors, path, {"stripe_kernels": text, "sha256": checksum})
+    return path
+
+
+def test_a_fresh_process_repeats_the_bits_without_training_code(frozen: nn.Module, path: Path) -> None:
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = frozen(x)
+    torch.save((x, expected), path.with_suffix(".pt"))
+    script = (
+        "import sys, torch; from stripe_kernels import load; torch.set_num_threads(int(sys.argv[3]))\n"
+        "net = load(sys.argv[1]); x, y = torch.load(sys.argv[2])\n"
+        "with torch.inference_mode(): assert torch.equal(net(x), y)\n"
+        "assert not any(name.split('.')[0] == 'iessp' for name in sys.modules)\n"
+    )
+    arguments = [str(path), str(path.with_suffix(".pt")), str(torch.get_num_threads())]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_names_flags_and_training_survive(frozen: nn.Module, path: Path) -> None:
+    frozen.get_parameter("classifier.bias").requires_grad_(False)
+    save(frozen, path)
+    loaded = load(path)
+    expected = frozen.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
+    flags = {n: p.requires_grad for n, p in frozen.named_parameters()}
+    assert {n: p.requires_grad for n, p in loaded.named_parameters()} == flags
+    loaded.train()(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert any(isinstance(m, StripeConv2d) and m.weight.grad is not None for m in loaded.modules())
+
+
+@pytest.mark.parametrize("density", [0.5, 0.1])
+def test_the_file_shrinks_with_the_density(density: float, tmp_path: Path) -> None:
+    model = build("vgg16", classes=10, width=0.5)
+    save(model, tmp_path / "dense")
+    save(freeze(model, random_skeletons(model, density)), tmp_path / "frozen")
+    ratio = (tmp_path / "frozen").stat().st_size / (tmp_path / "dense").stat().st_size
+    assert ratio < density + 0.015
+
+
+def test_shared_modules_and_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    shared, first, second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+    second.weight = first.weight
+    model = nn.Sequential(shared, nn.ReLU(), shared, first, second).eval()
+    save(model, tmp_path / "net")
+    loaded = load(tmp_path / "net")
+    assert [n.target for n in loaded.graph.nodes if n.op == "call_module"][::2] == ["0", "0", "4"]
+    assert loaded.get_submodule("3").weight is loaded.get_submodule("4").weight
+    x = torch.randn(1, 8, 5, 5)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = freeze(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), {"0": torch.rand(8, 3, 3) < 0.5}).to(
+        dtype
+    )
+    save(model, tmp_path / "net")
+    x = torch.randn(1, 3, 6, 6, dtype=dtype)
+    assert torch.equal(load(tmp_path / "net")(x), model.eval()(x))
+
+
+def test_tuned_choices_travel(frozen: nn.Module, path: Path) -> None:
+    layer = next(m for m in frozen.modules() if isinstance(m, StripeConv2d))
+    problem = layer._op.problem((2, layer.in_channels, 32, 32), torch.float32, torch.device("cpu"), False)
+    every = [c for c in layer._op.plan("fprop", problem).candidates if c.refusal is None]
+    slow_first = [plan.Candidate(c.kernel, c.config, c.predicted, 1.0 / (i + 1)) for i, c in enumerate(every)]
+    try:
+        plan.record(problem, "fprop", slow_first)
+        save(frozen, path)
+        plan.forget()
+        assert plan.make_plan(problem, "fprop").chosen.measured is None
+        load(path)
+        chosen = plan.make_plan(problem, "fprop").chosen
+        assert (chosen.kernel, chosen.config, chosen.measured) == (
+            every[-1].kernel,
+            every[-1].config,
+            slow_first[-1].measured,
+        )
+    finally:
+        plan.forget()
+
+
+def test_every_truncation_and_every_flipped_byte_is_noticed(path: Path) -> None:
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(60):
+        path.write_bytes(whole[: rng.randrange(len(whole))])
+        with pytest.raises((ValueError, OSError)):
+            load(path)
+    for place in [*range(0, 64, 3), *(rng.randrange(len(whole)) for _ in range(60))]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises((ValueError, OSError)):
+            load(path)
+
+
+def test_foreign_newer_missing_and_unsealed_files_say_so(path: Path, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="not written by"):
+        load(tmp_path / "foreign")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "missing")
+    with pytest.raises(OSError, match="not a file"):
+        load(tmp_path)
+    (tmp_path / "pickle").write_bytes(b"\x80\x04\x95 a pickle")
+    with pytest.raises(ValueError, match="safetensors"):
+        load(tmp_path / "pickle")
+    with pytest.raises(ValueError, match=r"checksum"):
+        load(rewritten(path, lambda graph, tensors: tensors["classifier.bias"].add_(1), seal=False))
+    with pytest.raises(ValueError, match=r"format 99.*upgrade"):
+        load(rewritten(path, lambda graph, tensors: graph.update(format=99)))
+
+
+def changes() -> dict[str, object]:
+    def node(op: str) -> object:
+        return lambda graph: next(n for n in graph["nodes"] if n[1] == op)
+
+    def set_target(op: str, target: object) -> object:
+        return lambda graph, tensors: node(op)(graph).__setitem__(2, target)  # type: ignore[operator]
+
+    return {
+        "a function outside the vocabulary": set_target("call_function", "os.system"),
+        "getattr of anything": lambda g, t: node("call_function")(g).__setitem__(
+            slice(2, 4), ["getattr", {"tuple": [1, "x"]}]
+        ),  # type: ignore[operator]
+        "code in a placeholder": set_target("placeholder", "x=__import__('os')"),
+        "a keyword as a placeholder": set_target("placeholder", "import"),
+        "a module that is not there": set_target("call_module", "stem.99"),
+        "an unknown kind of node": lambda g, t: g["nodes"][1].__setitem__(1, "exec"),
+        "a class outside the vocabulary": lambda g, t: g["modules"]["classifier"].update({"class": "Module"}),
+        "a huge layer": lambda g, t: g["modules"]["classifier"]["config"]["dict"].__setitem__(
+            0, ["in_features", 10**15]
+        ),
+        "a skeleton of another size": lambda g, t: g["modules"]["stem.0"].update(skeleton=[1000, 3, 3]),
+        "a tensor missing": lambda g, t: t.pop("classifier.weight"),
+        "a tensor of another shape": lambda g, t: t.update({"classifier.weight": torch.ones(3, 3)}),
+        "a use before the definition": lambda g, t: g["nodes"].reverse(),
+        "no nodes": lambda g, t: g.pop("nodes"),
+        "nodes of another type": lambda g, t: g.update(nodes=[[1, 2]]),
+        "choices of nobody": lambda g, t: g.update(choices={"nobody": [{}]}),
+    }
+
+
+@pytest.mark.parametrize("what", changes())
+def test_hand_made_files_are_refused(what: str, path: Path) -> None:
+    with pytest.raises(ValueError, match="describes no network"):
+        load(rewritten(path, changes()[what]))
+
+
+def test_a_failed_write_leaves_the_old_file(
+    frozen: nn.Module, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        save(frozen, path)
+    assert path.read_bytes() == before
+    assert sorted(path.parent.iterdir()) == [path]
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Custom(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(x).real
+
+
+def test_what_a_file_cannot_hold_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"torch\.fx cannot follow"):
+        save(Branch(), tmp_path / "net")
+    with pytest.raises(ValueError, match="fft"):
+        save(Custom(), tmp_path / "net")
+    assert not list(tmp_path.iterdir())
