@@ -291,8 +291,8 @@ class Budgets(NamedTuple):
 def budgets(problem: Case, operands: Operands) -> Budgets:
     """The budgets of the three passes, without an epilogue.
 
-    oneDNN adds in another order for each memory format, and either is better at times (channels_last by 4 in a wgrad
-    of 1e5 pixels, contiguous by 4 in a fprop of 175 products): torch's error is the larger of the two.
+    oneDNN adds in another order for each memory format, and either is better at times (channels_last by 4 in
+    a wgrad of 1e5 pixels, contiguous by 4 in a fprop of 175 products): the worse counts.
     """
     exact = evaluate(problem, operands, torch.float64)
     formats = (torch.contiguous_format, torch.channels_last)

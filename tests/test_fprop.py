@@ -1,0 +1,32 @@
+"""y of every kernel, by name, against the float64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stripe_kernels.testing import CASES, DTYPES, LAYOUTS
+from tests.passes import KERNELS, check_pass
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_in_every_type_and_layout(kernel: str, case) -> None:
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            check_pass(case, kernel, "fprop", dtype, layout)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_in_every_configuration(kernel: str, case) -> None:
+    for threads in (1, 2):  # other numbers: test_threads.py
+        torch.set_num_threads(threads)
+        for layout in ("contiguous", "channels_last"):
+            check_pass(case, kernel, "fprop", torch.float32, layout, every=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_in_float64(kernel: str) -> None:
+    for case in CASES.values():
+        check_pass(case, kernel, "fprop", torch.float64, "contiguous")
