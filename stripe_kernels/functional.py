@@ -22,11 +22,11 @@ def as_skeleton(skeleton: Tensor | FilterSkeleton) -> FilterSkeleton:
     if skeleton.dtype != torch.bool:
         raise TypeError(f"skeleton must be bool [K, R, S], got {skeleton.dtype} {list(skeleton.shape)}")
     if skeleton.is_inference():
-        return FilterSkeleton(skeleton.cpu().numpy().copy())
+        return FilterSkeleton(skeleton.cpu().numpy())
     state = (skeleton.data_ptr(), skeleton._version)
     found = _skeletons.get(skeleton)
     if found is None or found[0] != state:
-        found = (state, FilterSkeleton(skeleton.cpu().numpy().copy()))
+        found = (state, FilterSkeleton(skeleton.cpu().numpy()))
         _skeletons[skeleton] = found
     return found[1]
 

@@ -9,7 +9,7 @@ IntPair = tuple[int, int]
 
 def pair(value: int | tuple[int, ...] | list[int], name: str, least: int) -> IntPair:
     """An int or a pair of ints, each at least `least`; ValueError or TypeError otherwise."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) == 1:
         values = values * 2
     if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):

@@ -23,7 +23,7 @@ class FilterSkeleton:
             raise TypeError(f"a skeleton is bool [K, R, S], got dtype {array.dtype}")
         if array.ndim != 3 or min(array.shape) < 1:
             raise ValueError(f"a skeleton is bool [K, R, S] with no empty side, got shape {list(array.shape)}")
-        self.live = np.ascontiguousarray(array)
+        self.live = array.copy(order="C")  # its own: the caller's array stays writable and may change
         self.live.setflags(write=False)
 
     @classmethod

@@ -1,0 +1,135 @@
+"""Plans and the registry: a deterministic choice with its reasons, and kernels that run or say why not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from stripe_kernels import list_kernels, plan, registry, stripe_conv2d
+from stripe_kernels.ops import StripeOp
+from stripe_kernels.plan import Candidate, make_plan
+from stripe_kernels.registry import PASSES
+from stripe_kernels.testing import CASES
+from tests.passes import KERNELS, NATIVE, problem_of
+
+CASE = CASES["one image"]
+
+
+def problem(which: str = "fprop", dtype: torch.dtype = torch.float32):
+    return problem_of(CASE, CASE.operands(dtype), which)
+
+
+@pytest.fixture
+def no_measurements():
+    plan.forget()
+    yield
+    plan.forget()
+
+
+def test_every_kernel_is_listed() -> None:
+    assert list_kernels() == sorted(registry.kernels())
+    assert {"dense", "reference"} < set(list_kernels())
+    assert NATIVE, "the extension _cpu is not there"
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_equal_problems_have_equal_plans(which) -> None:
+    first = make_plan(problem(which), which)
+    make_plan.cache_clear()
+    assert make_plan(problem(which), which) == first
+    assert first.chosen in first.candidates
+    assert first.chosen.refusal is None
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_auto_takes_the_best_prediction_and_never_the_oracle(which) -> None:
+    made = make_plan(problem(which), which)
+    runnable = [c for c in made.candidates if c.refusal is None]
+    assert made.chosen.predicted == min(c.predicted for c in runnable)
+    assert "reference" not in {c.kernel for c in runnable}
+    assert "dense" in {c.kernel for c in runnable}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("which", PASSES)
+def test_a_named_kernel_is_the_only_candidate(kernel, which) -> None:
+    made = make_plan(problem(which), which, kernel)
+    assert {c.kernel for c in made.candidates} == {kernel}
+    assert made.build() is not None
+
+
+@pytest.mark.parametrize("kernel", NATIVE)
+def test_a_named_kernel_that_cannot_run_says_why(kernel) -> None:
+    x, weight = torch.zeros(1, 2, 4, 4, dtype=torch.float64), torch.zeros(9, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=rf"{kernel}.*float64"):
+        stripe_conv2d(x, weight, torch.ones(1, 3, 3, dtype=torch.bool), kernel=kernel)
+
+
+def test_an_unknown_kernel_is_a_value_error_with_its_neighbours() -> None:
+    x, weight = torch.zeros(1, 2, 4, 4), torch.zeros(9, 2)
+    with pytest.raises(ValueError, match=r"did you mean.*reference"):
+        stripe_conv2d(x, weight, torch.ones(1, 3, 3, dtype=torch.bool), kernel="referenc")
+
+
+def test_explain_shows_every_candidate_and_the_choice() -> None:
+    text = make_plan(problem(), "fprop").explain()
+    lines = text.splitlines()
+    assert "fprop of [1, 19, 13, 11]" in lines[0]
+    assert sum(line.startswith(" ->") for line in lines) == 1
+    assert any("dense" in line for line in lines)
+
+
+def test_a_refused_candidate_is_explained() -> None:
+    text = make_plan(problem(dtype=torch.float64), "fprop").explain()
+    assert "refused" in text
+    assert "float64" in text
+
+
+def test_a_measurement_overrules_the_prediction(no_measurements) -> None:
+    before = make_plan(problem(), "fprop")
+    slowest = max((c for c in before.candidates if c.refusal is None), key=lambda c: c.predicted)
+    measured = [
+        dataclasses.replace(c, measured=1e-6 if c == slowest else 1e-3)
+        for c in before.candidates
+        if c.refusal is None
+    ]
+    plan.record(problem(), "fprop", measured)
+    after = make_plan(problem(), "fprop")
+    assert (after.chosen.kernel, after.chosen.config) == (slowest.kernel, slowest.config)
+    assert after.chosen.measured == 1e-6
+    plan.forget()
+    assert make_plan(problem(), "fprop") == before
+
+
+def test_a_measurement_of_one_problem_leaves_others_alone(no_measurements) -> None:
+    other = problem_of(CASE.batch(2), CASE.batch(2).operands(), "fprop")
+    before = make_plan(other, "fprop")
+    plan.record(problem(), "fprop", [Candidate("dense", measured=1e-9)])
+    assert make_plan(other, "fprop") == before
+
+
+def test_plans_are_immutable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make_plan(problem(), "fprop").which = "dgrad"  # type: ignore[misc]
+
+
+def test_a_kernel_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="'dense' is registered twice"):
+        registry.register(registry.find("dense"))
+
+
+def test_runners_are_kept_for_as_many_shapes_as_promised() -> None:
+    op = StripeOp(*CASE.arguments, "reference")
+    for n in range(1, 100):
+        operands = CASE.batch(n % 90 + 1).operands()
+        op.runner("fprop", tuple(operands.x.shape), operands.x)
+    assert len(op._runners) <= 64
+
+
+def test_the_number_of_threads_is_part_of_the_problem() -> None:
+    torch.set_num_threads(1)
+    one = problem()
+    torch.set_num_threads(2)
+    assert (one.threads, problem().threads) == (1, 2)
