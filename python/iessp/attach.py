@@ -172,8 +172,17 @@ def detach(model: Model, *, merge: bool = True) -> Model:
         for key, hook in list(conv._forward_pre_hooks.items()):
             if getattr(hook, "__self__", None) is gate:
                 del conv._forward_pre_hooks[key]
+        _own_class(conv)
         parametrize.remove_parametrizations(conv, "weight", leave_parametrized=merge)
     return model
+
+
+def _own_class(module: nn.Module) -> None:
+    """Copies share the class that torch made for a parametrized module, and taking one's parametrization off deletes
+    the property from it for all: give this module a class of its own first."""
+    shared = type(module)
+    members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -12,11 +12,11 @@ While the output loss is high stripes are left alone; as it falls the pressure g
 while EMA(CE) is more than `tolerance` above what the dense warm-up reached, or it would integrate that link
 away; after `meet` the budget wins.
 
-The gates cross 1/2 late and many at a time: at first only R tells where they are going, in the end only what
-lives counts. Against wind-up: the dual step and lambda are bounded; the proportional factor takes the pressure
-to zero as soon as the share is BAND below its target; and stripes below M = 1/2 live on where the target holds
-on to them (`theta` of the gates, renewed `remasks` times), so that R_hard does not fall below R_target. The
-logarithm keeps lambda positive and lets it cross the orders of magnitude between tasks.
+The gates cross 1/2 late and many at a time: at first only R tells where they are going, in the end only
+what lives counts. Against wind-up: the dual step and lambda are bounded; the proportional factor takes the
+pressure to zero as soon as the share is BAND below its target; and stripes below M = 1/2 live on where the
+target holds on to them (`theta` of the gates, renewed `remasks` times), so that R_hard does not fall below
+R_target. The logarithm keeps lambda positive and lets it cross the orders of magnitude between tasks.
 """
 
 from __future__ import annotations

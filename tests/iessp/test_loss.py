@@ -80,7 +80,7 @@ def test_controller_meets_the_target_in_time_and_does_not_wind_up(budget: float)
     learning = [h["hard"] for h in history[: round(0.75 * steps)]]
     assert min(learning) > budget - 0.05, "held above the target, but for what gates move between two holds"
     assert max(h["pressure"] for h in history) < LAMBDA_RANGE[1] / 10, "lambda stays far from its bound"
-    assert 0 <= budget - history[-1]["hard"] < 0.002, "to the cheapest stripe: 0.14 % of this network"
+    assert -1e-6 < budget - history[-1]["hard"] < 0.002, "to the cheapest stripe: 0.14 % of this network"
     assert history[-1]["ce"] < 0.7, "and the task is learned: chance is 1.39"
 
 

@@ -1,0 +1,189 @@
+"""The training loop: resumable at any step with the same bits, whatever stopped it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from iessp import checkpoint
+from iessp.data import load
+from iessp.data.images import Images, Splits
+from iessp.recipe import Recipe
+from iessp.train import Interrupted, Trainer, count_errors, learning_rate
+
+TINY = Recipe(name="tiny", model="resnet20", width=0.25, epochs=4, batch=16, budget=0.4, crop=1, gate_lr=0.2)
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    """96 digits at 16x16, 4 + 1 batches' worth."""
+    whole = load("digits")
+
+    def few(images: Images, n: int) -> Images:
+        return Images(images.x[:n, :, ::2, ::2].contiguous(), images.y[:n])
+
+    return Splits(
+        "digits", few(whole.train, 96), few(whole.held_out, 16), few(whole.test, 16), whole.classes,
+        whole.mean, whole.std, whole.flip,
+    )  # fmt: skip
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def stop_at(trainer: Trainer, step: int) -> None:
+    if step < trainer.steps:
+        with pytest.raises(Interrupted, match=f"stopped at step {step} of {trainer.steps}"):
+            trainer.run(stop=lambda: trainer.step >= step)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("method", ["iem", "magnitude"])
+def test_resumed_anywhere_gives_the_same_bits(
+    splits: Splits, tmp_path: Path, method: str, packed: bool
+) -> None:
+    recipe = TINY.but(method=method, packed=packed)
+    whole = Trainer(recipe, splits, tmp_path / "whole")
+    whole.run()
+    assert whole.phase == ("packed" if packed else "settled")
+    for step in (1, 5, 13, 18, 22):  # warm, learn, learn, just settled, packed
+        stop_at(Trainer(recipe, splits, tmp_path / "parts"), step)
+    resumed = Trainer(recipe, splits, tmp_path / "parts")
+    assert resumed.step == 22
+    resumed.run()
+    assert equal(weights(resumed.model), weights(whole.model))
+    assert (tmp_path / "parts/log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
+    assert whole.shares()[0] == pytest.approx(0.4, abs=0.002)
+
+
+def test_log_has_every_step_and_phase(splits: Splits, tmp_path: Path) -> None:
+    trainer = Trainer(TINY, splits, tmp_path)
+    trainer.run()
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, trainer.steps + 1))
+    assert list(dict.fromkeys(row["phase"] for row in rows)) == ["warm", "learn", "packed"]
+    assert len(checkpoint.saved(tmp_path / "checkpoints")) <= checkpoint.KEPT
+    assert trainer.equality["error"] <= trainer.equality["allowed"]
+
+
+def test_two_seeds_differ_and_one_repeats(splits: Splits, tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        trainer = Trainer(TINY.but(seed=seed, epochs=1), splits, tmp_path / name)
+        trainer.run()
+        found.append(weights(trainer.model))
+    assert equal(found[0], found[1])
+    assert not torch.equal(found[0]["classifier.weight"], found[2]["classifier.weight"])
+
+
+def test_a_folder_of_another_recipe_is_refused(splits: Splits, tmp_path: Path) -> None:
+    stop_at(Trainer(TINY, splits, tmp_path), 2)
+    with pytest.raises(ValueError, match=r"budget: 0\.4 there, 0\.3 asked for"):
+        Trainer(TINY.but(budget=0.3), splits, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    splits: Splits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4):
+        stop_at(Trainer(TINY, splits, tmp_path), step)
+    newest = checkpoint.saved(tmp_path / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:-200])
+    assert Trainer(TINY, splits, tmp_path).step == 2
+    assert f"{newest} cannot be read" in capsys.readouterr().out
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def broken(file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(path, broken)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+KILLED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import test_train as t
+torch.set_num_threads(1)
+import iessp.train
+iessp.train.SAVE_SECONDS = 0.0  # a checkpoint after every step, so that most kills fall into one
+splits = t.splits.__wrapped__() if hasattr(t.splits, "__wrapped__") else t.splits._fixture_function()
+trainer = t.Trainer(t.TINY, splits, t.Path({folder!r}))
+trainer.run(report=lambda step: print(step.step, flush=True))
+"""
+
+
+def test_kill_at_random_moments_and_resume(splits: Splits, tmp_path: Path) -> None:
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole = Trainer(TINY, splits, tmp_path / "whole")
+    whole.run()
+    torch.set_num_threads(torch_threads)
+    folder = tmp_path / "killed"
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder))
+    delays = torch.rand(3, generator=torch.Generator().manual_seed(0)).tolist()
+    for delay in delays:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.readline()  # its first step is done
+        time.sleep(0.5 * delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=os.environ)
+    resumed = Trainer(TINY, splits, folder)
+    assert resumed.step == resumed.steps
+    assert equal(weights(resumed.model), weights(whole.model))
+    left = [p.name for p in (folder / "checkpoints").iterdir()]
+    assert all(name.startswith("step-") or name.endswith(".tmp") for name in left)
+
+
+def test_dense_and_slim_train_without_gates(splits: Splits, tmp_path: Path) -> None:
+    dense = Trainer(TINY.but(method="dense", width=1.0, epochs=1), splits, tmp_path / "dense")
+    slim = Trainer(TINY.but(method="slim", width=1.0, epochs=1), splits, tmp_path / "slim")
+    for trainer in (dense, slim):
+        trainer.run()
+    assert dense.shares() == (1.0, 1.0)
+    assert 0.3 < slim.shares()[0] <= 0.4
+
+
+def test_training_learns_the_digits(tmp_path: Path) -> None:
+    splits = load("digits")
+    recipe = Recipe(name="r", model="resnet20", width=0.5, epochs=3, batch=32, lr=0.1, sizes=((0.0, 8),))
+    small = Splits(
+        "digits", *(Images(i.x[:, :, ::4, ::4].contiguous(), i.y) for i in (splits.train, splits.held_out, splits.test)),
+        splits.classes, splits.mean, splits.std, splits.flip,
+    )  # fmt: skip
+    trainer = Trainer(recipe.but(packed=False), small, tmp_path)
+    trainer.run()
+    assert count_errors(trainer.model, small.held_out, small) < 0.5 * len(small.held_out)
+    json.dumps(trainer.recipe.as_dict())
+
+
+def test_learning_rate_is_a_triangle() -> None:
+    recipe = TINY.but(lr=0.2, rise=0.25)
+    assert [round(learning_rate(recipe, d), 3) for d in (0, 0.125, 0.25, 0.625, 1)] == [0, 0.1, 0.2, 0.1, 0]
