@@ -11,6 +11,7 @@
 #include "cpu/fprop.h"
 #include "cpu/fprop_filters.h"
 #include "cpu/isa/isa.h"
+#include "cpu/lane_network.h"
 #include "cpu/wgrad.h"
 
 namespace py = pybind11;
@@ -178,4 +179,36 @@ PYBIND11_MODULE(_cpu, m) {
                      int dy_type, const Strides& dys, std::uintptr_t dw, int dw_type) {
         k.run(view(x, x_type, xs), view(dy, dy_type, dys), reinterpret_cast<void*>(dw), dtype(dw_type), threads);
       }, Release());
+
+  py::class_<LaneNetwork>(m, "LaneNetwork")
+      .def(py::init([](int images, int parts, const std::string& name) {
+        require(images > 0 && images <= 64 && images % isa(name).lanes == 0, "blocks are whole vectors of images, 64 at most");
+        require(parts > 0, "parts is positive");
+        return new LaneNetwork(images, parts, isa(name));
+      }))
+      .def("channel_floats", &LaneNetwork::channel_floats)
+      .def("add_activation", &LaneNetwork::add_activation)
+      .def("add_conv", [](LaneNetwork& n, const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row,
+                          std::uintptr_t weight, std::uintptr_t scale, std::uintptr_t shift, int activation, int x,
+                          int residual, int y) {
+        const ConvShape s = conv_shape(shape);
+        const Epilogue e = epilogue(scale, shift, 0, 0, {}, activation);
+        n.add_conv(s, stripes(s, tap_ptr, filter, row), floats(weight), e.scale, e.shift, e.activation, x, residual, y);
+      })
+      .def("add_pool", [](LaneNetwork& n, int kind, const std::array<int, 6>& v, int x, int y) {
+        require(kind >= 0 && kind <= 2, "pool kind is 0 (max), 1 (average) or 2 (average with padding counted)");
+        require(v[0] > 0 && v[1] > 0 && v[2] > 0 && v[3] > 0 && v[4] >= 0 && v[5] >= 0, "a pool's extents are positive");
+        n.add_pool(static_cast<Pool>(kind), {v[0], v[1], v[2], v[3], v[4], v[5]}, x, y);
+      })
+      .def("add_pointwise", [](LaneNetwork& n, std::uintptr_t scale, std::uintptr_t shift, int activation, int x, int residual,
+                               int y) {
+        const Epilogue e = epilogue(scale, shift, 0, 0, {}, activation);
+        n.add_pointwise(e.scale, e.shift, e.activation, x, residual, y);
+      })
+      .def("run", [](const LaneNetwork& k, int threads, std::uintptr_t x, int x_type, const Strides& xs, int n, int input,
+                     std::uintptr_t y, int y_type, const Strides& ys, int output) {
+        require(n >= 0 && threads >= 1, "n is not negative and threads is positive");
+        k.run(view(x, x_type, xs), n, input, view(y, y_type, ys), output, threads);
+      }, Release())
+      .def_property_readonly("bytes_per_thread", &LaneNetwork::bytes_per_thread);
 }

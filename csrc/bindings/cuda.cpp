@@ -88,6 +88,7 @@ constexpr Spec kSpecs[] = {
     {"fprop_ffma", fprop_ffma, fprop_ffma_bytes, true},
     {"dgrad_ffma", dgrad_ffma, dgrad_ffma_bytes, true},
     {"wgrad_ffma", wgrad_ffma, wgrad_ffma_bytes, false},
+    {"fprop_mma", fprop_mma, fprop_mma_bytes, true},
 };
 
 const Spec& spec_of(const std::string& name) {

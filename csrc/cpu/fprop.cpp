@@ -58,10 +58,12 @@ void Fprop::pack_weight(const void* weight, DType type, float* packed) const {
     }
 }
 
-void Fprop::compute(int part, const BlockPlan& block, const float* packed, const float* panel, float* lanes) const {
+void Fprop::accumulate(int part, const Run* begin, const Run* end, const float* packed, const float* panel,
+                       float* lanes) const {
   const int taps = static_cast<int>(schedule_.lattice().taps.size());
   const std::int64_t c_stride = schedule_.channel_stride(), ld = schedule_.output_stride();
-  for (const Run& run : block.runs) {
+  for (const Run* r = begin; r != end; ++r) {
+    const Run& run = *r;
     const int tap = schedule_.tap_sets()[run.taps][0];
     const float* x = panel + tap_offsets_[tap] + run.x;
     for (int i = tile_ptr_[part * taps + tap]; i < tile_ptr_[part * taps + tap + 1]; ++i) {
@@ -77,7 +79,7 @@ void Fprop::compute(int part, const BlockPlan& block, const float* packed, const
 void Fprop::run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e, int threads) const {
   drive(isa_, schedule_, parts_, part_count_, shape_.group_c(), shape_.group_k(), x, y, e, threads, true,
         [&](int part, const BlockPlan& block, const float* panel, float* lanes) {
-          compute(part, block, packed, panel, lanes);
+          accumulate(part, block.runs.data(), block.runs.data() + block.runs.size(), packed, panel, lanes);
         });
 }
 

@@ -21,14 +21,18 @@ class Fprop {
   void pack_weight(const void* weight, DType type, float* packed) const;  // weight [A, C/groups]
   void run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e, int threads) const;
 
+  const Schedule& schedule() const { return schedule_; }
+  const std::vector<Part>& parts() const { return parts_; }
+  // Adds runs [begin, end) of a block into lanes [part channels][output_stride], for the filters of one part.
+  void accumulate(int part, const Run* begin, const Run* end, const float* packed, const float* panel,
+                  float* lanes) const;
+
  private:
   struct FilterTile {
     std::int64_t weight;  // packed [C/groups][filters] begins here
     int filters;
     int first;  // into order_ and local_
   };
-
-  void compute(int part, const BlockPlan& block, const float* packed, const float* panel, float* lanes) const;
 
   ConvShape shape_;
   Stripes stripes_;

@@ -38,8 +38,12 @@ Schedule::Schedule(Lattice lattice, const Tiling& tiling, int lanes, int batch_s
     col_first_ = cols.lo;
     panel_cols_ = pitch_ = std::max(1, cols.size());
     out_pitch_ = l.cols;
-    channel_stride_ = static_cast<std::int64_t>(panel_rows_) * pitch_ * tiling_.images;
-    output_stride_ = static_cast<std::int64_t>(tiling_.rows) * out_pitch_ * tiling_.images;
+    if (tiling_.resident_gap > 0) {
+      row_min_ = col_first_ = 0;
+      panel_rows_ = ceil_div(l.in_h, l.step_h), pitch_ = ceil_div(l.in_w, l.step_w);
+    }
+    channel_stride_ = static_cast<std::int64_t>(panel_rows_) * pitch_ * tiling_.images + tiling_.resident_gap;
+    output_stride_ = static_cast<std::int64_t>(tiling_.rows) * out_pitch_ * tiling_.images + tiling_.resident_gap;
   } else {
     // A tap left of column 0 lands in the previous row's zeros; one right of the last column must not reach data.
     pitch_ = gather ? l.cols : std::max({cols.hi + std::max(0, -ds_min), l.cols, l.cols + ds_max});
@@ -57,7 +61,7 @@ Schedule::Schedule(Lattice lattice, const Tiling& tiling, int lanes, int batch_s
   const int tail = batch_size - (image_blocks_ - 1) * tiling_.images;
   for (int images : {tiling_.images, tail})
     for (int r = 0; r < row_blocks_; ++r) {
-      BlockPlan b{r * tiling_.rows, std::min(l.rows, (r + 1) * tiling_.rows), images, {}};
+      BlockPlan b{r * tiling_.rows, std::min(l.rows, (r + 1) * tiling_.rows), images, {}, {}};
       batch ? add_batch_runs(b, one_tap_per_run) : add_pixel_runs(b, one_tap_per_run);
       blocks_.push_back(std::move(b));
     }
@@ -123,7 +127,8 @@ void Schedule::add_batch_runs(BlockPlan& b, bool one_tap_per_run) {
     const Range v = lattice_.valid_rows(lattice_.taps[t]), h = lattice_.valid_cols(lattice_.taps[t]);
     return i >= v.lo && i < v.hi && j >= h.lo && j < h.hi;
   };
-  for (int i = b.i0; i < b.i1; ++i)
+  for (int i = b.i0; i < b.i1; ++i) {
+    b.row_begin.push_back(static_cast<int>(b.runs.size()));
     for (int j0 = 0; j0 < lattice_.cols; j0 += window) {
       const int j1 = std::min(lattice_.cols, j0 + window);
       if (one_tap_per_run) {
@@ -148,6 +153,8 @@ void Schedule::add_batch_runs(BlockPlan& b, bool one_tap_per_run) {
         j = next;
       }
     }
+  }
+  b.row_begin.push_back(static_cast<int>(b.runs.size()));
 }
 
 void Schedule::pack(const IsaKernels& isa, const TensorView& x, int block, int c_first, int channels, int begin,

@@ -21,6 +21,9 @@ struct Tiling {
   int rows = 1;        // lattice rows per block
   int filter_parts = 1;  // > 1: the team shares one block's panel and splits its filters (channels in dgrad)
   int window = 12;     // vectors of lanes that stay close to the core while all taps pass over them
+  // Batch lanes only: the panel is a whole activation that already lies in lanes, channels this many floats further apart
+  // than the map is large. 0: the panel is packed from a tensor.
+  int resident_gap = 0;
 };
 
 // `vectors` vectors of lanes that the same taps reach: input at panel + x (+ the tap's offset), output at y.
@@ -33,6 +36,7 @@ struct Run {
 struct BlockPlan {
   int i0, i1, images;
   std::vector<Run> runs;
+  std::vector<int> row_begin;  // batch lanes: the runs of lattice row i0 + r begin at runs[row_begin[r]]
 };
 
 class Schedule {
@@ -42,6 +46,8 @@ class Schedule {
   const Lattice& lattice() const { return lattice_; }
   const std::vector<std::vector<int>>& tap_sets() const { return tap_sets_; }  // indices into lattice().taps
   int block_count() const { return image_blocks_ * row_blocks_; }
+  int pitch() const { return pitch_; }
+  std::int64_t plane_floats(int channels) const { return plane_stride(channels); }
   const BlockPlan& block(int index) const { return blocks_[block_kind(index)]; }
 
   std::int64_t panel_floats(int channels) const { return lead_ + plane_stride(channels) * planes() + slack_; }

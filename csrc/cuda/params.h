@@ -32,6 +32,7 @@ struct Layout {
   int pitch;                // of the patch in shared memory: words between channels (ffma) or bytes between rows (mma)
   int slab;                 // most weight units of a step
   int splits;               // blocks that share one sum
+  int width;                // which instance of a kernel template: see the kernel
   int items, steps, entries, lists, classes;  // where the sections of the tables start
   DType dtype;
 };

@@ -4,11 +4,6 @@
 
 namespace sk::cuda {
 
-template <int Threads>
-__device__ inline void list_patch_rows(const Walk& walk, const Tile& tile, PatchRow* rows) {
-  for (int i = threadIdx.x; i < patch_rows(walk); i += Threads) rows[i] = patch_row(walk, tile, i);
-}
-
 // Copies `chunk` (a power of two, 32 at most) channels from `channel` on; channels past the group's and pixels outside the
 // image become zero. Lanes follow whatever is contiguous in memory: channels, or the pixels of a row.
 template <int Threads>

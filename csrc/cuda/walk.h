@@ -34,6 +34,11 @@ __device__ inline PatchRow patch_row(const Walk& w, const Tile& t, int row) {
           t.j * w.in_step_w + row % w.patch_w * w.load_w};
 }
 
+template <int Threads>
+__device__ inline void list_patch_rows(const Walk& walk, const Tile& tile, PatchRow* rows) {
+  for (int i = threadIdx.x; i < patch_rows(walk); i += Threads) rows[i] = patch_row(walk, tile, i);
+}
+
 __device__ inline bool inside(const Walk& w, const PatchRow& row, int origin_h, int origin_w) {
   return row.n >= 0 && static_cast<unsigned>(row.h + origin_h) < static_cast<unsigned>(w.in_h) &&
          static_cast<unsigned>(row.w + origin_w) < static_cast<unsigned>(w.in_w);

@@ -43,19 +43,26 @@ __device__ inline void load_dy(const float* dy, const Strides& s, const long lon
   }
 }
 
+// Thirty-two pixels are summed by themselves first: one running sum over a million pixels would lose digits.
 __device__ inline void execute(const float* planes, int pitch, const int* pixel_rows, const float* dy,
-                               float (&sums)[kStripes][2]) {
-  for (int p = 0; p < kPixels; p += 4) {
-    float x[2][4];
+                               float (&totals)[kStripes][2]) {
+  for (int first = 0; first < kPixels; first += 32) {
+    float sums[kStripes][2] = {};
+    for (int p = first; p < first + 32; p += 4) {
+      float x[2][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      for (int c = 0; c < 2; ++c) x[c][i] = planes[c * 32 * pitch + pixel_rows[p + i]];
+      for (int i = 0; i < 4; ++i)
+        for (int c = 0; c < 2; ++c) x[c][i] = planes[c * 32 * pitch + pixel_rows[p + i]];
 #pragma unroll
-    for (int a = 0; a < kStripes; ++a) {
-      const float4 d = *reinterpret_cast<const float4*>(dy + a * kPixelPitch + p);
+      for (int a = 0; a < kStripes; ++a) {
+        const float4 d = *reinterpret_cast<const float4*>(dy + a * kPixelPitch + p);
 #pragma unroll
-      for (int c = 0; c < 2; ++c) sums[a][c] = dot4(d, x[c], sums[a][c]);
+        for (int c = 0; c < 2; ++c) sums[a][c] = dot4(d, x[c], sums[a][c]);
+      }
     }
+#pragma unroll
+    for (int a = 0; a < kStripes; ++a)
+      for (int c = 0; c < 2; ++c) totals[a][c] += sums[a][c];
   }
 }
 
