@@ -178,8 +178,8 @@ def detach(model: Model, *, merge: bool = True) -> Model:
 
 
 def _own_class(module: nn.Module) -> None:
-    """Copies share the class that torch made for a parametrized module, and taking one's parametrization off deletes
-    the property from it for all: give this module a class of its own first."""
+    """Give a parametrized module a class of its own: with the parametrization torch deletes a property from it,
+    which copies of the module, sharing the class, still need."""
     shared = type(module)
     members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
     module.__class__ = type(shared.__name__, shared.__bases__, members)
@@ -193,6 +193,8 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     import stripe_kernels
 
+    while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
+        model = inner  # DistributedDataParallel and torch.compile wrap a model, and cannot be copied
     chosen = skeletons(model)
     return stripe_kernels.freeze(detach(copy.deepcopy(model)), chosen)
 

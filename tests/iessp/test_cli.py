@@ -62,7 +62,8 @@ def test_train_freeze_bench(
 ) -> None:
     recipe = tmp_path / "small.toml"
     recipe.write_text(
-        'model = "resnet20"\nwidth = 0.25\nepochs = 1\nbatch = 128\nbudget = 0.5\nsizes = [[0.0, 8]]\ngate_lr = 0.5\n'
+        'model = "resnet20"\nwidth = 0.25\nepochs = 1\nbatch = 128\nbudget = 0.5\n'
+        "sizes = [[0.0, 8]]\ngate_lr = 0.5\n"
     )
     run = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["iessp", "train", str(recipe), "--out", str(run)])

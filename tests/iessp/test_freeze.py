@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from stripe_kernels import StripeConv2d
 from torch import nn
 
 import iessp
 from iessp.models import build
 from iessp.runs import thaw
 from iessp.timing import compare, interleave
+from stripe_kernels import StripeConv2d
 
 EXAMPLE = Path(__file__).parents[2] / "examples/prune_your_own.py"
 
@@ -60,7 +60,7 @@ def test_comparison_notices_a_difference() -> None:
 
 
 def test_finetuning_the_packed_weights_follows_the_masked_network() -> None:
-    """Ten steps of SGD: the packed network strays no further from a float64 run than masked dense training does."""
+    """Ten steps of SGD: packed training strays no further from a float64 run than masked dense training."""
     masked = iessp.detach(settled("resnet20"))
     masked_start = iessp.freeze(settled("resnet20"))
     exact = copy.deepcopy(masked).double()

@@ -174,10 +174,9 @@ def test_dense_and_slim_train_without_gates(splits: Splits, tmp_path: Path) -> N
 def test_training_learns_the_digits(tmp_path: Path) -> None:
     splits = load("digits")
     recipe = Recipe(name="r", model="resnet20", width=0.5, epochs=3, batch=32, lr=0.1, sizes=((0.0, 8),))
-    small = Splits(
-        "digits", *(Images(i.x[:, :, ::4, ::4].contiguous(), i.y) for i in (splits.train, splits.held_out, splits.test)),
-        splits.classes, splits.mean, splits.std, splits.flip,
-    )  # fmt: skip
+    parts = (splits.train, splits.held_out, splits.test)
+    quarter = [Images(part.x[:, :, ::4, ::4].contiguous(), part.y) for part in parts]
+    small = Splits("digits", *quarter, splits.classes, splits.mean, splits.std, splits.flip)
     trainer = Trainer(recipe.but(packed=False), small, tmp_path)
     trainer.run()
     assert count_errors(trainer.model, small.held_out, small) < 0.5 * len(small.held_out)

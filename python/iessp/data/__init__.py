@@ -6,19 +6,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 from iessp.attach import nearest
+from iessp.data.cifar import cifar10, cifar100
 from iessp.data.digits import digits
+from iessp.data.folder import folder, is_folder
+from iessp.data.idx import fashion_mnist, mnist
 from iessp.data.images import Images, Splits
 
 DATASETS: dict[str, Callable[[Path | None], Splits]] = {
     "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "mnist": mnist,
+    "fashion-mnist": fashion_mnist,
+    "folder": folder,
 }
 
 
 def load(name: str, data_dir: Path | None = None) -> Splits:
-    """Train, held-out and test images of a data set; raises ValueError for an unknown name,
-    FileNotFoundError without files."""
+    """Train, held-out and test images of a data set.
+
+    A `data_dir` with train/<class>/ and test/<class>/ is read as a folder of images, whatever the name.
+    Raises ValueError for an unknown name, FileNotFoundError for missing files.
+    """
     if name not in DATASETS:
         raise ValueError(nearest("data set", name, DATASETS))
+    if name != "digits" and is_folder(data_dir):
+        return folder(data_dir)
     return DATASETS[name](data_dir)
 
 
