@@ -6,7 +6,7 @@ import importlib
 
 from stripe_kernels import registry
 
-_MODULES = ("dense", "reference", "cpu", "triton")
+_MODULES = ("dense", "reference", "cpu", "cuda", "gemm", "triton")
 _loaded = False
 
 

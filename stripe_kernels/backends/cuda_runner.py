@@ -1,0 +1,87 @@
+"""What every CUDA runner does around its launches: device copies of the tables, the stream, split sums.
+
+`native` is the extension stripe_kernels._cuda, or one of the same face: tests build the kernels for the CPU and run these same
+classes on CPU tensors. A call launches one kernel, or two where a sum is split; it allocates from torch's allocator only and
+never waits, so it may be captured into a CUDA graph after one call outside (which uploads the tables).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stripe_kernels.backends.cuda_tables import DTYPES, Layout, Tables
+from stripe_kernels.packed import Int32Array
+from stripe_kernels.registry import Problem
+
+_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
+
+
+class OnDevice:
+    """Host arrays with one copy on each device that asked for them."""
+
+    def __init__(self, **arrays: Any) -> None:
+        self.host = {name: torch.from_numpy(a) for name, a in arrays.items()}
+        self._copies: dict[torch.device, dict[str, Tensor]] = {}
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        found = self._copies.get(device)
+        if found is None:
+            found = self._copies[device] = {name: t.to(device) for name, t in self.host.items()}
+        return found
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+class CudaRunner:
+    """One kernel with its layout and tables; `launch` is a call of it."""
+
+    def __init__(self, native: Any, name: str, problem: Problem, layout: Layout, tables: Tables, **arrays: Any) -> None:
+        flat: Int32Array
+        flat, sections = tables.flat()
+        self.native, self.name, self.layout = native, name, layout
+        self.shape, self.splits = problem.shape, layout.splits
+        self.dtype = getattr(torch, problem.dtype)
+        self.code = DTYPES[problem.dtype]
+        self.format = torch.channels_last if problem.channels_last else torch.contiguous_format
+        self.kernel = native.Kernel(name, self.code, layout.integers(sections), flat.tolist())
+        self.arrays = OnDevice(tables=flat, **arrays)
+
+    def launch(
+        self,
+        inp: Tensor,
+        weights: Tensor,
+        out: Tensor,
+        strides: tuple[int, ...] | None = None,
+        epilogue: tuple[Tensor | None, Tensor | None, Tensor | None, str] = (None, None, None, "none"),
+        channels: tuple[int, int] = (1, 1),
+    ) -> Tensor:
+        """`channels` is (K, elements of `out` between channels): only the sum of splits needs it."""
+        device = inp.device
+        if not out.numel():
+            return out
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.launch(inp, weights, out, strides, epilogue, channels)
+        bias, scale, residual, activation = epilogue
+        bias, scale = (None if t is None else t.float().contiguous() for t in (bias, scale))
+        if residual is not None and residual.stride() != out.stride():
+            residual = torch.empty_like(out).copy_(residual)
+        finish = (*(0 if t is None else t.data_ptr() for t in (scale, bias, residual)), _ACTIVATIONS[activation])
+        split = self.splits > 1
+        partial = torch.empty(self.splits * out.numel(), dtype=torch.float32, device=device) if split else None
+        stream = _stream(device)
+        self.kernel.run(
+            stream, self.arrays.on(device)["tables"].data_ptr(), inp.data_ptr(), inp.stride(), weights.data_ptr(),
+            out.data_ptr(), strides or out.stride(), 0 if partial is None else partial.data_ptr(), out.numel(),
+            *((0, 0, 0, 0) if split else finish),
+        )  # fmt: skip
+        if partial is not None:
+            self.native.reduce(
+                stream, partial.data_ptr(), self.splits, out.data_ptr(), self.code, out.numel(), *channels, *finish
+            )
+        return out

@@ -1,0 +1,80 @@
+"""The flat int32 tables a CUDA kernel reads, and the layout that goes with them (csrc/cuda/params.h). Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stripe_kernels.backends.cuda_walk import Walk
+from stripe_kernels.packed import Int32Array
+
+SHARED_BYTES = 99 * 1024  # the most a block gets on every chip from sm_80 on, sm_86 and sm_120 included; two fit in an SM of an H100
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The integers of sk::cuda::Layout, in its order, without the sections of the tables and the dtype."""
+
+    walk: Walk
+    groups: int
+    group_in: int
+    group_out: int
+    tile_out: int
+    tiles_out: int
+    chunk: int
+    pitch: int
+    slab: int
+    splits: int
+    width: int = 0
+
+    def integers(self, sections: Iterable[int] = (0,) * 5, dtype: int = 0) -> list[int]:
+        own = (self.groups, self.group_in, self.group_out, self.tile_out, self.tiles_out)
+        return [*self.walk.integers(), *own, self.chunk, self.pitch, self.slab, self.splits, self.width, *sections, dtype]
+
+
+@dataclass
+class Tables:
+    """Five sections, filled by the kernels' own builders: items (begin and end of a block's steps), steps, entries (what a
+    step executes), lists (what entries point at) and classes (offset of an output pixel)."""
+
+    items: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    entries: list[int] = field(default_factory=list)
+    lists: list[int] = field(default_factory=list)
+    classes: list[int] = field(default_factory=list)
+
+    def flat(self) -> tuple[Int32Array, list[int]]:
+        """One array, and where each section starts in it: at multiples of four, for vector loads."""
+        starts, parts, at = [], [], 0
+        for section in (self.items, self.steps, self.entries, self.lists, self.classes):
+            padding = 0 if section is self.classes else -len(section) % 4
+            starts.append(at)
+            parts.append(np.asarray([*section, *[0] * padding], np.int32))
+            at += len(parts[-1])
+        return np.concatenate(parts), starts
+
+    @property
+    def step_count(self) -> int:
+        return len(self.steps) // 8
+
+    def add_step(
+        self, origin: tuple[int, int], channel: int, fresh: bool, entries: tuple[int, int], weights: int, units: int
+    ) -> None:
+        self.steps += [*origin, channel, int(fresh), *entries, weights, units]
+
+    def add_item(self, first: int, splits: int) -> None:
+        """A block's steps from number `first` to the last, shared out among `splits` blocks where patches begin."""
+        fresh = [i for i in range(first, self.step_count) if self.steps[8 * i + 3]]
+        cuts = [fresh[len(fresh) * j // splits] if fresh and j < splits else self.step_count for j in range(splits + 1)]
+        if fresh:
+            cuts[0] = first
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            self.items += [begin, end]
+
+
+def pieces(count: int, most: int) -> list[tuple[int, int]]:
+    """[0, count) in consecutive ranges of at most `most`."""
+    return [(i, min(i + most, count)) for i in range(0, count, most)]

@@ -1,0 +1,4 @@
+#include <cuda_runtime.h>
+
+// Threads of a block run in falling order from now on, or in rising order again.
+extern "C" __attribute__((visibility("default"))) void emulate_backwards(bool on) { emulate::backwards = on; }

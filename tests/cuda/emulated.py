@@ -1,0 +1,82 @@
+"""The kernels of csrc/cuda as an extension for the CPU: g++ compiles the .cu files against the headers in emulate/."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shlex
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build/emulated"
+EMULATE = Path(__file__).parent / "emulate"
+CXX = os.environ.get("CXX", "c++")
+
+
+def device_sources() -> list[Path]:
+    """The .cu files g++ can compile: all but those written in one architecture's own instructions."""
+    return sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if not p.stem.endswith("_sm90"))
+
+
+def hash_of(*texts: str) -> str:
+    """Names these sources and `texts`."""
+    folders = (ROOT / "csrc/cuda", ROOT / "csrc/core", EMULATE)
+    files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
+    digest = hashlib.sha256("\0".join(texts).encode())
+    for path in sorted([*files, ROOT / "csrc/bindings/cuda.cpp"]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def built_once(folder: Path) -> Iterator[None]:
+    """Workers of one test run come in one after another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def build(*flags: str) -> Path:
+    """The extension, from build/ where these very sources were compiled before."""
+    import pybind11
+
+    includes = [f"-I{p}" for p in (EMULATE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
+    options = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", *flags, *includes]
+    target = BUILD / hash_of(CXX, *options) / "_cuda.so"
+    with built_once(target.parent):
+        if not target.exists():
+            sources = [*device_sources(), ROOT / "csrc/bindings/cuda.cpp", EMULATE / "switch.cpp"]
+            command = [*shlex.split(CXX), "-shared", "-x", "c++", *options, *map(str, sources), "-o", f"{target}.new"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            os.replace(f"{target}.new", target)
+    return target
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def backwards(native: ModuleType) -> Iterator[None]:
+    """The threads of a block in falling order."""
+    switch = ctypes.CDLL(native.__file__).emulate_backwards
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(False)

@@ -1,0 +1,43 @@
+"""Problems for the emulated kernels, and one pass of one checked against its budget."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stripe_kernels.registry import Pass, Problem
+from stripe_kernels.testing import Budgets, Case, Operands, budgets, poisoned_memory
+
+RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
+
+
+@lru_cache(maxsize=64)
+def operands_of(c: Case, dtype: torch.dtype, layout: str) -> Operands:
+    return c.operands(dtype, layout)
+
+
+@lru_cache(maxsize=64)
+def budgets_of(c: Case, dtype: torch.dtype, layout: str) -> Budgets:
+    return budgets(c, operands_of(c, dtype, layout))
+
+
+def problem_of(c: Case, layout: str, dtype: torch.dtype = torch.float32) -> Problem:
+    return Problem(c.shape, c.skeleton, str(dtype)[6:], "cuda", layout == "channels_last", 1)
+
+
+def run(runner: Any, which: Pass, o: Operands) -> Tensor:
+    """y, dx or dw into memory full of NaN, without an epilogue."""
+    with poisoned_memory():
+        if which == "wgrad":
+            return runner(o.dy, o.x)
+        packed = runner.pack(o.weight)
+        return runner(o.dy, packed) if which == "dgrad" else runner(o.x, packed, None, None, None, "none")
+
+
+def check(runner: Any, c: Case, which: Pass, dtype: torch.dtype, layout: str, what: str) -> Tensor:
+    result = run(runner, which, operands_of(c, dtype, layout))
+    getattr(budgets_of(c, dtype, layout), RESULT[which]).check(result, f"{what} {which} of {c}, {dtype}, {layout}:")
+    return result
