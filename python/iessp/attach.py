@@ -178,8 +178,9 @@ def detach(model: Model, *, merge: bool = True) -> Model:
 
 
 def _own_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own: with the parametrization torch deletes a property from it,
-    which copies of the module, sharing the class, still need."""
+    """Give a parametrized module a class of its own: removing the parametrization deletes a property from the
+    class that torch made for it, which copies of the module share and still need.
+    """
     shared = type(module)
     members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
     module.__class__ = type(shared.__name__, shared.__bases__, members)

@@ -1,0 +1,81 @@
+"""Two processes: the same masks, statistics and lambda, and those of one process on the same global batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import iessp
+
+STEPS, BATCH = 24, 16
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(2, 12, 3, padding=1), nn.GroupNorm(3, 12), nn.ReLU()),
+        *(nn.Conv2d(12, 12, 3, padding=1), nn.GroupNorm(3, 12), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)),
+    )
+
+
+def train(rank: int, ranks: int) -> dict[str, Tensor]:
+    """A run on this rank's share of each batch; its state with the controller's."""
+    model: nn.Module = iessp.attach(network(), example_input=torch.zeros(1, 2, 8, 8))
+    if ranks > 1:
+        model = DistributedDataParallel(model)
+    loss = iessp.StripeLoss(model, budget=0.5, steps=STEPS, weight_decay=1e-3)
+    # SGD: Adam would turn a difference in the last bit of a tiny gradient into a whole step.
+    optimiser = torch.optim.SGD(iessp.param_groups(model, 0.05, gate_lr=5.0), momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        x, y = (
+            torch.randn(BATCH, 2, 8, 8, generator=generator),
+            torch.randint(4, (BATCH,), generator=generator),
+        )
+        mine = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+        optimiser.zero_grad()
+        loss(F.cross_entropy(model(x[mine]), y[mine])).backward()
+        optimiser.step()
+    inner = model.module if ranks > 1 else model
+    state = {k: v for k, v in inner.state_dict().items() if isinstance(v, Tensor)}
+    state |= {f"loss.{k}": v for k, v in loss.state_dict().items()}
+    assert {m.phase for m in iessp.gates(model).values()} == {"settled"}
+    if rank == 0:
+        assert iessp.freeze(model) is not None, "through the wrapper"
+    return state
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.save(train(rank, 2), Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+def test_two_ranks_agree_with_each_other_and_with_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs between the ranks"
+    alone = train(0, 1)
+    for name, value in alone.items():
+        torch.testing.assert_close(
+            first[name], value, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert not all(v.all() for n, v in alone.items() if n.endswith("skeleton")), "something was pruned"
