@@ -1,21 +1,32 @@
 """Convolutions from live stripes only: what stripe-pruned networks need to become fast.
 
-    >>> from stripe_kernels import StripeConv2d, freeze, optimize
+>>> from stripe_kernels import StripeConv2d, freeze, optimize
 """
 
 from __future__ import annotations
 
-from stripe_kernels.compile import freeze, load, save
+from stripe_kernels.compile import freeze, load, optimize, save, tune
 from stripe_kernels.functional import stripe_conv2d
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.skeleton import FilterSkeleton
+from stripe_kernels.version import __version__
 
-__all__ = ["FilterSkeleton", "StripeConv2d", "freeze", "list_kernels", "load", "save", "stripe_conv2d"]
-__version__ = "0.1.0"
+__all__ = [
+    "FilterSkeleton",
+    "StripeConv2d",
+    "__version__",
+    "freeze",
+    "list_kernels",
+    "load",
+    "optimize",
+    "save",
+    "stripe_conv2d",
+    "tune",
+]
 
 
 def list_kernels() -> list[str]:
-    """Names of the kernels that exist here; each can be forced with kernel=NAME, and then it runs or raises."""
+    """Names of the kernels there are; each can be forced with kernel=NAME, and then it runs or raises."""
     from stripe_kernels import backends, registry
 
     backends.load()

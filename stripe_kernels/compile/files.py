@@ -28,6 +28,7 @@ from stripe_kernels.compile import choices, vocabulary
 from stripe_kernels.compile.trace import trace
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.skeleton import FilterSkeleton
+from stripe_kernels.version import __version__
 
 FORMAT = 1  # rises when an older reader would misread a file
 _KEY = "stripe_kernels"
@@ -121,8 +122,6 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def _graph_json(network: fx.GraphModule) -> dict[str, Any]:
-    from stripe_kernels import __version__
-
     modules: dict[str, Any] = {}
     first: dict[nn.Module, str] = {}
     nodes = []

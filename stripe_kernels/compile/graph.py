@@ -1,0 +1,208 @@
+"""Passes that put a traced graph into plain form, and the small questions other passes ask of it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+# In-place operations and what they are without the side effect.
+_METHODS_IN_PLACE = {
+    name + "_": name for name in ("relu", "sigmoid", "tanh", "add", "sub", "mul", "div", "clamp")
+}
+_FUNCTIONS_IN_PLACE = {
+    torch.relu_: torch.relu,
+    torch.sigmoid_: torch.sigmoid,
+    torch.tanh_: torch.tanh,
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+_VIEWS = """
+    chunk contiguous detach double expand expand_as flatten float half movedim narrow permute reshape select
+    split squeeze swapaxes t to transpose type_as unbind unflatten unsqueeze view view_as
+"""
+_VIEW_METHODS = frozenset(_VIEWS.split())
+_VIEW_FUNCTIONS = frozenset({
+    torch.chunk, torch.flatten, torch.movedim, torch.narrow, torch.permute, torch.reshape, torch.split,
+    torch.squeeze, torch.swapaxes, torch.transpose, torch.unbind, torch.unflatten, torch.unsqueeze,
+    operator.getitem,
+})  # fmt: skip
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
+
+
+def module_of(node: Any) -> nn.Module | None:
+    """The module a call_module node calls."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    return node.graph.owning_module.get_submodule(node.target)  # type: ignore[union-attr, arg-type]
+
+
+def calls(node: Any, modules: Any = (), functions: Iterable[Any] = (), methods: Iterable[str] = ()) -> bool:
+    """Whether a node calls one of these modules (by class), functions or tensor methods."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_module":
+        return bool(modules) and isinstance(module_of(node), modules)
+    return (node.op == "call_function" and node.target in functions) or (
+        node.op == "call_method" and node.target in methods
+    )
+
+
+def size_of(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape a tensor node had in the example run; None for what is no tensor."""
+    return node.meta.get("size")
+
+
+def record_sizes(network: fx.GraphModule, example: tuple[Tensor, ...]) -> Any:
+    """Runs the graph once; every node learns its `size` and `dtype`. Returns the outputs."""
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            is_tensor = isinstance(value, Tensor)
+            n.meta["size"] = tuple(value.shape) if is_tensor else None
+            n.meta["dtype"] = value.dtype if is_tensor else None
+            return value
+
+    with torch.inference_mode():
+        return Recorder(network).run(*example)
+
+
+def without_side_effects(network: fx.GraphModule) -> None:
+    """Makes in-place operations ordinary ones: later readers of the tensor they wrote read their result.
+
+    Raises ValueError where the tensor written has views, whose readers would change too.
+    """
+    order = {node: i for i, node in enumerate(network.graph.nodes)}
+    changes = {
+        node: _out_of_place(node) for node in network.graph.nodes
+    }  # all before any: modules are shared
+    for node, change in changes.items():
+        if change is None:
+            continue
+        written = node.args[0]
+        if isinstance(written, fx.Node):
+            views = [u for u in written.users if u is not node and _is_view(u)]
+            later = [u for u in written.users if order[u] > order[node]]
+            if (views or _is_view(written)) and not _lonely(written, node):
+                raise ValueError(f"{node.name} writes in place a tensor that has views: {written.name}")
+            for user in later:
+                user.replace_input_with(written, node)
+        change()
+    network.graph.lint()
+
+
+def _lonely(written: fx.Node, writer: fx.Node) -> bool:
+    """A view nobody reads but `writer`, of a tensor nobody else reads, and so on up."""
+    node = written
+    while _is_view(node):
+        if set(node.users) - {writer}:
+            return False
+        writer, node = node, node.args[0]  # type: ignore[assignment]
+    return not set(node.users) - {writer}
+
+
+def _is_view(node: fx.Node) -> bool:
+    return calls(node, (*_DROPOUTS, nn.Flatten, nn.Unflatten), _VIEW_FUNCTIONS | {F.dropout}, _VIEW_METHODS)
+
+
+def _out_of_place(node: fx.Node) -> Callable[[], None] | None:
+    """What turns this node into its counterpart without side effect; None when it has none."""
+    module = module_of(node)
+    if module is not None and getattr(module, "inplace", False):
+        return lambda: setattr(module, "inplace", False)
+    if node.op == "call_method" and node.target in _METHODS_IN_PLACE:
+        return lambda: setattr(node, "target", _METHODS_IN_PLACE[node.target])  # type: ignore[index]
+    if node.op == "call_function" and node.target in _FUNCTIONS_IN_PLACE:
+        return lambda: setattr(node, "target", _FUNCTIONS_IN_PLACE[node.target])  # type: ignore[index]
+    if node.op == "call_function" and node.kwargs.get("inplace"):
+        return lambda: setattr(node, "kwargs", {**node.kwargs, "inplace": False})
+    return None
+
+
+def drop_identities(network: fx.GraphModule) -> None:
+    """Takes out dropout and identities: in evaluation mode they return what they are given."""
+    for node in list(network.graph.nodes):
+        if calls(node, _DROPOUTS, (F.dropout, F.dropout2d), ("detach",)):
+            if node.kwargs.get("training"):
+                continue
+            node.replace_all_uses_with(node.args[0])
+            network.graph.erase_node(node)
+
+
+def own_modules(network: fx.GraphModule, layers: Any, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Gives every call of one of `layers` (classes) a module of its own, `make(module)`, free to differ."""
+    taken: set[str] = set()
+    for node in list(network.graph.nodes):
+        module = module_of(node)
+        if isinstance(module, layers):
+            name = str(node.target)
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            network.add_submodule(name, make(module))
+            node.target = name
+
+
+def plain_reshapes(network: fx.GraphModule) -> None:
+    """Any call that makes [N, C*H*W] of [N, C, H, W] becomes flatten(x, 1); [N, C, 1, 1] of [N, C] an index.
+
+    Both then hold for any number of channels.
+    """
+    graph = network.graph
+    for node in list(graph.nodes):
+        if not calls(
+            node, (nn.Flatten, nn.Unflatten), (torch.reshape, torch.flatten), ("view", "reshape", "flatten")
+        ):
+            continue
+        before, after = size_of(node.args[0]), size_of(node)
+        if not before or not after or before[0] != after[0]:
+            continue
+        with graph.inserting_before(node):
+            if len(after) == 2 and _keeps_batch(node) and (len(before) > 2 or before == after):
+                new = graph.call_function(torch.flatten, (node.args[0], 1))
+            elif len(before) == 2 and after == (*before, 1, 1) and _keeps_batch(node):
+                every = slice(None)
+                new = graph.call_function(operator.getitem, (node.args[0], (every, every, None, None)))
+            else:
+                continue
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _keeps_batch(node: fx.Node) -> bool:
+    """Whether dimension 0 stays the batch for every batch size, not only the example's."""
+    if calls(node, (nn.Flatten, nn.Unflatten)):
+        module = module_of(node)
+        return getattr(module, "start_dim", 1) == 1 if isinstance(module, nn.Flatten) else module.dim == 1  # type: ignore[union-attr]
+    if node.target in (torch.flatten, "flatten"):
+        start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
+        return start == 1
+    sizes = node.args[1:] if len(node.args) > 1 else (node.kwargs.get("shape", ()),)
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    if not sizes:
+        return False
+    first, rest = sizes[0], sizes[1:]
+    if first == -1:
+        return all(isinstance(v, int) for v in rest)
+    return isinstance(first, fx.Node) and _is_batch_size(first)
+
+
+def _is_batch_size(node: fx.Node) -> bool:
+    """x.size(0), x.shape[0] or x.size()[0] of some tensor x: all of a network's tensors share one batch."""
+    if calls(node, methods=("size",)) and len(node.args) == 2:
+        return node.args[1] == 0
+    if calls(node, functions=(operator.getitem,)) and node.args[1] == 0:
+        source = node.args[0]
+        shape = calls(source, functions=(getattr,)) and source.args[1] == "shape"  # type: ignore[union-attr]
+        return shape or (calls(source, methods=("size",)) and len(source.args) == 1)  # type: ignore[union-attr]
+    return False

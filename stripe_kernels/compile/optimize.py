@@ -1,0 +1,170 @@
+"""optimize: a whole network made compact, fused and tuned, and kept only if it is exact and not slower."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from stripe_kernels.compile.channels import NORMS
+from stripe_kernels.compile.fuse import fold_norms, fuse_epilogues
+from stripe_kernels.compile.graph import (
+    drop_identities,
+    own_modules,
+    plain_reshapes,
+    record_sizes,
+    without_side_effects,
+)
+from stripe_kernels.compile.layers import Filter
+from stripe_kernels.compile.network import Network
+from stripe_kernels.compile.shrink import shrink
+from stripe_kernels.compile.trace import trace
+from stripe_kernels.compile.tune import interleaved, tune
+from stripe_kernels.compile.unwrap import clone
+from stripe_kernels.modules import StripeConv2d
+
+_CHECKED_VALUES = 1 << 20  # input values of the random batch that outputs are compared on
+_RACE_SECONDS = 1.0
+
+
+def optimize(
+    model: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    folder: str | Path | None = None,
+) -> nn.Module:
+    """A new, inference-only network that computes what `model` does in evaluation mode, in less time.
+
+    Batch norms, residual additions and activations are folded into the convolutions before them; channels
+    that carry nothing, or a constant, are dropped and the constants carried on exactly, borders included;
+    every layer's kernel is chosen by measurement on `example_input`, dense included; the network runs as one
+    flat list of calls. It takes other batch sizes and several threads at once.
+
+    Its outputs are compared with the input model's, both against float64: largest and root mean square error
+    at most twice the model's own, plus two units in the last place of the largest output. Its time is
+    compared with the input model's. Where either fails, or torch.fx cannot follow the model, the result is a
+    copy of `model` with its stripe kernels tuned, and a warning says why. `.report` lists what was done.
+    folder: as in `tune`.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from stripe_kernels import freeze, optimize
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    >>> frozen = freeze(model, {"0": torch.rand(8, 3, 3) < 0.4})
+    >>> fast = optimize(frozen, torch.randn(1, 3, 16, 16))  # doctest: +SKIP
+    """
+    example = example_input if isinstance(example_input, tuple) else (example_input,)
+    original = clone(model).eval().requires_grad_(False)
+    try:
+        network = compact(original, example)
+        _check_exact(original, network, example)
+    except ValueError as error:
+        return _keep(original, example, folder, str(error))
+    tune(network, example, folder=folder)
+    ratio = _race(original, network, example)
+    if ratio > 1.0:
+        return _keep(original, example, folder, f"the rewritten network took {ratio:.2f} times as long")
+    network.report.append(f"takes {ratio:.3f} of the time of the model it was made from")
+    return network
+
+
+def compact(model: nn.Module, example: tuple[Tensor, ...]) -> Network:
+    """The rewritten network, not yet tuned or compared: norms folded, channels dropped, epilogues fused.
+
+    Raises ValueError where the model has no fixed graph.
+    """
+    body = trace(model)
+    with torch.inference_mode(False), torch.no_grad():
+        drop_identities(body)
+        without_side_effects(body)
+        record_sizes(body, example)
+        plain_reshapes(body)
+        own_modules(body, (nn.Conv2d, StripeConv2d, nn.Linear), Filter)  # type: ignore[arg-type]
+        own_modules(body, NORMS, copy.deepcopy)
+        folded = fold_norms(body)
+        lost = shrink(body)
+        fused = fuse_epilogues(body)
+        finish(body)
+    network = Network(body)
+    network.report += [f"{name}: folded into the filter before it" for name in folded]
+    network.report += [f"{name}: {kept} of {count} channels kept" for name, (count, kept) in lost.items()]
+    network.report += [f"{name}: takes {', '.join(what)} into its epilogue" for name, what in fused.items()]
+    return network
+
+
+def finish(body: fx.GraphModule) -> None:
+    """Every Filter becomes the layer that runs."""
+    for node in body.graph.nodes:
+        layer = body.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, Filter):
+            body.add_submodule(str(node.target), layer.finish())
+    body.graph.eliminate_dead_code()
+    body.delete_all_unused_submodules()
+    body.graph.lint()
+    body.recompile()
+
+
+def _keep(
+    original: nn.Module, example: tuple[Tensor, ...], folder: str | Path | None, reason: str
+) -> nn.Module:
+    """The model as it was given, its stripe layers tuned."""
+    warnings.warn(f"optimize kept the network as it was: {reason}", stacklevel=3)
+    tune(original, example, folder=folder)
+    original.report = [f"kept as it was: {reason}"]  # type: ignore[assignment]
+    return original
+
+
+def _check_exact(original: nn.Module, network: nn.Module, example: tuple[Tensor, ...]) -> None:
+    """Raises ValueError where the network's error against float64 exceeds the original's twice and 2 ulp."""
+    exact_model = copy.deepcopy(original).double()
+    noise = tuple(_noise_like(x) for x in example)
+    errors: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.inference_mode():
+        for inputs in (example, noise):
+            doubles = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+            exact, theirs, ours = (
+                tree_leaves(r) for r in (exact_model(*doubles), original(*inputs), network(*inputs))
+            )
+            for e, t, o in zip(exact, theirs, ours, strict=True):
+                if o.shape != t.shape or o.dtype != t.dtype:
+                    raise ValueError(
+                        f"an output is {o.dtype} {list(o.shape)} instead of {t.dtype} {list(t.shape)}"
+                    )
+                errors.append((o.double() - e, t.double() - e, e))
+    dtype = theirs[0].dtype
+    for what, norm in (
+        ("largest", lambda t: t.abs().max()),
+        ("root mean square", lambda t: t.square().mean().sqrt()),
+    ):
+        ours_error, their_error = (max(float(norm(e[i])) for e in errors if e[i].numel()) for i in (0, 1))
+        largest = max(float(norm(e)) for *_, e in errors if e.numel())
+        budget = 2 * their_error + 2 * torch.finfo(dtype).eps * largest
+        if not ours_error <= budget:
+            raise ValueError(
+                f"its {what} error against float64 would be {ours_error:.3g}, more than {budget:.3g} "
+                f"(twice the {their_error:.3g} of the model given, and 2 ulp)"
+            )
+
+
+def _noise_like(x: Tensor) -> Tensor:
+    """A batch of the same kind of values, large enough that its largest error is no accident."""
+    if not x.is_floating_point() or not x.numel():
+        return x
+    batch = max(1, min(8, _CHECKED_VALUES * x.shape[0] // x.numel()))
+    generator = torch.Generator(x.device).manual_seed(0)
+    noise = torch.randn(batch, *x.shape[1:], generator=generator, device=x.device)
+    mean, std = x.float().mean(), x.float().std() if x.numel() > 1 else 1.0
+    return (noise * std + mean).to(x.dtype).contiguous()
+
+
+def _race(original: nn.Module, network: nn.Module, example: tuple[Tensor, ...]) -> float:
+    """Time of `network` over time of `original`, medians of interleaved runs."""
+    with torch.inference_mode():
+        calls: list[Any] = [lambda: network(*example), lambda: original(*example)]
+        ours, theirs = interleaved(calls, _RACE_SECONDS, least=9)
+    return ours / theirs

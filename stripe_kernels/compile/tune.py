@@ -1,0 +1,211 @@
+"""tune: the kernel of every layer chosen by measurement."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stripe_kernels import ops, plan, registry
+from stripe_kernels.compile import cache
+from stripe_kernels.ops import StripeOp
+from stripe_kernels.plan import Candidate, Plan
+from stripe_kernels.registry import Problem
+
+_HOPELESS = 4.0  # predicted this many times slower than the best prediction: not measured
+_SLOW = 2.0  # measured this many times slower than the best at first sight: not measured further
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of the operator: the layer's name, its settings, tensors like the ones it was given."""
+
+    name: str
+    op: StripeOp
+    problem: Problem
+    x: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    residual: Tensor | None
+    activation: str
+
+    @property
+    def epilogue(self) -> str:
+        parts = [n for n in ("scale", "bias", "residual") if getattr(self, n) is not None]
+        return "+".join([*parts, self.activation])
+
+    def call(self, candidate: Candidate, weight: Tensor) -> Callable[[], Tensor]:
+        """A closure that runs the candidate once on tensors like the site's."""
+        runner = plan.Plan(self.problem, "fprop", candidate, ()).build()
+        packed = runner.pack(weight)
+        x, bias, scale, residual, activation = self.x, self.bias, self.scale, self.residual, self.activation
+        return lambda: runner(x, packed, bias, scale, residual, activation)
+
+
+def tune(
+    model: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    seconds: float = 0.2,
+    folder: str | Path | None = None,
+) -> dict[str, Plan]:
+    """Measures every stripe layer's candidates, dense included, as `model` calls them on `example_input`.
+
+    From then on "auto" takes the fastest for problems of this size, dtype, layout and number of threads, in
+    this process, in files that `save` writes, and, through the user's cache folder, in later processes on
+    this kind of machine.
+
+    seconds: time a layer's measurements may take. folder: where choices are kept; default the user's cache
+    folder. Returns the plans by layer name. The model runs in inference mode and is not changed.
+    """
+    store = cache.default_folder() if folder is None else Path(folder)
+    plans: dict[str, Plan] = {}
+    unwritable: OSError | None = None
+    for site in sites(model, example_input):
+        try:
+            _choose(site, seconds, store)
+        except OSError as error:
+            unwritable = error
+        site.op.forget()
+        plans[site.name] = plan.make_plan(site.problem, "fprop", site.op.kernel)
+    if unwritable is None:
+        cache.prune(store)
+    else:
+        warnings.warn(f"tuned choices last for this process only: {unwritable}", stacklevel=2)
+    _forget_programs(model)
+    return plans
+
+
+def sites(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> list[Site]:
+    """Every call of fprop in one run of the model, in order; a layer called twice is listed twice."""
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    with torch.inference_mode(), _evaluating(model), _Watch(model) as watch:
+        model(*inputs)
+    return watch.sites
+
+
+def candidates(site: Site) -> tuple[Candidate, ...]:
+    """Everything "auto" may choose from at a site, as predicted, refusals included."""
+    ops.backends.load()
+    automatic = [name for name, kernel in registry.kernels().items() if kernel.automatic]
+    return plan.candidates(site.problem, "fprop", automatic)
+
+
+def measure(site: Site, seconds: float) -> tuple[Candidate, ...]:
+    """The site's candidates with medians of interleaved runs; refused and hopeless ones carry no time."""
+    every = candidates(site)
+    runnable = [c for c in every if c.refusal is None]
+    best = min(c.predicted or 0.0 for c in runnable)
+    tried = [c for c in runnable if c.kernel == "dense" or (c.predicted or 0.0) <= _HOPELESS * best]
+    weight = torch.randn(site.op.skeleton.stripes, site.problem.shape.group_c, dtype=site.x.dtype)
+    weight = weight.to(site.x.device)
+    with torch.inference_mode():
+        times = interleaved([site.call(c, weight) for c in tried], seconds)
+    found = {id(c): replace(c, measured=t) for c, t in zip(tried, times, strict=True)}
+    return tuple(found.get(id(c), c) for c in every)
+
+
+def interleaved(calls: list[Callable[[], Any]], seconds: float, least: int = 5) -> list[float]:
+    """Median seconds of each call, in rounds whose order rotates; clearly slower ones drop out early.
+
+    A sample repeats its call for at least 50 us. At least `least` rounds, then until `seconds` have passed.
+    """
+    for call in calls:
+        call()  # pays for the first touch of weights and scratch memory
+    first = [min(_sample(call, 1) for _ in range(2)) for call in calls]
+    repeats = [max(1, min(100, int(50e-6 / max(t, 1e-7)))) for t in first]
+    racing = [i for i, t in enumerate(first) if t <= _SLOW * min(first)]
+    samples: list[list[float]] = [[] if i in racing else [t] for i, t in enumerate(first)]
+    start, rounds = time.perf_counter(), 0
+    while rounds < least or time.perf_counter() - start < seconds:
+        for position in range(len(racing)):
+            i = racing[(position + rounds) % len(racing)]
+            samples[i].append(_sample(calls[i], repeats[i]))
+        rounds += 1
+    return [sorted(s)[len(s) // 2] for s in samples]
+
+
+def _sample(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _choose(site: Site, seconds: float, store: Path) -> None:
+    """Records the site's choice, from the cache where it is there."""
+    if site.op.kernel != "auto":
+        return
+    runnable = [c for c in candidates(site) if c.refusal is None]
+    name = cache.key(site.problem, "fprop", site.epilogue, runnable)
+    measured = cache.read(store, name)
+    if measured is not None:
+        plan.record(site.problem, "fprop", measured)
+        return
+    measured = tuple(c for c in measure(site, seconds) if c.measured)
+    plan.record(site.problem, "fprop", measured)
+    cache.write(store, name, site.problem, "fprop", measured)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes every fprop that torch dispatches, with the name of the module that asked for it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.sites: list[Site] = []
+        self._names = {m: n for n, m in model.named_modules()}
+        self._stack: list[str] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Watch:
+        for module in self._names:
+            self._handles.append(module.register_forward_pre_hook(self._enter))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._stack.append(self._names[module])
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._stack.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.stripe_kernels.fprop.default:
+            x, _, bias, scale, residual, activation, *settings = args
+            op = ops._op(tuple(settings))
+            problem = op.problem(tuple(x.shape), x.dtype, x.device, ops.is_channels_last(x))
+            tensors = (t if t is None else torch.randn_like(t) for t in (x, bias, scale, residual))
+            self.sites.append(Site(self._stack[-1] if self._stack else "", op, problem, *tensors, activation))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, every module's own flag restored."""
+    training = {m: m.training for m in model.modules() if m.training}
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _forget_programs(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "_programs"):
+            module._programs.clear()  # type: ignore[operator, union-attr]
