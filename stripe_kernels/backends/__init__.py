@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from stripe_kernels import registry
 
@@ -21,3 +22,10 @@ def load() -> None:
             importlib.import_module(f"stripe_kernels.backends.{name}")
         except ImportError as error:
             registry.register_missing(name, str(error))
+
+
+def lane_network(threads: int) -> Any:
+    """An empty native network on batch lanes; ImportError where the CPU extension is missing."""
+    from stripe_kernels.backends.cpu_network import LaneNetwork
+
+    return LaneNetwork(threads)

@@ -21,10 +21,9 @@ _FPROP = (
     FpropConfig(64, 16, 64, 4, 4),
     FpropConfig(64, 32, 64, 4, 4),
     FpropConfig(128, 32, 64, 4, 4),
-    FpropConfig(128, 64, 64, 4, 3),
+    FpropConfig(128, 64, 64, 8, 3),
     FpropConfig(256, 16, 64, 8, 3),
     FpropConfig(256, 32, 64, 8, 3),
-    FpropConfig(128, 128, 64, 8, 3),
 )
 _DGRAD = (
     DgradConfig(128, 64, 16, 0, 0, 4, 4),
@@ -38,7 +37,7 @@ _WGRAD = (
     WgradConfig(16, 64, 64, 1, 0, 4, 3),
     WgradConfig(32, 64, 64, 1, 0, 4, 3),
     WgradConfig(64, 64, 64, 1, 0, 4, 3),
-    WgradConfig(64, 128, 32, 1, 0, 4, 3),
+    WgradConfig(64, 128, 32, 1, 0, 8, 3),
     WgradConfig(128, 128, 32, 1, 0, 8, 3),
 )
 
@@ -66,8 +65,8 @@ def _seconds(
 
 
 def _depth(problem: Problem, block: int, extent: int) -> int:
-    """A reduction block: half as deep for float32, no deeper than the extent needs."""
-    return min(block // (2 if problem.dtype == "float32" and block > 32 else 1), power_of_two(extent))
+    """A reduction block: half as deep for float32, which then keeps its registers, no deeper than the extent needs."""
+    return min(max(16, block // 2) if problem.dtype == "float32" else block, power_of_two(extent))
 
 
 def fprop(problem: Problem) -> Mapping[Config, float]:

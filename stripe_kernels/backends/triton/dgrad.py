@@ -68,16 +68,26 @@ def dgrad_kernel(
     dy_at = dy + n * dy_n + group * group_k * dy_k
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for entry in range(tl.load(entry_ptr + which), tl.load(entry_ptr + which + 1)):
-        p = i + tl.load(offset + 2 * entry)
-        q = j + tl.load(offset + 2 * entry + 1)
+    first = tl.load(entry_ptr + which)
+    last = tl.load(entry_ptr + which + 1)
+    # Indices of a step are loaded one step ahead: a load whose address waits for a load of its own step would leave the
+    # software pipeline half as deep.
+    some = first < last
+    p_off = tl.load(offset + 2 * first, some, 0)
+    q_off = tl.load(offset + 2 * first + 1, some, 0)
+    k_block = tl.load(filters + first * BLOCK_K, some & ALIGNED, 0)
+    k_list = tl.load(filters + first * BLOCK_K + lanes_k, some & (not ALIGNED), 0)
+    for entry in range(first, last):
+        p = i + p_off
+        q = j + q_off
         if ALIGNED:
             # A multiple of BLOCK_K by construction: divided and multiplied again so that the compiler knows.
-            k = tl.load(filters + entry * BLOCK_K) // BLOCK_K * BLOCK_K + lanes_k
+            k = k_block // BLOCK_K * BLOCK_K + lanes_k
             used = k < group_k
         else:
-            k = tl.load(filters + entry * BLOCK_K + lanes_k)
+            k = k_list
             used = k >= 0
+        following = tl.minimum(entry + 1, last - 1)
         if WIDE:
             k = k.to(tl.int64)
             entry = entry.to(tl.int64)
@@ -90,6 +100,12 @@ def dgrad_kernel(
         w_at = w + (entry * BLOCK_K + lanes_k) * channels
         w_tile = tl.load(w_at[:, None] + c[None, :], (c < channels)[None, :], 0.0)
         acc = multiply(dy_tile, w_tile, acc, PRECISION, CAST)
+        p_off = tl.load(offset + 2 * following)
+        q_off = tl.load(offset + 2 * following + 1)
+        if ALIGNED:
+            k_block = tl.load(filters + following * BLOCK_K)
+        else:
+            k_list = tl.load(filters + following * BLOCK_K + lanes_k)
 
     dx_at = dx + (n * dx_n + h * dx_h + s * dx_w)[:, None] + ((c + group * channels) * dx_c)[None, :]
     tl.store(dx_at, acc.to(dx.dtype.element_ty), real[:, None] & (c < channels)[None, :])

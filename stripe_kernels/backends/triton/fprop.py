@@ -62,21 +62,26 @@ def fprop_kernel(
     w_at = w + tl.arange(0, BLOCK_N) * channels
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(tl.load(entry_ptr + tile) * C_BLOCKS, tl.load(entry_ptr + tile + 1) * C_BLOCKS):
+    first = tl.load(entry_ptr + tile) * C_BLOCKS
+    last = tl.load(entry_ptr + tile + 1) * C_BLOCKS
+    # The tap of a step is loaded one step ahead: a load whose address waits for a load of its own step would leave the
+    # software pipeline half as deep.
+    some = first < last
+    t_h = tl.load(offset + first // C_BLOCKS * 2, some, 0)
+    t_w = tl.load(offset + first // C_BLOCKS * 2 + 1, some, 0)
+    for step in range(first, last):
         entry = step // C_BLOCKS
         c = step % C_BLOCKS * BLOCK_C + lanes_c
-        t_h = tl.load(offset + 2 * entry)
-        t_w = tl.load(offset + 2 * entry + 1)
         h = p * u + t_h
         s = q * v + t_w
         inside = (m < pixels) & (h >= 0) & (h < H) & (s >= 0) & (s < W)
+        x_step = t_h * x_h + t_w * x_w
         if WIDE:
             entry = entry.to(tl.int64)
             c = c.to(tl.int64)
-            t_h = t_h.to(tl.int64)
-            t_w = t_w.to(tl.int64)
+            x_step = t_h.to(tl.int64) * x_h + t_w.to(tl.int64) * x_w
         x_tile = tl.load(
-            (x_at + t_h * x_h + t_w * x_w)[:, None] + (c * x_c)[None, :],
+            (x_at + x_step)[:, None] + (c * x_c)[None, :],
             inside[:, None] & (c < channels)[None, :],
             0.0,
         )
@@ -84,6 +89,9 @@ def fprop_kernel(
             (w_at + entry * BLOCK_N * channels)[None, :] + c[:, None], (c < channels)[:, None], 0.0
         )
         acc = multiply(x_tile, w_tile, acc, PRECISION, CAST)
+        following = tl.minimum(step + 1, last - 1) // C_BLOCKS * 2
+        t_h = tl.load(offset + following)
+        t_w = tl.load(offset + following + 1)
 
     if scale is not None:
         acc *= tl.load(scale + k, k >= 0, 0.0).to(tl.float32)[None, :]

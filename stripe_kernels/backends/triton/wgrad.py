@@ -60,32 +60,30 @@ def wgrad_kernel(
     dy_at = dy + k * dy_k
     x_at = x + (g * channels + c) * x_c
 
-    acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-    for step in range(0, steps):
+    # Channels are the rows of the tile: Hopper's wgmma needs 64 of them, and few filters of a tap may live.
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for step in range(steps):
         m = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
         n, p, q = unravel(m, P, Q)
         h = p * u + t_h
         s = q * v + t_w
         real = m < pixels
-        dy_tile = tl.load(
-            dy_at[:, None] + (n * dy_n + p * dy_p + q * dy_q)[None, :], (k >= 0)[:, None] & real[None, :], 0.0
-        )
         inside = real & (h >= 0) & (h < H) & (s >= 0) & (s < W)
         x_tile = tl.load(
-            (n * x_n + h * x_h + s * x_w)[:, None] + x_at[None, :],
-            inside[:, None] & (c < channels)[None, :],
+            x_at[:, None] + (n * x_n + h * x_h + s * x_w)[None, :],
+            (c < channels)[:, None] & inside[None, :],
             0.0,
         )
-        acc = multiply(dy_tile, x_tile, acc, PRECISION, CAST)
+        dy_tile = tl.load(
+            dy_at[None, :] + (n * dy_n + p * dy_p + q * dy_q)[:, None], real[:, None] & (k >= 0)[None, :], 0.0
+        )
+        acc = multiply(x_tile, dy_tile, acc, PRECISION, CAST)
 
     at = (split * stripes + a) * channels
     if WIDE:
         at = (split.to(tl.int64) * stripes + a) * channels
-    tl.store(
-        dw + at[:, None] + c[None, :],
-        acc.to(dw.dtype.element_ty),
-        (a >= 0)[:, None] & (c < channels)[None, :],
-    )
+    kept = (c < channels)[:, None] & (a >= 0)[None, :]
+    tl.store(dw + at[None, :] + c[:, None], acc.to(dw.dtype.element_ty), kept)
 
 
 @triton.jit
@@ -96,7 +94,7 @@ def sum_splits_kernel(parts, dw, splits, values, WIDE: tl.constexpr, BLOCK: tl.c
         block = block.to(tl.int64)
     i = block * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         if WIDE:
             split = split.to(tl.int64)
         acc += tl.load(parts + split * values + i, i < values, 0.0)

@@ -1,0 +1,130 @@
+"""Compiles every Triton kernel ahead of time for one GPU architecture, and prints what the machine code holds as JSON.
+
+    python compile_kernels.py 90
+
+No GPU or driver is needed. Run in a process of its own: where TRITON_INTERPRET is set, kernels cannot be compiled. Launches
+are built from tensors without memory (torch's "meta" device), by the same code that launches them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from stripe_kernels import backends, registry
+from stripe_kernels.backends.gemm import Layout
+from stripe_kernels.backends.triton.gather import TritonGather
+from stripe_kernels.backends.triton.launch import Launch
+from stripe_kernels.registry import Problem
+from stripe_kernels.testing import Case, case
+
+TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# K and C that fill every configuration's tile, a stride and an epilogue that use every argument.
+CASE = case("compiled", N=16, C=128, H=14, W=14, K=128, density=0.24)
+STRIDED = case("compiled strided", N=3, C=24, H=15, W=9, K=40, stride=(2, 1), dilation=(1, 2), groups=2)
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """As triton's launcher specialises its arguments: ones become constants, multiples of 16 are known as such."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+        if isinstance(value, Tensor) or value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def describe(name: str, launch: Launch, capability: int) -> dict[str, Any]:
+    compiled = compile_launch(launch, capability)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([str(TOOLS / tool), *options, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, options in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
+        )
+    counts = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert counts, usage
+    return {
+        "kernel": name,
+        "registers": int(counts[1]),
+        "stack": int(counts[2]),
+        "shared": compiled.metadata.shared,
+        "threads": 32 * launch.warps,
+        "instructions": sorted(set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|LDGSTS)\b", code))),
+    }
+
+
+def meta(size: tuple[int, ...], dtype: torch.dtype, last: bool) -> Tensor:
+    like = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device="meta", memory_format=like)
+
+
+def launches(case: Case, dtype: torch.dtype, last: bool, every: bool) -> Iterator[tuple[str, Launch]]:
+    """Each kernel in every configuration or in the one predicted to be best."""
+    s = case.shape
+    problem = Problem(s, case.skeleton, str(dtype)[6:], "cuda", last, 1)
+    x, y = meta(s.input_size, dtype, last), meta(s.output_size, dtype, last)
+    weight = torch.empty(case.skeleton.stripes, s.group_c, dtype=dtype, device="meta")
+    vector = torch.empty(s.K, dtype=dtype, device="meta")
+    kernel = registry.find("triton")
+    kind = f"{problem.dtype}{' channels_last' if last else ''}"
+    for which in registry.PASSES:
+        configs = sorted(kernel.candidates(problem, which).items(), key=lambda item: item[1])
+        for config, _ in configs if every else configs[:1]:
+            runner = kernel.build(problem, which, config)
+            if not getattr(runner.config, "planar", 1) and tuple(runner.config._replace(planar=1)) in dict(configs):
+                continue  # compiled for a planar dy already
+            name = f"{which}{list(config)} {kind}"
+            if which == "fprop":
+                yield name, runner.launch(x, runner.pack(weight), y, vector, vector, y, "silu")
+            elif which == "dgrad":
+                dy = y.contiguous() if runner.config.planar else y
+                yield name, runner.launch(dy, runner.pack(weight), x)
+            else:
+                dy = y.contiguous() if runner.config.planar else y
+                parts = weight.new_empty(runner.config.splits, *weight.shape, dtype=torch.float32)
+                yield name, runner.launch(dy, x, parts)
+                yield f"sum of splits {kind}", runner.sum_launch(parts, weight)
+    gather = TritonGather(Layout(problem, planar=not last))
+    flat = torch.empty(s.N * gather.layout.image_values, dtype=dtype, device="meta")
+    yield f"gather sum {kind}", gather.sum_launch(flat, y, vector, vector, y, "hardswish")
+    yield f"gather spread {kind}", gather.spread_launch(y, 0, flat)
+
+
+def main(capability: int) -> None:
+    backends.load()
+    # Every configuration where the tuned ones matter most; elsewhere the best and a geometry without round numbers.
+    cases = [(CASE, torch.bfloat16, True, capability == 90), (CASE, torch.float16, False, False),
+             (CASE, torch.float32, True, False), (STRIDED, torch.float32, False, False)]  # fmt: skip
+    found = {name: launch for c in cases for name, launch in launches(*c)}
+    print(json.dumps([describe(name, launch, capability) for name, launch in found.items()]))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
