@@ -90,6 +90,11 @@ class StripeOp:
         self._runners.clear()
 
 
+def lane_network(threads: int) -> Any:
+    """An empty native network on batch lanes (backends/cpu_network.py); ImportError where the extension is missing."""
+    return backends.lane_network(threads)
+
+
 def is_channels_last(t: Tensor) -> bool:
     """As torch decides the output format of a convolution: contiguous wins where both fit."""
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()

@@ -1,0 +1,95 @@
+"""Whole networks in batch lanes agree with the network they were made from, node by node or whole."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stripe_kernels.compile.optimize import compact
+from stripe_kernels.compile.resident import Untranslatable, resident
+
+
+def prune(model: nn.Module, density: float) -> nn.Module:
+    """Random stripes dead, norms with a life of their own."""
+    generator = torch.Generator().manual_seed(1)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            live = torch.rand(m.out_channels, 1, *m.kernel_size, generator=generator) < density
+            m.weight.data *= live
+        if isinstance(m, nn.BatchNorm2d):
+            for t, low, high in ((m.weight.data, 0.5, 1.5), (m.bias.data, -0.5, 0.5), (m.running_mean, -0.3, 0.3)):
+                t.uniform_(low, high, generator=generator)
+            m.running_var.uniform_(0.5, 2, generator=generator)
+    return model.eval()
+
+
+class Zoo(nn.Module):
+    """Every kind of node lanes take: strides, pools, residuals, concatenation, groups, activations, both heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+        self.down = nn.Conv2d(12, 20, 3, stride=2, padding=1)
+        self.short = nn.Conv2d(12, 20, 1, stride=2, bias=False)
+        self.grouped = nn.Conv2d(20, 12, 3, padding=1, groups=4)
+        self.wide = nn.Conv2d(20, 7, (1, 5), padding=(0, 2))
+        self.act, self.act6 = nn.SiLU(), nn.ReLU6()
+        self.pool, self.average = nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 1, 1)
+        self.last = nn.Conv2d(19, 10, 3, dilation=2, padding=2)
+        self.flat = nn.Linear(10 * 5 * 5, 6)
+        self.mean = nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.act(self.down(x) + self.short(x))
+        x = torch.cat([F.hardswish(self.grouped(x)), self.act6(self.wide(x))], 1)
+        x = self.average(self.pool(x))
+        x = self.last(x)
+        return self.flat(torch.flatten(x, 1)) + self.mean(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 16, 37])
+@pytest.mark.parametrize("density", [1.0, 0.24])
+def test_agrees_with_float64(threads: int, batch: int, density: float) -> None:
+    torch.manual_seed(0)
+    model = prune(Zoo(), density)
+    x = torch.randn(batch, 3, 15, 13)
+    body = compact(copy.deepcopy(model), (x,)).body
+    with torch.inference_mode():
+        program = resident(body, (x,), threads)
+        expected = copy.deepcopy(model).double()(x.double())
+        torch_error = (model(x).double() - expected).abs().max().item()
+        budget = 2 * torch_error + 4 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+        y = program(x)
+        assert y.shape == expected.shape
+        assert (y.double() - expected).abs().max().item() <= budget
+        assert torch.equal(program(x.to(memory_format=torch.channels_last)), y)
+        assert torch.equal(program(x[:1].contiguous()), y[:1]), "an image does not depend on its neighbours"
+
+
+def test_threads_do_not_change_bits() -> None:
+    torch.manual_seed(0)
+    model = prune(Zoo(), 0.3)
+    x = torch.randn(40, 3, 15, 13)
+    body = compact(model, (x,)).body
+    with torch.inference_mode():
+        one, two = (resident(body, (x,), threads)(x) for threads in (1, 2))
+    assert torch.equal(one, two)
+
+
+def test_says_what_it_cannot_take() -> None:
+    class Softmax(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(x, 1)
+
+    x = torch.randn(16, 3, 4, 4)
+    with pytest.raises(Untranslatable, match="softmax"):
+        resident(compact(Softmax(), (x,)).body, (x,), 1)
+    body = compact(prune(nn.Sequential(nn.Conv2d(3, 4, 3)), 0.5), (x,)).body
+    with pytest.raises(Untranslatable, match="float32"):
+        resident(body, (x.double(),), 1)
