@@ -12,6 +12,8 @@ import typer
 from iessp import demo as demonstration
 from iessp.progress import console, train_with_bar
 from iessp.recipe import Recipe, bundled, parse_changes, read
+from iessp.reproduce import ABLATION, DEFAULT, known_methods
+from iessp.reproduce import run as run_all
 from iessp.train import Interrupted, Trainer
 
 app = typer.Typer(
@@ -50,6 +52,7 @@ def train(
     changes: Changes = None,
     device: Device = "cpu",
     threads: Threads = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = False,
 ) -> None:
     """Train a recipe to the end, or go on where it stopped. Ctrl-C leaves a checkpoint."""
     from iessp.runs import finish
@@ -57,7 +60,7 @@ def train(
     _threads(threads)
     chosen = read(recipe).but(**parse_changes(changes or []))
     trainer = _trainer(chosen, data_dir, out or Path("runs") / chosen.name, device)
-    train_with_bar(trainer, chosen.name)
+    train_with_bar(trainer, chosen.name, tensorboard)
     finish(trainer, console)
 
 
@@ -88,6 +91,34 @@ def bench(
 
     _threads(threads)
     bench_frozen(run, batch or [1, 32], seconds, console)
+
+
+@app.command()
+def reproduce(
+    recipe: RecipeName,
+    data_dir: DataDir = None,
+    out: Out = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--method", help=f"{known_methods()}, or iem(message=false); repeatable. Default: all."),
+    ] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="IEM with each of its parts taken away.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
+    changes: Changes = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Every method on one recipe, several seeds: one table with spreads and latencies, curves, skeletons."""
+    from iessp.data import load
+
+    _threads(threads)
+    chosen = read(recipe).but(**parse_changes(changes or []))
+    listed = methods or (list(ABLATION) if ablation else list(DEFAULT))
+    folder = out or Path("runs") / f"reproduce-{chosen.name}"
+    splits = load(chosen.data, data_dir)
+    console.print(f"rows are in {run_all(chosen, splits, folder, listed, seeds, device)}")
 
 
 @app.command()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -44,10 +46,32 @@ def progress_bar(title: str, every: int) -> Iterator[Callable[[Step], None]]:
         yield report
 
 
-def train_with_bar(trainer: Trainer, title: str) -> None:
+def train_with_bar(trainer: Trainer, title: str, tensorboard: bool = False) -> None:
     """Run a trainer to its end with a progress bar; Ctrl-C raises Interrupted."""
+    if trainer.step == trainer.steps:
+        console.print(f"{title}: {trainer.steps} steps done before, in {trainer.folder}")
+        return
     with progress_bar(title, every=trainer.per_epoch) as report, stop_on_interrupt() as stop:
-        trainer.run(report, stop)
+        if not tensorboard:
+            trainer.run(report, stop)
+            return
+        with tensorboard_writer(trainer.folder / "tensorboard", trainer.step) as write:
+            trainer.run(lambda step: (report(step), write(step)), stop)
+
+
+@contextmanager
+def tensorboard_writer(folder: Path, step: int) -> Iterator[Callable[[Step], None]]:
+    """Log every number of a step; what was logged after `step` by a run that was killed is hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder), purge_step=step + 1) as writer:
+
+        def write(step: Step) -> None:
+            for name, value in asdict(step).items():
+                if isinstance(value, float):
+                    writer.add_scalar(name, value, step.step)
+
+        yield write
 
 
 @contextmanager

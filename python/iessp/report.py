@@ -96,6 +96,25 @@ def draw_time_against_macs(points: dict[str, list[tuple[float, float]]], title: 
     _write(figure, path)
 
 
+def draw_curves(logs: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """PNG: the task's loss and the share of MACs over the steps, a line for each log."""
+    plt = _pyplot()
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(7.5, 6.0), sharex=True)
+    for name, log in logs.items():
+        if not log:
+            continue
+        window = max(1, len(log["step"]) // 50)
+        smooth = torch.tensor(log["task_loss"]).unfold(0, window, 1).mean(1)
+        upper.plot(log["step"][window - 1 :], smooth, label=name, linewidth=1.2)
+        lower.plot(log["step"], log["share_hard"], linewidth=1.2)
+    upper.set(ylabel=f"training loss, mean of {window} steps", yscale="log")
+    lower.set(ylabel="share of MACs", xlabel="step")
+    upper.legend(fontsize=8)
+    for axis in (upper, lower):
+        axis.grid(alpha=0.3)
+    _write(figure, path)
+
+
 def _pyplot() -> Any:
     import matplotlib
 

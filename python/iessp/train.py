@@ -315,7 +315,7 @@ def count_errors(model: nn.Module, images: Images, splits: Splits, batch: int = 
     return wrong
 
 
-def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """folder/results.json, atomically."""
+def write_results(folder: Path, results: dict[str, Any], name: str = "results.json") -> None:
+    """folder/NAME, atomically."""
     text = json.dumps(results, indent=2) + "\n"
-    checkpoint.write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
+    checkpoint.write_atomically(folder / name, lambda file: file.write(text.encode()))

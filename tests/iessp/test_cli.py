@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iessp import cli
+from iessp import cli, reproduce
 from iessp.recipe import Recipe, bundled, parse_changes, read
 
 
@@ -107,3 +108,28 @@ def test_threads_option(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_reproduce_makes_a_table_and_resumes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(reproduce, "LATENCY_SECONDS", 0.05)
+    small = ["model=resnet20", "width=0.25", "epochs=1", "batch=256", "sizes=[[0.0, 8]]", "budget=0.5"]
+    changes = [part for change in small for part in ("--set", change)]
+    methods = ["--method", "slim", "--method", "iem(message=false)"]
+    for attempt in range(2):
+        out = str(tmp_path)
+        assert call(monkeypatch, "reproduce", "digits", "--out", out, "--seeds", "1", *methods, *changes) == 0
+        assert ("steps done before" in words(capsys)) == bool(attempt)
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [(row["method"], row["seed"]) for row in rows] == [("slim", 0), ("iem(message=false)", 0)]
+    assert all(0.3 < row["macs_kept"] <= 0.5 for row in rows)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert (tmp_path / "iem_message=false/skeletons.png").stat().st_size > 1000
+
+
+def test_methods_with_parts_taken_away() -> None:
+    recipe = reproduce.with_method(read("digits"), "iem(message=false, gain=2.0)")
+    assert (recipe.method, recipe.options) == ("iem", {"message": False, "gain": 2.0})
+    with pytest.raises(ValueError, match=r'"iem\[" is not METHOD'):
+        reproduce.with_method(recipe, "iem[")
