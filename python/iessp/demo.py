@@ -49,9 +49,10 @@ def run(out: Path, recipe: Recipe) -> None:
 
     rows = comparison(found["dense"], found["pruned"], dense_file, frozen_file)
     for batch, contest in times.items():
-        base, timing = (contest[name][0] for name in ("dense", "frozen"))
-        change = f"{base.median / timing.median:.2f}x faster"
-        rows.append([f"ms, batch {batch}", str(base), str(timing), change])
+        for kind in ("", ", optimized"):
+            dense, pruned = (contest[name + kind][0] for name in ("dense", "frozen"))
+            change = f"{dense.median / pruned.median:.2f}x faster"
+            rows.append([f"ms, batch {batch}{kind}", str(dense), str(pruned), change])
     console.print(table(f"{recipe.model} on {splits.name}", ["", "dense", "pruned", "change"], rows))
 
     equality = found["pruned"]["equality"]

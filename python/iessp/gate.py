@@ -23,8 +23,7 @@ Phase = Literal["warm", "learn", "settled"]
 
 
 class StripeGate(nn.Module):
-    """Base of all gates. Subclasses give `scores`, and `learned` where the gate is more than a mask of the
-    scores.
+    """Base of all gates. Subclasses give `scores`, and `learned` where the gate is more than a mask.
 
     skeleton: bool [K, R, S], the stripes that live; all of them until the gate settles or is masked.
     """
@@ -58,8 +57,7 @@ class StripeGate(nn.Module):
         return self.skeleton.float()
 
     def soft(self) -> Tensor:
-        """M [K, R, S] in 0..1, differentiable where the method learns: how much of each stripe the budget
-        counts."""
+        """M [K, R, S] in 0..1, how much of each stripe the budget counts; differentiable where it learns."""
         return self.gate()
 
     def scores(self, weight: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""The budgeted loss: it links the output loss to stripe selection and adapts the pressure to the budget.
-Ours.
+"""The budgeted loss, ours: it links the output loss to stripe selection and adapts its pressure.
 
     R        = sum_l c_l sum M_l / sum_l c_l K_l R_l S_l                      expected share of MACs
     L        = CE + lambda_t R + decay/2 sum over live stripes of |W|^2

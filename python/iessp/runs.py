@@ -138,15 +138,25 @@ def bench_frozen(path: Path, batches: list[int], seconds: float, console: Consol
 
 
 def contest(model: nn.Module, batch: int, example: Tensor, seconds: float) -> dict[str, tuple[Timing, str]]:
-    """Dense twin against frozen network in one interleaved run, outputs checked first; RuntimeError when they
-    differ.
+    """Dense twin and frozen network, as they are and optimized, in one interleaved run on `batch` images.
+
+    Outputs are checked first: RuntimeError when one is not the dense twin's. `optimize` folds norms and fuses
+    for the dense network too, so that each pair has the same done to it.
     """
+    import stripe_kernels
+
     twin = thaw(model)
     x = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(0))
-    equality = compare(model, twin, x)
-    if not equality.ok:
-        raise RuntimeError(f"the frozen network differs from its dense twin, nothing was timed: {equality}")
-    return time_networks({"dense": twin, "frozen": model}, x, seconds)
+    networks = {"dense": twin, "frozen": model}
+    for name, network in list(networks.items()):
+        networks[f"{name}, optimized"] = stripe_kernels.optimize(network, x)
+    for name, network in networks.items():
+        equality = compare(network, twin, x)
+        if not equality.ok:
+            raise RuntimeError(
+                f"the {name} network differs from the dense twin, nothing was timed: {equality}"
+            )
+    return time_networks(networks, x, seconds)
 
 
 def contest_rows(times: dict[str, tuple[Timing, str]], batch: int) -> list[list[str]]:

@@ -105,7 +105,10 @@ def time_networks(
     contestants: dict[str, Callable[[], object]] = {}
     for name, network in networks.items():
         for title, fmt in formats.items():
-            arranged, given = copy.deepcopy(network).eval().to(memory_format=fmt), x.to(memory_format=fmt)
+            arranged, given = copy.deepcopy(network).eval(), x.contiguous(memory_format=fmt)
+            for module in arranged.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.to(memory_format=fmt)
             contestants[f"{name}/{title}"] = partial(arranged, given)
     with torch.inference_mode():
         times = interleave(contestants, seconds)

@@ -6,7 +6,6 @@ a step number.
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections.abc import Callable
@@ -227,8 +226,7 @@ class Trainer:
     # -- results
 
     def shares(self) -> tuple[float, float]:
-        """MACs kept, as counted and after compaction, of the network as it is; of the unpruned model for
-        `slim`."""
+        """MACs kept, as counted and after compaction; for `slim`, of the network at its full width."""
         if self.recipe.method == "slim":
             full = build(self.recipe.model, len(self.splits.classes), self.splits.channels, self.recipe.width)
             share = self.network.macs / probe(full.to(self.device), self.example).macs
@@ -246,18 +244,20 @@ class Log:
     def __enter__(self) -> Log:
         rows = []
         if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = [
-                    row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= self.step
-                ]
-        self.file = self.path.open("w", newline="")
-        self.writer = csv.writer(self.file)
-        self.writer.writerows([[field.name for field in fields(Step)], *rows])
+            rows = [row for row in self.path.read_text().splitlines()[1:] if self._counts(row)]
+        text = "\n".join([",".join(field.name for field in fields(Step)), *rows, ""])
+        checkpoint.write_atomically(self.path, lambda file: file.write(text.encode()))
+        self.file = self.path.open("a")
         return self
 
+    def _counts(self, row: str) -> bool:
+        """Whether the row is whole and of a step that the checkpoint has."""
+        values = row.split(",")
+        return len(values) == len(fields(Step)) and int(values[0]) <= self.step
+
     def write(self, step: Step) -> None:
-        values = asdict(step).values()
-        self.writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
+        values = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in asdict(step).values()]
+        self.file.write(",".join(values) + "\n")
         self.file.flush()
 
     def __exit__(self, *_: object) -> None:
@@ -265,9 +265,7 @@ class Log:
 
 
 def assemble(recipe: Recipe, classes: int, example: Tensor) -> nn.Module:
-    """The recipe's network, freshly initialised and, for the methods that prune, gated; example is [1, C, H,
-    W].
-    """
+    """The recipe's network, freshly initialised, gated for the methods that prune; example [1, C, H, W]."""
     torch.manual_seed(recipe.seed)
     width = slim_width(recipe, classes, example) if recipe.method == "slim" else recipe.width
     model = build(recipe.model, classes, example.shape[1], width).to(example.device)
@@ -277,9 +275,7 @@ def assemble(recipe: Recipe, classes: int, example: Tensor) -> nn.Module:
 
 
 def packed_from(model: nn.Module, chosen: dict[str, Tensor]) -> nn.Module:
-    """A gated model, frozen to the given skeletons: the shape of a packed network, for a state to be loaded
-    into.
-    """
+    """A gated model frozen to the given skeletons: the shape of a packed network, to load a state into."""
     for name, gate in gates(model).items():
         gate.settle(chosen[name].to(gate.skeleton.device))
     return freeze(model)
