@@ -74,7 +74,9 @@ def phases(skeleton: FilterSkeleton, s: ConvShape) -> tuple[Phase, ...]:
             h, w = tap // s.S * s.dilation[0] - s.padding[0], tap % s.S * s.dilation[1] - s.padding[1]
             mine = taps.setdefault((h % u, w % v), [])
             before = mine[-1].last if mine else 0
-            mine.append(PhaseTap(h, w, h // u, w // v, before, index.filter[first:last], index.row[first:last]))
+            mine.append(
+                PhaseTap(h, w, h // u, w // v, before, index.filter[first:last], index.row[first:last])
+            )
         for h0, w0 in np.ndindex(u, v):
             rows, columns = max(0, -(-(s.H - h0) // u)), max(0, -(-(s.W - w0) // v))
             found.append(Phase(group, h0, w0, rows, columns, tuple(taps.get((h0, w0), ()))))

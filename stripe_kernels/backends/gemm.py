@@ -30,7 +30,9 @@ from stripe_kernels.phases import Phase, phases
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
 from stripe_kernels.roofline import L2, LAUNCH, gpu_seconds, item_size
 
-_CACHE = 24 << 20  # bytes of Z a chunk should stay under: half the L2 of an H100, which x and y pass through too
+_CACHE = (
+    24 << 20
+)  # bytes of Z a chunk should stay under: half the L2 of an H100, which x and y pass through too
 _MOST = 2 << 30  # bytes of Z beyond which the whole batch at once is no candidate
 _CPU_MACS = 47e9  # multiply-adds/s of one core in a large GEMM, an estimate
 _CPU_GATHER = 1.5e-9  # seconds a gathered value takes one core, an estimate
@@ -56,7 +58,9 @@ class Layout:
         """Phase i of a buffer of `images` images, contiguous: [images, stripes, pixels] or [images * pixels, stripes]."""
         phase = self.phases[i]
         first, size = images * self.before[i], images * phase.stripes * phase.pixels
-        shape = (images, phase.stripes, phase.pixels) if self.planar else (images * phase.pixels, phase.stripes)
+        shape = (
+            (images, phase.stripes, phase.pixels) if self.planar else (images * phase.pixels, phase.stripes)
+        )
         return flat[first : first + size].view(shape)
 
     def image(self, flat: Tensor, images: int, i: int) -> Tensor:
@@ -150,7 +154,11 @@ class _Gemm:
     def matrix(self, x: Tensor, phase: Phase) -> Tensor:
         """Those as a matrix: [n, C/g, pixels] if planar, else [n * pixels, C/g]; a view where the memory allows."""
         part = self.pixels_of(x, phase)
-        return part.flatten(2) if self.layout.planar else part.permute(0, 2, 3, 1).reshape(-1, self.shape.group_c)
+        return (
+            part.flatten(2)
+            if self.layout.planar
+            else part.permute(0, 2, 3, 1).reshape(-1, self.shape.group_c)
+        )
 
 
 class GemmFprop(_Gemm):
@@ -158,7 +166,13 @@ class GemmFprop(_Gemm):
         super().__init__(problem, config, planar=not problem.channels_last)
 
     def __call__(
-        self, x: Tensor, packed: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None, act: str
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        act: str,
     ) -> Tensor:
         y = torch.empty(self.shape.output_size, dtype=x.dtype, device=x.device, memory_format=self.format)
         z = self.buffer(x)

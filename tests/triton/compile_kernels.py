@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from stripe_kernels import backends, registry
 from stripe_kernels.backends.gemm import Layout
 from stripe_kernels.backends.triton.gather import TritonGather
-from stripe_kernels.backends.triton.launch import Launch
+from stripe_kernels.backends.triton.launch import Launch, wide
 from stripe_kernels.registry import Problem
 from stripe_kernels.testing import Case, case
 
@@ -37,6 +37,7 @@ TYPES = {
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # K and C that fill every configuration's tile, a stride and an epilogue that use every argument.
 CASE = case("compiled", N=16, C=128, H=14, W=14, K=128, density=0.24)
+HUGE = case("compiled huge", N=100_000, C=128, H=14, W=14, K=128, density=0.24)  # needs 64-bit offsets
 STRIDED = case("compiled strided", N=3, C=24, H=15, W=9, K=40, stride=(2, 1), dilation=(1, 2), groups=2)
 
 
@@ -65,7 +66,9 @@ def describe(name: str, launch: Launch, capability: int) -> dict[str, Any]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, code = (
-            subprocess.run([str(TOOLS / tool), *options, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [str(TOOLS / tool), *options, file.name], capture_output=True, text=True, check=True
+            ).stdout
             for tool, options in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
         )
     counts = re.search(r"REG:(\d+) STACK:(\d+)", usage)
@@ -93,12 +96,14 @@ def launches(case: Case, dtype: torch.dtype, last: bool, every: bool) -> Iterato
     weight = torch.empty(case.skeleton.stripes, s.group_c, dtype=dtype, device="meta")
     vector = torch.empty(s.K, dtype=dtype, device="meta")
     kernel = registry.find("triton")
-    kind = f"{problem.dtype}{' channels_last' if last else ''}"
+    kind = f"{problem.dtype}{' channels_last' if last else ''}{' 64-bit' if wide(x) else ''}"
     for which in registry.PASSES:
         configs = sorted(kernel.candidates(problem, which).items(), key=lambda item: item[1])
         for config, _ in configs if every else configs[:1]:
             runner = kernel.build(problem, which, config)
-            if not getattr(runner.config, "planar", 1) and tuple(runner.config._replace(planar=1)) in dict(configs):
+            if not getattr(runner.config, "planar", 1) and tuple(runner.config._replace(planar=1)) in dict(
+                configs
+            ):
                 continue  # compiled for a planar dy already
             name = f"{which}{list(config)} {kind}"
             if which == "fprop":
@@ -121,7 +126,7 @@ def main(capability: int) -> None:
     backends.load()
     # Every configuration where the tuned ones matter most; elsewhere the best and a geometry without round numbers.
     cases = [(CASE, torch.bfloat16, True, capability == 90), (CASE, torch.float16, False, False),
-             (CASE, torch.float32, True, False), (STRIDED, torch.float32, False, False)]  # fmt: skip
+             (CASE, torch.float32, True, False), (HUGE, torch.bfloat16, True, False), (STRIDED, torch.float32, False, False)]  # fmt: skip
     found = {name: launch for c in cases for name, launch in launches(*c)}
     print(json.dumps([describe(name, launch, capability) for name, launch in found.items()]))
 

@@ -36,7 +36,9 @@ def is_product(row: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_machine_code(capability: int) -> None:
     rows = compiled(capability)
-    assert {"fprop", "dgrad", "wgrad", "sum", "gather"} == {row["kernel"].split("[")[0].split()[0] for row in rows}
+    assert {"fprop", "dgrad", "wgrad", "sum", "gather"} == {
+        row["kernel"].split("[")[0].split()[0] for row in rows
+    }
     for row in rows:
         assert row["stack"] == 0, f"spills registers: {row}"
         assert row["registers"] * row["threads"] <= REGISTERS, row

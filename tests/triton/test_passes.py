@@ -21,7 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:Deprecati
 DEVICE = "cpu" if INTERPRETED else "cuda"
 RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
 # Several tiles, blocks and splits in every direction, and nothing a multiple of a block.
-BLOCKS = case("several blocks", N=3, C=37, H=11, W=9, K=41, R=2, S=3, stride=(2, 1), padding=(1, 2), density=0.3)
+BLOCKS = case(
+    "several blocks", N=3, C=37, H=11, W=9, K=41, R=2, S=3, stride=(2, 1), padding=(1, 2), density=0.3
+)
 PIXELS = case("many pixels", N=7, C=5, H=7, W=9, K=9, density=0.2)
 
 
@@ -59,13 +61,17 @@ def test_float32(name: str) -> None:
     check("triton", CASES[name], torch.float32, "contiguous")
 
 
-@pytest.mark.parametrize("name", ["lopsided", "grouped lopsided", "many channels", "strided", "no image", "tiny map"])
+@pytest.mark.parametrize(
+    "name", ["lopsided", "grouped lopsided", "many channels", "strided", "no image", "tiny map"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_types_channels_last(name: str, dtype: torch.dtype) -> None:
     check("triton", CASES[name], dtype, "channels_last")
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "permuted", "sliced", "channels_last sliced", "expanded", "offset"])
+@pytest.mark.parametrize(
+    "layout", ["channels_last", "permuted", "sliced", "channels_last sliced", "expanded", "offset"]
+)
 def test_layouts(layout: str) -> None:
     check("triton", CASES["grouped lopsided"], torch.float32, layout)
 
@@ -96,10 +102,14 @@ def test_split_pixels_add_up_and_repeat(splits: int) -> None:
 def test_epilogue(activation: str, extras: str) -> None:
     problem = CASES["grouped lopsided"]
     operands = problem.operands(torch.float32, "channels_last", DEVICE)
-    given = [getattr(operands, name) if name in extras.split() else None for name in ("bias", "scale", "residual")]
+    given = [
+        getattr(operands, name) if name in extras.split() else None for name in ("bias", "scale", "residual")
+    ]
     exact, own = (
         apply_epilogue(
-            evaluate(problem, operands, dtype).y, *(None if t is None else t.to(dtype) for t in given), activation
+            evaluate(problem, operands, dtype).y,
+            *(None if t is None else t.to(dtype) for t in given),
+            activation,
         )
         for dtype in (torch.float64, torch.float32)
     )
@@ -114,7 +124,10 @@ def test_a_residual_of_another_layout() -> None:
     operands = problem.operands(torch.float32, "contiguous", DEVICE)
     residual = operands.residual.to(memory_format=torch.channels_last)
     op = StripeOp.of(*problem.arguments, "triton")
-    both = [ops.fprop(op, operands.x, operands.weight, None, None, r, "none") for r in (residual, operands.residual)]
+    both = [
+        ops.fprop(op, operands.x, operands.weight, None, None, r, "none")
+        for r in (residual, operands.residual)
+    ]
     assert torch.equal(*both)
 
 
@@ -123,7 +136,9 @@ def test_nan_of_x_reaches_its_readers(activation: str) -> None:
     problem = CASES["full"]
     operands = problem.operands(torch.float32, device=DEVICE)
     operands.x[1, 3, 2, 2] = torch.nan
-    y = ops.fprop(StripeOp.of(*problem.arguments, "triton"), operands.x, operands.weight, activation=activation)
+    y = ops.fprop(
+        StripeOp.of(*problem.arguments, "triton"), operands.x, operands.weight, activation=activation
+    )
     exact = apply_epilogue(evaluate(problem, operands, torch.float64).y, None, None, None, activation)
     assert torch.equal(y.isnan(), exact.isnan())
     assert y.isnan().any()
@@ -152,7 +167,14 @@ def test_refusals_have_reasons(which: Pass) -> None:
 @pytest.mark.parametrize("which", PASSES)
 def test_stripe_gemm_with_the_fused_gather(which: Pass) -> None:
     """Two images a chunk, so that the last chunk is another size."""
-    for name in ("lopsided", "grouped lopsided", "strided", "stride beyond the filter", "many channels", "empty"):
+    for name in (
+        "lopsided",
+        "grouped lopsided",
+        "strided",
+        "stride beyond the filter",
+        "many channels",
+        "empty",
+    ):
         for dtype, layout in ((torch.float32, "contiguous"), (torch.bfloat16, "channels_last")):
             operands = CASES[name].operands(dtype, layout, DEVICE)
             budget: Budget = getattr(budgets(CASES[name], operands), RESULT[which])

@@ -30,7 +30,10 @@ def test_phases_hold_every_pixel_and_stripe_once(case: Case) -> None:
     covered = np.zeros((s.groups, s.H, s.W), int)
     for phase in phases(case.skeleton, s):
         covered[phase.group, phase.h0 :: s.stride[0], phase.w0 :: s.stride[1]] += 1
-        assert covered[phase.group, phase.h0 :: s.stride[0], phase.w0 :: s.stride[1]].shape == (phase.rows, phase.columns)
+        assert covered[phase.group, phase.h0 :: s.stride[0], phase.w0 :: s.stride[1]].shape == (
+            phase.rows,
+            phase.columns,
+        )
         assert phase.stripes == len(phase.row)
         for tap in phase.taps:
             assert (tap.h, tap.w) == (phase.h0 + s.stride[0] * tap.i, phase.w0 + s.stride[1] * tap.j)

@@ -90,7 +90,6 @@ def dgrad_kernel(
         following = tl.minimum(entry + 1, last - 1)
         if WIDE:
             k = k.to(tl.int64)
-            entry = entry.to(tl.int64)
         inside = real & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
         dy_tile = tl.load(
             (dy_at + p * dy_p + q * dy_q)[:, None] + (k * dy_k)[None, :],

@@ -58,8 +58,10 @@ def fprop_kernel(
         k = k.to(tl.int64)
         g = g.to(tl.int64)
     lanes_c = tl.arange(0, BLOCK_C)
+    lanes_n = tl.arange(0, BLOCK_N)
+    if WIDE:
+        lanes_n = lanes_n.to(tl.int64)
     x_at = x + n * x_n + p * u * x_h + q * v * x_w + g * channels * x_c
-    w_at = w + tl.arange(0, BLOCK_N) * channels
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = tl.load(entry_ptr + tile) * C_BLOCKS
@@ -77,7 +79,6 @@ def fprop_kernel(
         inside = (m < pixels) & (h >= 0) & (h < H) & (s >= 0) & (s < W)
         x_step = t_h * x_h + t_w * x_w
         if WIDE:
-            entry = entry.to(tl.int64)
             c = c.to(tl.int64)
             x_step = t_h.to(tl.int64) * x_h + t_w.to(tl.int64) * x_w
         x_tile = tl.load(
@@ -85,9 +86,8 @@ def fprop_kernel(
             inside[:, None] & (c < channels)[None, :],
             0.0,
         )
-        w_tile = tl.load(
-            (w_at + entry * BLOCK_N * channels)[None, :] + c[:, None], (c < channels)[:, None], 0.0
-        )
+        w_at = w + (entry * BLOCK_N + lanes_n) * channels
+        w_tile = tl.load(w_at[None, :] + c[:, None], (c < channels)[:, None], 0.0)
         acc = multiply(x_tile, w_tile, acc, PRECISION, CAST)
         following = tl.minimum(step + 1, last - 1) // C_BLOCKS * 2
         t_h = tl.load(offset + following)

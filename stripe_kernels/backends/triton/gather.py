@@ -1,7 +1,7 @@
 """The gather around the vendor's GEMM (backends/gemm.py), each half one launch.
 
-    sum     y[n, k, p, q] = act(scale[k] * sum_{taps t of k} z[n, p + t_i, q + t_j, a(k, t)] + bias[k] + residual)
-    spread  P[n, i, j, a] = dy[n, k_a, i - t_i, j - t_j]
+sum     y[n, k, p, q] = act(scale[k] * sum_{taps t of k} z[n, p + t_i, q + t_j, a(k, t)] + bias[k] + residual)
+spread  P[n, i, j, a] = dy[n, k_a, i - t_i, j - t_j]
 """
 
 from __future__ import annotations

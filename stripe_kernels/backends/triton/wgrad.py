@@ -93,11 +93,11 @@ def sum_splits_kernel(parts, dw, splits, values, WIDE: tl.constexpr, BLOCK: tl.c
     if WIDE:
         block = block.to(tl.int64)
     i = block * BLOCK + tl.arange(0, BLOCK)
+    at = i
     acc = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        if WIDE:
-            split = split.to(tl.int64)
-        acc += tl.load(parts + split * values + i, i < values, 0.0)
+    for _ in range(splits):
+        acc += tl.load(parts + at, i < values, 0.0)
+        at += values
     tl.store(dw + i, acc.to(dw.dtype.element_ty), i < values)
 
 
