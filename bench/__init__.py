@@ -1,0 +1,1 @@
+"""Benchmarks: convolution layers and whole networks against everything a user would run instead."""

@@ -1,0 +1,112 @@
+"""Interleaved timing: every round times each contestant once, and each round starts with another one.
+
+Slow drift (heat, a neighbour) then hits all alike, and the ratio of two contestants is taken inside a
+round, where it cancels. Medians, because disturbances only ever add time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+ROUNDS = (5, 200)
+MEASURE = 2e-3  # seconds a measurement lasts at least, by repeating its call
+LONG = 50e-3  # calls longer than this need no untimed call before them
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds a call, one for each round; `repeats` calls made one measurement."""
+
+    seconds: npt.NDArray[np.float64]  # [n]
+    repeats: int
+
+    @property
+    def n(self) -> int:
+        return len(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        low, high = np.percentile(self.seconds, (25, 75))
+        return float(low), float(high)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range / median."""
+        low, high = self.quartiles
+        return (high - low) / self.median
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster one contestant is than another: the median over rounds, and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, base: Sample, other: Sample) -> Ratio:
+        """base / other, paired by round; the interval is a percentile bootstrap of the median over rounds."""
+        if base.n != other.n:
+            raise ValueError(f"paired samples have one length, got {base.n} and {other.n} rounds")
+        paired = base.seconds / other.seconds
+        draws = np.random.default_rng(0).integers(len(paired), size=(RESAMPLES, len(paired)))
+        low, high = np.percentile(np.median(paired[draws], axis=1), (2.5, 97.5))
+        return cls(float(np.median(paired)), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def settle(slice_seconds: float = 5e-4, limit: float = 50e-3) -> None:
+    """Sleeps until this process has used no CPU for two slices, so that no contestant shares its cores.
+
+    Thread pools spin before they sleep: after a parallel call libgomp's burned a core for up to 10 ms
+    (measured), which a fixed wait of 1 ms would charge to whoever comes next.
+    """
+    deadline = time.perf_counter() + limit
+    idle = 0
+    while idle < 2 and time.perf_counter() < deadline:
+        before = time.process_time()
+        time.sleep(slice_seconds)
+        idle = idle + 1 if time.process_time() - before < 0.2 * slice_seconds else 0
+
+
+def _measure(call: Callable[[], object], repeats: int, warm: bool) -> float:
+    settle()
+    if warm:
+        call()  # wakes the threads and brings the operands back into the cache
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleave(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Sample]:
+    """Times the calls against each other for about `seconds` in all, within ROUNDS rounds."""
+    names = list(calls)
+    if not names:
+        return {}
+    once: dict[str, float] = {}
+    for name in names:
+        calls[name]()
+        once[name] = min(_measure(calls[name], 1, True) for _ in range(2))
+    repeats = {name: max(1, round(MEASURE / t)) for name, t in once.items()}
+    a_round = sum(2e-3 + once[n] * (repeats[n] + (once[n] < LONG)) for n in names)
+    rounds = int(np.clip(seconds / a_round, *ROUNDS))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(_measure(calls[name], repeats[name], once[name] < LONG))
+    return {name: Sample(np.array(times[name]), repeats[name]) for name in names}
