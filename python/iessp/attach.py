@@ -203,8 +203,7 @@ def freeze(model: nn.Module) -> nn.Module:
 def param_groups(
     model: nn.Module, lr: float, *, gate_lr: float = 1e-2, weight_decay: float = 0.0
 ) -> list[dict[str, object]]:
-    """Optimiser groups: weights to decay; gated weights, norms and biases, not decayed; gates, not decayed,
-    at `gate_lr`.
+    """Optimiser groups: weights to decay; gated weights, norms and biases, not decayed; gates, at `gate_lr`.
 
     Gated weights are not decayed here because a dead stripe would fade and could not return: give the decay
     to `StripeLoss`, which applies it to live stripes. Under plain SGD the budget's gradient on a gate is
@@ -212,10 +211,11 @@ def param_groups(
     """
     held = {id(original_weight(conv)) for conv in gated(model).values()}
     in_gates = gate_parameters(model)
-    held_by_gates = {id(p) for p in in_gates}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in held_by_gates]
+    apart = {id(p) for gate in gates(model).values() for p in gate.parameters()}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     decayed = [p for p in rest if p.dim() > 1 and id(p) not in held]
     plain = [p for p in rest if p.dim() <= 1 or id(p) in held]
+    plain += [p for g in gates(model).values() if g.with_weights for p in g.parameters()]
     groups: list[dict[str, object]] = [
         {"params": decayed, "lr": lr, "weight_decay": weight_decay},
         {"params": plain, "lr": lr, "weight_decay": 0.0},
@@ -226,8 +226,8 @@ def param_groups(
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all gates."""
-    return [p for gate in gates(model).values() for p in gate.parameters()]
+    """The parameters of the gates that are for Adam: all but those of filter-skeleton."""
+    return [p for gate in gates(model).values() if not gate.with_weights for p in gate.parameters()]
 
 
 def _needed(model: nn.Module) -> dict[str, StripeGate]:

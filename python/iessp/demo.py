@@ -100,5 +100,5 @@ def draw(frozen: Frozen, out: Path) -> tuple[Path, Path]:
         site, live = frozen.network[name], int(frozen.skeletons[name].sum())
         points["dense"].append((batch * site.macs / 1e6, dense.median))
         points["stripes"].append((batch * live * site.stripe_macs / 1e6, stripes.median))
-    draw_time_against_macs(points, f"Each layer at batch {batch}, {torch.get_num_threads()} threads", plot)
+    draw_time_against_macs(points, f"Each layer at batch {batch}, threads: {torch.get_num_threads()}", plot)
     return skeletons, plot

@@ -29,6 +29,7 @@ class StripeGate(nn.Module):
     """
 
     options: ClassVar[dict[str, object]] = {}  # keyword options of the method and their defaults
+    with_weights: ClassVar[bool] = False  # its parameters are trained as the weights are, not by Adam
     whole_filters: ClassVar[bool] = False  # the budget keeps or drops all stripes of a filter together
 
     def __init__(self, conv: nn.Conv2d, site: Site, network: Network):

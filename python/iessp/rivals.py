@@ -52,15 +52,15 @@ class L1FilterGate(StripeGate):
 
 
 class FilterSkeletonGate(StripeGate):
-    """Pruning Filter in Filter (NeurIPS 2020, arXiv 2009.14410): W * I, loss + alpha sum |I|, |I| < delta is
-    dead.
+    """Pruning Filter in Filter (NeurIPS 2020, arXiv 2009.14410): W * I, loss + alpha sum |I|, dead below delta.
 
-    alpha 1e-5 and delta 0.05 apply per entry I[k, t]; the budget's cut replaces delta at the end. `decay` is
-    the weight decay on I: in the authors' code it is the optimiser's, 1e-4, and it is what mostly kills
-    entries.
+    I [K, R, S] is trained by the optimiser of the weights. alpha, delta and `decay`, the weight decay on I, are
+    those of the authors' code, for 160 epochs; there the decay is the optimiser's and kills most entries. A short
+    schedule needs a larger alpha. At the end the budget's cut takes the place of delta.
     """
 
     options: ClassVar[dict[str, object]] = {"alpha": 1e-5, "delta": 0.01, "decay": 1e-4}
+    with_weights = True
 
     def __init__(
         self,

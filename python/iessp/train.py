@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iessp import checkpoint
-from iessp.attach import attach, freeze, gates, param_groups, skeletons
+from iessp.attach import attach, freeze, gate_parameters, gates, param_groups, skeletons
 from iessp.budget import compacted_macs_kept, macs_kept
 from iessp.data.images import Images, Splits, augment, normalise, shuffled
 from iessp.loss import StripeLoss
@@ -92,7 +92,7 @@ class Trainer:
         """SGD for the weights, Adam for the gates: see `param_groups`."""
         recipe = self.recipe
         groups = param_groups(self.model, recipe.lr, gate_lr=recipe.gate_lr, weight_decay=recipe.weight_decay)
-        in_gates = {id(p) for gate in gates(self.model).values() for p in gate.parameters()}
+        in_gates = {id(p) for p in gate_parameters(self.model)}
         of_gates = [group for group in groups if id(group["params"][0]) in in_gates]
         weights = [group for group in groups if id(group["params"][0]) not in in_gates]
         self.optimisers: list[torch.optim.Optimizer] = [

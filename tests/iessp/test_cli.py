@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iessp import cli, reproduce
+from iessp import cli, demo, reproduce
 from iessp.recipe import Recipe, bundled, parse_changes, read
 
 
@@ -133,3 +133,22 @@ def test_methods_with_parts_taken_away() -> None:
     assert (recipe.method, recipe.options) == ("iem", {"message": False, "gain": 2.0})
     with pytest.raises(ValueError, match=r'"iem\[" is not METHOD'):
         reproduce.with_method(recipe, "iem[")
+
+
+def test_demo_compares_and_draws_and_resumes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "SECONDS", 0.05)
+    monkeypatch.setattr(demo, "BATCHES", (1, 2))
+    small = ["model=resnet20", "width=0.25", "epochs=1", "batch=256", "sizes=[[0.0, 8]]", "budget=0.5"]
+    changes = [part for change in small for part in ("--set", change)]
+    for attempt in range(2):
+        assert call(monkeypatch, "demo", "--out", str(tmp_path), *changes) == 0
+        said = words(capsys)
+        assert ("steps done before" in said) == bool(attempt)
+        assert all(
+            w in said for w in ("test errors", "convolution MACs", "ms, batch 2, optimized", "allowed")
+        )
+    for picture in ("skeletons.png", "time-against-macs.png"):
+        assert (tmp_path / picture).stat().st_size > 5000
+    assert (tmp_path / "frozen.safetensors").stat().st_size < (tmp_path / "dense.safetensors").stat().st_size
