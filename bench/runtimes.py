@@ -59,8 +59,9 @@ def network(model: nn.Module, x: Tensor) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
         # The tracing exporter, though deprecated: the newer one takes up to three times as long (measured)
-        and needs # another package; of these networks both write the same graph.
-        warnings.simplefilter("ignore", DeprecationWarning) torch.onnx.export(
+        # and needs another package; of these networks both write the same graph.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
             model, (x,), file, dynamo=False, input_names=["x"], output_names=["y"], opset_version=17
         )
     return file.getvalue()
