@@ -139,8 +139,8 @@ def drop_identities(network: fx.GraphModule) -> None:
 def own_modules(network: fx.GraphModule, layers: Any, make: Callable[[nn.Module], nn.Module]) -> None:
     """Gives every call of one of `layers` (classes) a module of its own, `make(module)`, free to differ."""
     taken: set[str] = set()
-    for node in list(network.graph.nodes):
-        module = module_of(node)
+    called = [(node, module_of(node)) for node in network.graph.nodes]
+    for node, module in called:
         if isinstance(module, layers):
             name = str(node.target)
             while name in taken:

@@ -82,6 +82,7 @@ class Filter(nn.Module):
         self.bias = zeros if layer.bias is None else layer.bias.detach().double().clone()
         self.had_bias = layer.bias is not None
         self.activation = "none"
+        self.origin = layer  # calls of one module share what stays equal
 
     @property
     def depthwise(self) -> bool:

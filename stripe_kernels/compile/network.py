@@ -47,7 +47,7 @@ class Network(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """What the network it was made from returns, in evaluation mode."""
-        if not all(type(x) is Tensor for x in inputs) or not ops._plain(*inputs):
+        if not _runs_itself(inputs):
             return self.body(*inputs)
         key = (torch.get_num_threads(), *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
         program = self._programs.get(key)
@@ -112,6 +112,13 @@ class Network(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset()
+
+
+def _runs_itself(inputs: tuple[Any, ...]) -> bool:
+    """Whether only the kernels are needed: plain tensors, no gradient, no mode or compiler listening."""
+    if not (ops._nobody_listens() and ops._plain(*inputs)):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
 
 
 class _Writer(fx.Interpreter):

@@ -154,6 +154,8 @@ class _Translator:
     def conv(self, node: fx.Node, layer: StripeConv2d) -> None:
         if layer._explicit_pad is not None or layer.weight.dtype != torch.float32:
             raise Untranslatable(f"{node.name}: lanes take zero padding and float32 weights")
+        if layer.groups > 1 and layer.stride != (1, 1):
+            raise Untranslatable(f"{node.name}: the phases of a strided input are laid out for one group")
         x = self.source(node.args[0])
         residual = self.source(node.args[1]) if len(node.args) > 1 and node.args[1] is not None else None
         activation = layer.activation if isinstance(layer, FusedConv2d) else "none"

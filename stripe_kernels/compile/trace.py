@@ -31,4 +31,6 @@ def trace(model: nn.Module) -> fx.GraphModule:
                 f"torch.fx cannot follow {type(copied).__name__}: {error}. Control flow that depends on the "
                 "input has no fixed graph"
             ) from error
+        for node in graph.nodes:
+            node.type = None  # annotations that are still text would keep the graph from being pickled
         return fx.GraphModule(tracer.root, graph, type(model).__name__)

@@ -1,0 +1,246 @@
+"""The rewriting passes: the same function, inside the error budget, in fewer channels and calls."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from stripe_kernels import StripeConv2d
+from stripe_kernels.compile.layers import FusedConv2d
+from stripe_kernels.compile.network import Network
+from stripe_kernels.compile.optimize import compact
+from tests.compile.zoo import NETS, lively, masked
+
+
+def assert_same(model: nn.Module, network: nn.Module, inputs: list[Tensor]) -> None:
+    """Largest and root mean square error at most twice torch's own, plus two ulp of the largest output."""
+    exact_model = copy.deepcopy(model).double()
+    errors: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.inference_mode():
+        for x in inputs:
+            exact, theirs, ours = (
+                tree_leaves(f) for f in (exact_model(x.double()), model(x.clone()), network(x))
+            )
+            assert [t.shape for t in ours] == [t.shape for t in theirs]
+            errors += [(o - e, t - e, e) for o, t, e in zip(ours, theirs, exact, strict=True)]
+    ours_all, theirs_all, exact_all = (torch.cat([e[i].flatten() for e in errors]) for i in range(3))
+    ulp = torch.finfo(torch.float32).eps
+    assert ours_all.abs().max() <= 2 * theirs_all.abs().max() + 2 * ulp * exact_all.abs().max()
+    rms = [t.square().mean().sqrt() for t in (ours_all, theirs_all, exact_all)]
+    assert rms[0] <= 2 * rms[1] + 2 * ulp * rms[2]
+
+
+@pytest.mark.parametrize("density", [0.5, 0.24, 0.1])
+@pytest.mark.parametrize("name", NETS)
+def test_equals_the_masked_network(name: str, density: float) -> None:
+    model, frozen, x = masked(name, density)
+    network = compact(frozen, (x,))
+    assert_same(model, network, [x, torch.randn(16, *x.shape[1:]), x[:1]])
+    count = [sum(p.numel() for p in m.parameters()) for m in (frozen, network)]
+    assert count[1] < count[0] or name == "in_place"  # whose channels are all tied by the addition
+
+
+def test_an_empty_batch() -> None:
+    model, frozen, x = masked("resnet20", 0.24)
+    with torch.inference_mode():
+        assert compact(frozen, (x,))(x[:0]).shape == model(x[:0]).shape
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet20", "unet", "densenet"])
+def test_an_unpruned_network_is_only_fused(name: str) -> None:
+    torch.manual_seed(0)
+    make, size = NETS[name]
+    model, x = lively(make()), torch.randn(2, 3, *size)
+    network = compact(model, (x,))
+    assert not any("channels kept" in line for line in network.report)
+    assert_same(model, network, [x, torch.randn(16, 3, *size)])
+
+
+@pytest.mark.parametrize("name", ["unet", "resnet20", "yolo_neck"])
+def test_other_image_sizes(name: str) -> None:
+    """Constants meet borders elsewhere in a larger image."""
+    model, frozen, x = masked(name, 0.24)
+    assert_same(model, compact(frozen, (x,)), [torch.randn(3, 3, 2 * x.shape[2], 4 * x.shape[3])])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_memory_formats_follow_the_input(memory_format: torch.memory_format) -> None:
+    model, frozen, x = masked("unet", 0.24)
+    x = x.contiguous(memory_format=memory_format)
+    network = compact(frozen, (x,))
+    with torch.inference_mode():
+        assert network(x).is_contiguous(memory_format=memory_format)
+    assert_same(model, network, [x])
+
+
+def test_vgg_shrinks_to_its_live_filters() -> None:
+    """In a chain every dead filter goes, but one that carries constants where they meet a border."""
+    _, frozen, x = masked("vgg16", 0.24)
+    network = compact(frozen, (x,))
+    layers = [m for m in network.modules() if isinstance(m, FusedConv2d)]
+    pruned = [m for m in frozen.modules() if isinstance(m, StripeConv2d)]
+    for before, after in zip(pruned, layers, strict=True):
+        live = before.filter_skeleton.shape[0] - len(before.filter_skeleton.dead_filters)
+        assert live <= after.out_channels <= live + 1
+        assert after.activation == "relu"
+    assert not any(isinstance(m, (nn.BatchNorm2d, nn.ReLU)) for m in network.modules())
+
+
+def test_residual_blocks_become_two_calls() -> None:
+    _, frozen, x = masked("resnet20", 0.5, dead=0.0)
+    nodes = [n for n in compact(frozen, (x,)).body.graph.nodes if n.op not in ("placeholder", "output")]
+    assert len(nodes) == 19 + 2 + 3  # convolutions, projections; mean, flatten, linear
+
+
+def one_dead(padding: int, after: nn.Module, between: nn.Module | None = None) -> nn.Sequential:
+    """A dead filter whose bias goes through `between` into `after`."""
+    first = nn.Conv2d(2, 3, 3, padding=1)
+    first.weight.data[1] = 0
+    first.bias.data[1] = 0.7
+    return nn.Sequential(first, between or nn.Identity(), after).eval()
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_a_constant_and_the_border(padding: int, mode: str) -> None:
+    """Only a border of zeros needs the channel that carries the constants; others take a bias."""
+    model = one_dead(padding, nn.Conv2d(3, 4, 3, padding=padding, padding_mode=mode))
+    x = torch.randn(2, 2, 6, 5)
+    network = compact(model, (x,))
+    first = next(m for m in network.modules() if isinstance(m, FusedConv2d))
+    assert first.out_channels == (3 if mode == "zeros" and padding else 2)
+    assert_same(model, network, [x, torch.randn(1, 2, 9, 4)])
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.Sigmoid(),
+        nn.MaxPool2d(2, padding=1),
+        nn.AvgPool2d(2),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.GELU(),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_constants_pass_through(between: nn.Module) -> None:
+    model = one_dead(0, nn.Conv2d(3, 4, 3), between)
+    network = compact(model, (torch.randn(2, 2, 8, 8),))
+    assert next(m for m in network.modules() if isinstance(m, FusedConv2d)).out_channels == 2
+    assert_same(model, network, [torch.randn(2, 2, 8, 8)])
+
+
+def test_an_average_that_counts_padding_is_left_alone() -> None:
+    model = one_dead(0, nn.Conv2d(3, 4, 3), nn.AvgPool2d(3, 1, padding=1))
+    network = compact(model, (torch.randn(2, 2, 8, 8),))
+    assert next(m for m in network.modules() if isinstance(m, FusedConv2d)).out_channels == 3
+    assert_same(model, network, [torch.randn(2, 2, 8, 8)])
+
+
+def test_flatten_and_linear_take_the_constants() -> None:
+    model = one_dead(0, nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 5, 6)))
+    network = compact(model, (torch.randn(2, 2, 4, 5),))
+    linear = next(m for m in network.modules() if isinstance(m, nn.Linear))
+    assert linear.in_features == 2 * 4 * 5
+    assert_same(model, network, [torch.randn(3, 2, 4, 5)])
+
+
+def test_input_channels_that_nobody_reads_go() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3)).eval()
+    model[2].weight.data[:, [0, 3]] = 0
+    network = compact(model, (torch.randn(1, 2, 8, 8),))
+    assert next(m for m in network.modules() if isinstance(m, FusedConv2d)).out_channels == 3
+    assert_same(model, network, [torch.randn(2, 2, 8, 8)])
+
+
+def test_all_filters_dead() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 4, 3, padding=1)).eval()
+    model[0].weight.data.zero_()
+    assert_same(model, compact(model, (torch.randn(1, 2, 8, 8),)), [torch.randn(2, 2, 8, 8)])
+
+
+class CountsChannels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = one_dead(0, nn.Conv2d(3, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.model[0](x)
+        return self.model[2](y) * y.size(1) + y.shape[1]
+
+
+def test_channels_that_are_counted_stay() -> None:
+    model = CountsChannels().eval()
+    network = compact(model, (torch.randn(1, 2, 8, 8),))
+    assert next(m for m in network.modules() if isinstance(m, FusedConv2d)).out_channels == 3
+    assert_same(model, network, [torch.randn(2, 2, 8, 8)])
+
+
+class WritesAView(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = x.view(x.size(0), -1)
+        x.relu_()
+        return y
+
+
+def test_writing_to_a_tensor_with_views_is_refused() -> None:
+    with pytest.raises(ValueError, match="views"):
+        compact(WritesAView(), (torch.randn(1, 2, 8, 8),))
+
+
+@pytest.fixture
+def network() -> tuple[nn.Module, Network, Tensor]:
+    model, frozen, x = masked("resnet20", 0.24)
+    return model, compact(frozen, (x,)), x
+
+
+def test_several_threads_and_signatures_at_once(network: tuple[nn.Module, Network, Tensor]) -> None:
+    _, net, x = network
+    inputs = [torch.randn((1, 2, 17)[i % 3], *x.shape[1:]) for i in range(24)]
+    with torch.inference_mode():
+        expected = [net.body(x) for x in inputs]
+
+    def call(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return net(x)
+
+    with ThreadPoolExecutor(6) as pool:
+        for actual, wanted in zip(pool.map(call, inputs), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+        again = list(pool.map(call, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(again, map(call, inputs), strict=True))
+
+
+def test_torch_sees_the_operators_where_it_must(network: tuple[nn.Module, Network, Tensor]) -> None:
+    model, net, x = network
+    exported = torch.export.export(net, (x,))
+    assert any("fprop" in str(n.target) for n in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), model(x))
+    gradient = torch.autograd.grad(net(x.requires_grad_()).sum(), x)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad(model(x).sum(), x)[0])
+
+
+def test_copies_pickles_dtypes_and_new_weights(network: tuple[nn.Module, Network, Tensor]) -> None:
+    import pickle
+
+    _, net, x = network
+    with torch.inference_mode():
+        y = net(x)
+        assert torch.equal(copy.deepcopy(net)(x), y)
+        assert torch.equal(pickle.loads(pickle.dumps(net))(x), y)
+        torch.testing.assert_close(copy.deepcopy(net).double()(x.double()).float(), y)
+        other = copy.deepcopy(net)
+        state = net.state_dict()
+        other.load_state_dict({k: v * 2 if k == "body.classifier.bias" else v for k, v in state.items()})
+        torch.testing.assert_close(
+            other(x) - y, state["body.classifier.bias"].expand_as(y), atol=1e-5, rtol=1e-5
+        )
+    assert not any(p.requires_grad for p in net.parameters())
+    with pytest.raises(RuntimeError, match="train the model"):
+        net.train()
