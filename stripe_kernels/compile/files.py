@@ -25,6 +25,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 
 from stripe_kernels.compile import choices, vocabulary
+from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.trace import trace
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.skeleton import FilterSkeleton
@@ -49,6 +50,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     graph = _graph_json(network)
     tensors = _tensors(network, graph)
     graph["choices"] = choices.of_network(network)
+    if isinstance(model, Network):
+        graph["network"] = {"report": model.report, "resident_from": model.resident_from}
     text = json.dumps(graph, separators=(",", ":"), sort_keys=True)
     metadata = {_KEY: text, "sha256": _checksum(text, tensors)}
     _write_whole(Path(path), serialize(tensors, metadata))
@@ -56,6 +59,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
     """The network that `save` wrote, in evaluation mode on the CPU: a graph of torch's layers and ours.
+
+    What `optimize` made comes back optimized.
 
     Tuned choices in the file become this process's choices where the kernels exist here, so outputs repeat
     bit for bit.
@@ -82,9 +87,17 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         graph = json.loads(text)
         network = _network(graph, tensors)
         choices.restore(graph["choices"], network)
+        return _optimized(network, graph["network"]) if "network" in graph else network
     except _MALFORMED as error:
         # The checksum is no secret: a file made by hand can have any content and a right one.
         raise ValueError(f"{path} describes no network: {type(error).__name__}: {error}") from error
+
+
+def _optimized(body: fx.GraphModule, settings: dict[str, Any]) -> Network:
+    network = Network(body)
+    network.report = [str(line) for line in settings["report"]]
+    start = settings["resident_from"]
+    network.resident_from = None if start is None else int(start)
     return network
 
 

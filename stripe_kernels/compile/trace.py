@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 
 from stripe_kernels.compile import vocabulary
+from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.unwrap import clone
 
 
@@ -20,6 +21,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
     Raises ValueError with torch.fx's reason for a model whose Python control flow depends on its input.
     """
     copied = clone(model).eval()
+    if isinstance(copied, Network):
+        return copied.body
     if isinstance(copied, fx.GraphModule):
         return copied
     with torch.inference_mode(False):

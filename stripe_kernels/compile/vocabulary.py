@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.modules import StripeConv2d
 
 _MODULES = """
@@ -70,7 +71,7 @@ for _name, _function in FUNCTIONS.items():
     FUNCTION_NAMES.setdefault(_function, _name)
 
 MODULES: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in _MODULES.split()}
-MODULES["StripeConv2d"] = StripeConv2d
+MODULES |= {"StripeConv2d": StripeConv2d, "FusedConv2d": FusedConv2d}
 MODULE_NAMES = {kind: name for name, kind in MODULES.items()}
 
 

@@ -13,10 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from iessp.models import build
 from stripe_kernels import StripeConv2d, freeze, load, plan, save
 from stripe_kernels.compile import files
+from stripe_kernels.compile.network import Network
+from stripe_kernels.compile.optimize import compact
+from tests.compile.zoo import NETS, masked
 
 
 def random_skeletons(model: nn.Module, density: float) -> dict[str, Tensor]:
@@ -229,3 +233,17 @@ def test_what_a_file_cannot_hold_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fft"):
         save(Custom(), tmp_path / "net")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_optimized_networks_come_back_optimized(name: str, tmp_path: Path) -> None:
+    _, frozen, x = masked(name, 0.24)
+    network = compact(frozen, (x,))
+    save(network, tmp_path / "net")
+    save(frozen, tmp_path / "frozen")
+    loaded, plain = load(tmp_path / "net"), load(tmp_path / "frozen")
+    assert isinstance(loaded, Network)
+    assert loaded.report == network.report
+    with torch.inference_mode():
+        for a, b in ((loaded, network), (plain, frozen)):
+            assert all(map(torch.equal, tree_leaves(a(x)), tree_leaves(b(x))))
