@@ -1,5 +1,6 @@
-// stripe_kernels._cuda: pointers, strides and sizes in, nothing out. The layout and the tables a kernel indexes memory by are
-// validated when it is built; a call then only names tensors whose shapes the caller checked against the plan.
+// stripe_kernels._cuda: pointers, strides and sizes in, nothing out. The layout and the tables a kernel
+// indexes memory by are validated when it is built; a call then only names tensors whose shapes the caller
+// checked against the plan.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -32,13 +33,14 @@ void succeed(int error, const std::string& what) {
 Layout layout_of(const Ints& v) {
   Layout l;
   static_assert(std::is_trivially_copyable_v<Layout> && sizeof(Layout) % sizeof(int) == 0);
-  require(v.size() == sizeof l / sizeof(int),
-          "a layout has " + std::to_string(sizeof l / sizeof(int)) + " integers, got " + std::to_string(v.size()));
+  require(v.size() == sizeof l / sizeof(int), "a layout has " + std::to_string(sizeof l / sizeof(int)) +
+                                                  " integers, got " + std::to_string(v.size()));
   std::memcpy(&l, v.data(), sizeof l);
   const Walk& w = l.walk;
-  for (int i : {w.tile_n, w.tile_h, w.tile_w, w.out_step_h, w.out_step_w, w.in_step_h, w.in_step_w, w.patch_h, w.patch_w,
-                w.load_h, w.load_w, w.row_h, w.row_w, w.classes, l.groups, l.group_in, l.group_out, l.tile_out, l.tiles_out,
-                l.chunk, l.pitch, l.splits})
+  for (int i : {w.tile_n,    w.tile_h,  w.tile_w,  w.out_step_h, w.out_step_w, w.in_step_h,
+                w.in_step_w, w.patch_h, w.patch_w, w.load_h,     w.load_w,     w.row_h,
+                w.row_w,     w.classes, l.groups,  l.group_in,   l.group_out,  l.tile_out,
+                l.tiles_out, l.chunk,   l.pitch,   l.splits})
     require(i > 0, "extents, steps, channels and splits are positive");
   for (int i : {w.images, w.tiles_n, w.tiles_h, w.tiles_w, w.out_h, w.out_w, w.in_h, w.in_w, l.slab})
     require(i >= 0, "sizes are not negative");
@@ -73,7 +75,8 @@ void check_steps(const Layout& l, const Ints& tables) {
     std::memcpy(&s, &tables[l.steps + 8 * i], sizeof s);
     require(0 <= s.channel && s.channel < l.group_in, "a step's channel exists");
     require(s.entries >= 0 && s.entries <= s.entries_end, "a step's entries exist");
-    require(s.weights >= 0 && s.weight_units >= 0 && s.weight_units <= l.slab, "a step's weights fit the slab");
+    require(s.weights >= 0 && s.weight_units >= 0 && s.weight_units <= l.slab,
+            "a step's weights fit the slab");
   }
 }
 
@@ -85,10 +88,9 @@ struct Spec {
 };
 
 constexpr Spec kSpecs[] = {
-    {"fprop_ffma", fprop_ffma, fprop_ffma_bytes, true},
-    {"dgrad_ffma", dgrad_ffma, dgrad_ffma_bytes, true},
-    {"wgrad_ffma", wgrad_ffma, wgrad_ffma_bytes, false},
-    {"fprop_mma", fprop_mma, fprop_mma_bytes, true},
+    {"fprop_ffma", fprop_ffma, fprop_ffma_bytes, true},  {"dgrad_ffma", dgrad_ffma, dgrad_ffma_bytes, true},
+    {"wgrad_ffma", wgrad_ffma, wgrad_ffma_bytes, false}, {"fprop_mma", fprop_mma, fprop_mma_bytes, true},
+    {"dgrad_mma", dgrad_mma, dgrad_mma_bytes, true},     {"wgrad_mma", wgrad_mma, wgrad_mma_bytes, false},
 };
 
 const Spec& spec_of(const std::string& name) {
@@ -120,8 +122,10 @@ struct Kernel {
 
   void run(std::uintptr_t stream, std::uintptr_t tables, std::uintptr_t in, const Offsets& in_strides,
            std::uintptr_t weights, std::uintptr_t out, const Offsets& out_strides, std::uintptr_t partial,
-           long long out_count, std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t residual, int activation) const {
-    require((partial != 0) == (params.layout.splits > 1), "splits need a place for their shares, and only they");
+           long long out_count, std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t residual,
+           int activation) const {
+    require((partial != 0) == (params.layout.splits > 1),
+            "splits need a place for their shares, and only they");
     Params p = params;
     p.call.tables = reinterpret_cast<const int*>(tables);
     p.call.in = reinterpret_cast<const void*>(in);
@@ -136,10 +140,11 @@ struct Kernel {
   }
 };
 
-void run_reduce(std::uintptr_t stream, std::uintptr_t partial, int splits, std::uintptr_t out, int dtype, long long count,
-                int channels, long long channel_stride, std::uintptr_t scale, std::uintptr_t shift,
-                std::uintptr_t residual, int activation) {
-  require(splits > 0 && count >= 0 && channels > 0 && channel_stride > 0, "splits, channels and strides are positive");
+void run_reduce(std::uintptr_t stream, std::uintptr_t partial, int splits, std::uintptr_t out, int dtype,
+                long long count, int channels, long long channel_stride, std::uintptr_t scale,
+                std::uintptr_t shift, std::uintptr_t residual, int activation) {
+  require(splits > 0 && count >= 0 && channels > 0 && channel_stride > 0,
+          "splits, channels and strides are positive");
   Reduction r{};
   r.partial = reinterpret_cast<const float*>(partial);
   r.out = reinterpret_cast<void*>(out);
@@ -153,16 +158,22 @@ void run_reduce(std::uintptr_t stream, std::uintptr_t partial, int splits, std::
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "Stripe convolutions on NVIDIA GPUs. Raw pointers: use stripe_kernels.stripe_conv2d.";
-  m.def("devices", [] {
-    int count = 0;
-    succeed(device_count(&count), "devices");
-    return count;
-  }, "Number of GPUs; RuntimeError with the driver's message where there is none.");
-  m.def("shared_bytes", [](const std::string& name, int dtype, const Ints& layout) {
-    Layout l = layout_of(layout);
-    l.dtype = dtype_of(dtype);
-    return spec_of(name).bytes(l);
-  }, "Shared memory a block of this kernel needs with this layout.");
+  m.def(
+      "devices",
+      [] {
+        int count = 0;
+        succeed(device_count(&count), "devices");
+        return count;
+      },
+      "Number of GPUs; RuntimeError with the driver's message where there is none.");
+  m.def(
+      "shared_bytes",
+      [](const std::string& name, int dtype, const Ints& layout) {
+        Layout l = layout_of(layout);
+        l.dtype = dtype_of(dtype);
+        return spec_of(name).bytes(l);
+      },
+      "Shared memory a block of this kernel needs with this layout.");
   m.def("reduce", &run_reduce);
   py::class_<Kernel>(m, "Kernel")
       .def(py::init<const std::string&, int, const Ints&, const Ints&>())

@@ -1,7 +1,8 @@
 // dx[n,c,h,w] = sum over the live stripes (k,r,s):  w[k,c,r,s] * dy[n, k, h - r, w - s]
 //
-// Strict float32, exact at one stripe: filter and tap are one flat reduction index. A thread owns two pixels and sixteen
-// channels, in registers from the first stripe to the last. A phase of the stride is a class with taps of its own.
+// Strict float32, exact at one stripe: filter and tap are one flat reduction index. A thread owns two pixels
+// and sixteen channels, in registers from the first stripe to the last. A phase of the stride is a class with
+// taps of its own.
 #include "cuda/epilogue.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
@@ -26,8 +27,8 @@ __host__ __device__ inline Memory memory_of(const Layout& l) {
 }
 
 // sums += over the step's stripes: weights[stripe][channels] * planes[where[stripe]]
-__device__ inline void execute(const int* where, int stripes, const float* planes, const float* weights, const int (&row)[2],
-                               float (&sums)[2][kChannels]) {
+__device__ inline void execute(const int* where, int stripes, const float* planes, const float* weights,
+                               const int (&row)[2], float (&sums)[2][kChannels]) {
   for (int a = 0; a < stripes; ++a, weights += kChannels) {
     const float* plane = planes + where[a];
     const float dy[2] = {plane[row[0]], plane[row[1]]};
@@ -62,13 +63,16 @@ __global__ void __launch_bounds__(kThreads, 4) dgrad_ffma_kernel(Params params) 
   const int* where = call.tables + l.lists;
   float sums[2][kChannels] = {};
   const auto load = [&](const Step& step, int patch, int slab) {
-    if (step.fresh) load_planes<kThreads>(l, rows, in, call.in_strides, step, l.chunk, planes + patch * patch_size);
-    const float* from = static_cast<const float*>(call.weights) + static_cast<long long>(step.weights) * kChannels;
+    if (step.fresh)
+      load_planes<kThreads>(l, rows, in, call.in_strides, step, l.chunk, planes + patch * patch_size);
+    const float* from =
+        static_cast<const float*>(call.weights) + static_cast<long long>(step.weights) * kChannels;
     load_linear<kThreads>(from, step.weight_units * kChannels, weights + slab * slab_size);
   };
   run_steps(work.step, work.end, load, [&](const Step& step, int patch, int slab) {
     const int* stripes = where + step.entries;
-    execute(stripes, step.entries_end - step.entries, planes + patch * patch_size, weights + slab * slab_size, row, sums);
+    execute(stripes, step.entries_end - step.entries, planes + patch * patch_size, weights + slab * slab_size,
+            row, sums);
   });
 
   const int channels = min(kChannels, l.group_out - work.out), first = work.group * l.group_out + work.out;

@@ -7,14 +7,18 @@ namespace sk::cuda {
 
 __device__ inline float activate(float x, Activation a) {
   switch (a) {
-    case Activation::relu: return x < 0.f ? 0.f : x;
-    case Activation::relu6: return x < 0.f ? 0.f : (x > 6.f ? 6.f : x);
-    case Activation::silu: return x / (1.f + exponential(-x));
+    case Activation::relu:
+      return x < 0.f ? 0.f : x;
+    case Activation::relu6:
+      return x < 0.f ? 0.f : (x > 6.f ? 6.f : x);
+    case Activation::silu:
+      return x / (1.f + exponential(-x));
     case Activation::hardswish: {
       const float t = x + 3.f;
       return x * (t < 0.f ? 0.f : (t > 6.f ? 6.f : t)) / 6.f;
     }
-    case Activation::none: break;
+    case Activation::none:
+      break;
   }
   return x;
 }
@@ -37,7 +41,8 @@ __device__ inline void store(const Call& call, int split, int k, long long offse
   if (call.partial)
     call.partial[split * call.out_count + offset] = sum;
   else
-    static_cast<T*>(call.out)[offset] = finish<T>(call.finish, sum, scale_of(call.finish, k), shift_of(call.finish, k), offset);
+    static_cast<T*>(call.out)[offset] =
+        finish<T>(call.finish, sum, scale_of(call.finish, k), shift_of(call.finish, k), offset);
 }
 
 }  // namespace sk::cuda

@@ -1,8 +1,10 @@
-// y[n,k,p,q] = finish( sum over the live taps (r,s) of filter k, over c:  w[k,c,r,s] * x[n, c, p + r, q + s] )
+// y[n,k,p,q] = finish( sum over the live taps (r,s) of filter k, over c:  w[k,c,r,s] * x[n, c, p + r, q + s]
+// )
 //
-// Strict float32, exact at one filter: a tap multiplies its live filters only. A thread owns two pixels. Up to eight filters of a
-// tap are summed over a chunk of channels in registers, then added to the tile's sums in shared memory: filters cannot keep
-// registers of their own, since which of them live changes with every tap.
+// Strict float32, exact at one filter: a tap multiplies its live filters only. A thread owns two pixels. Up
+// to eight filters of a tap are summed over a chunk of channels in registers, then added to the tile's sums
+// in shared memory: filters cannot keep registers of their own, since which of them live changes with every
+// tap.
 #include "cuda/epilogue.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
@@ -34,8 +36,8 @@ __host__ __device__ inline Memory memory_of(const Layout& l) {
 
 // sums[f] += over c: weights[f][c] * planes[c], for F filters of one tap.
 template <int F>
-__device__ inline void multiply(const Layout& l, const float* const (&pixel)[2], const float* weights, const int* filters,
-                                float* sums) {
+__device__ inline void multiply(const Layout& l, const float* const (&pixel)[2], const float* weights,
+                                const int* filters, float* sums) {
   float acc[F][2] = {};
   for (int c = 0; c < l.chunk; c += 4) {
     float x[2][4];
@@ -56,8 +58,8 @@ __device__ inline void multiply(const Layout& l, const float* const (&pixel)[2],
   }
 }
 
-__device__ inline void execute(const Layout& l, const int* tables, const Step& step, const float* planes, const float* weights,
-                               const int (&row)[2], float* sums) {
+__device__ inline void execute(const Layout& l, const int* tables, const Step& step, const float* planes,
+                               const float* weights, const int (&row)[2], float* sums) {
   const Entry* entries = reinterpret_cast<const Entry*>(tables + l.entries);
   for (int e = step.entries; e < step.entries_end; ++e) {
     const Entry entry = entries[e];
@@ -77,17 +79,20 @@ __device__ inline void execute(const Layout& l, const int* tables, const Step& s
 }
 
 // Lanes follow what is contiguous in y: pixels, or filters.
-__device__ inline void write(const Layout& l, const Call& call, const Work& work, const long long* offsets, const float* sums) {
+__device__ inline void write(const Layout& l, const Call& call, const Work& work, const long long* offsets,
+                             const float* sums) {
   const int filters = min(l.tile_out, l.group_out - work.out), first = work.group * l.group_out + work.out;
   if (call.out_strides.c != 1) {
     for (int p = threadIdx.x; p < kPixels; p += kThreads)
       for (int f = 0; f < filters && offsets[p] >= 0; ++f)
-        store<float>(call, work.split, first + f, offsets[p] + (first + f) * call.out_strides.c, sums[f * kSumPitch + p]);
+        store<float>(call, work.split, first + f, offsets[p] + (first + f) * call.out_strides.c,
+                     sums[f * kSumPitch + p]);
     return;
   }
   for (int f = threadIdx.x % 32; f < filters; f += 32)
     for (int p = threadIdx.x / 32; p < kPixels; p += kThreads / 32)
-      if (offsets[p] >= 0) store<float>(call, work.split, first + f, offsets[p] + first + f, sums[f * kSumPitch + p]);
+      if (offsets[p] >= 0)
+        store<float>(call, work.split, first + f, offsets[p] + first + f, sums[f * kSumPitch + p]);
 }
 
 __global__ void __launch_bounds__(kThreads, 4) fprop_ffma_kernel(Params params) {
@@ -109,8 +114,10 @@ __global__ void __launch_bounds__(kThreads, 4) fprop_ffma_kernel(Params params) 
 
   const float* in = static_cast<const float*>(call.in) + work.group * l.group_in * call.in_strides.c;
   const auto load = [&](const Step& step, int patch, int slab) {
-    if (step.fresh) load_planes<kThreads>(l, rows, in, call.in_strides, step, l.chunk, planes + patch * patch_size);
-    const float* from = static_cast<const float*>(call.weights) + static_cast<long long>(step.weights) * l.chunk;
+    if (step.fresh)
+      load_planes<kThreads>(l, rows, in, call.in_strides, step, l.chunk, planes + patch * patch_size);
+    const float* from =
+        static_cast<const float*>(call.weights) + static_cast<long long>(step.weights) * l.chunk;
     load_linear<kThreads>(from, step.weight_units * l.chunk, weights + slab * slab_size);
   };
   run_steps(work.step, work.end, load, [&](const Step& step, int patch, int slab) {

@@ -1,9 +1,10 @@
-// y[n,k,p,q] = finish( sum over the columns of filter k, over their taps (r,s), over c:  w[column,(r,s),c] * x[n, c, p + r, q + s] )
+// y[n,k,p,q] = finish( sum over the columns of filter k, over their taps (r,s), over c:  w[column,(r,s),c] *
+// x[n, c, p + r, q + s] )
 //
-// Tensor cores, mma.sync: 16 pixels x 8 columns. A column is a filter, or its part in one band of kernel rows; eight columns
-// with like taps make a block, whose accumulators stay in registers through all taps and channels. A tap executes the blocks
-// that live there, a warp-uniform choice. Parts of a filter meet in the epilogue. (Clustering filters by all their taps alone
-// executes 1.6 to 2.5 times the live stripes at density 0.1; by rows of taps 1.15 to 1.8: simulated.)
+// Tensor cores, mma.sync: 16 pixels x 8 columns. A column is a filter or a part of it; eight columns with
+// like taps make a block, whose accumulators stay in registers through all taps and channels. A tap executes
+// the blocks that live there, a warp-uniform choice. Parts of a filter meet in the epilogue.
+// backends/cuda_columns.py cuts the columns and says what it gains.
 //
 // A warp owns 32 pixels and all columns of the tile: its A fragments then serve every live block of a tap.
 #include "cuda/kernels.h"
@@ -16,9 +17,9 @@ namespace sk::cuda {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kRows = 2;                        // 16-pixel tiles of a warp
+constexpr int kRows = 2;  // 16-pixel tiles of a warp
 constexpr int kPixels = 16 * kRows * kWarps;
-constexpr int kFragment = 512;                  // bytes: 8 columns x 64 bytes of channels, in the order lanes read them
+constexpr int kFragment = 512;  // bytes: 8 columns x 64 bytes of channels, in the order lanes read them
 
 struct Entry {
   int row, blocks;  // offset of the tap in the patch; bit b: block b lives
@@ -50,8 +51,8 @@ __host__ __device__ inline Memory memory_of(const Layout& l) {
 
 // acc[.][b] += pixels[.] * weights[b] for the live blocks b, 64 bytes of channels.
 template <class T, int Blocks>
-__device__ inline void multiply(const unsigned char* const (&pixels)[kRows], int at, int live, const unsigned char*& weights,
-                                uint4& next, float (&acc)[kRows][Blocks][4]) {
+__device__ inline void multiply(const unsigned char* const (&pixels)[kRows], int at, int live,
+                                const unsigned char*& weights, uint4& next, float (&acc)[kRows][Blocks][4]) {
   std::uint32_t a[kRows][2][4];
 #pragma unroll
   for (int m = 0; m < kRows; ++m)
@@ -76,8 +77,9 @@ __device__ inline void multiply(const unsigned char* const (&pixels)[kRows], int
 }
 
 template <class T, int Blocks>
-__device__ inline void execute(const Layout& l, const Entry* entries, const Step& step, const unsigned char* patch,
-                               const unsigned char* slab, const int (&row)[kRows], float (&acc)[kRows][Blocks][4]) {
+__device__ inline void execute(const Layout& l, const Entry* entries, const Step& step,
+                               const unsigned char* patch, const unsigned char* slab, const int (&row)[kRows],
+                               float (&acc)[kRows][Blocks][4]) {
   const int bytes = min(l.chunk, l.group_in - step.channel) * int(sizeof(T));
   const unsigned char* weights = slab + threadIdx.x % 32 * 16;
   uint4 next = *reinterpret_cast<const uint4*>(weights);
@@ -90,7 +92,8 @@ __device__ inline void execute(const Layout& l, const Entry* entries, const Step
   }
 }
 
-// Accumulators to sums[pixel][column]; the padding columns become zero: parts a filter does not have point there.
+// Accumulators to sums[pixel][column]; the padding columns become zero: parts a filter does not have point
+// there.
 template <int Blocks>
 __device__ inline void spill(const float (&acc)[kRows][Blocks][4], float* sums) {
   constexpr int pitch = Sums<Blocks>::pitch;
@@ -133,12 +136,14 @@ __global__ void __launch_bounds__(kThreads, 2) fprop_mma_kernel(Params params) {
   const auto* packed = static_cast<const unsigned char*>(call.weights);
   const auto* entries = reinterpret_cast<const Entry*>(call.tables + l.entries);
   const auto load = [&](const Step& step, int half, int slab) {
-    if (step.fresh) load_rows<T, kThreads>(l, rows, in, call.in_strides, step, patch + half * memory.patch_size);
-    load_units<kFragment, kThreads>(packed + static_cast<long long>(step.weights) * kFragment, step.weight_units,
-                                    weights + slab * memory.slab_size);
+    if (step.fresh)
+      load_patch<T, kThreads>(l, rows, in, call.in_strides, step, patch + half * memory.patch_size);
+    load_units<kFragment, kThreads>(packed + static_cast<long long>(step.weights) * kFragment,
+                                    step.weight_units, weights + slab * memory.slab_size);
   };
   run_steps(work.step, work.end, load, [&](const Step& step, int half, int slab) {
-    execute<T, Blocks>(l, entries, step, patch + half * memory.patch_size, weights + slab * memory.slab_size, row, acc);
+    execute<T, Blocks>(l, entries, step, patch + half * memory.patch_size, weights + slab * memory.slab_size,
+                       row, acc);
   });
 
   barrier();
@@ -146,8 +151,9 @@ __global__ void __launch_bounds__(kThreads, 2) fprop_mma_kernel(Params params) {
   spill<Blocks>(acc, sums);
   barrier();
   const int* columns = call.tables + l.lists + blockIdx.y * (4 + kMaxParts * l.tile_out);
-  store_tile<T, kThreads>(call, work.split, sums, Sums<Blocks>::pitch, kPixels, offsets, work.group * l.group_out + work.out,
-                          min(l.tile_out, l.group_out - work.out), columns);
+  store_tile<T, kThreads>(call, work.split, sums, Sums<Blocks>::pitch, kPixels, offsets,
+                          work.group * l.group_out + work.out, min(l.tile_out, l.group_out - work.out),
+                          columns);
 }
 
 template <class T>
@@ -167,9 +173,12 @@ int fprop_mma_bytes(const Layout& l) { return l.width == 8 ? memory_of<8>(l).end
 // width: blocks of eight columns, 8 or 16.
 int fprop_mma(const Params& p, void* stream) {
   switch (p.layout.dtype) {
-    case DType::f32: return launch_width<float>(p, stream);
-    case DType::bf16: return launch_width<bf16>(p, stream);
-    case DType::f16: return launch_width<f16>(p, stream);
+    case DType::f32:
+      return launch_width<float>(p, stream);
+    case DType::bf16:
+      return launch_width<bf16>(p, stream);
+    case DType::f16:
+      return launch_width<f16>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

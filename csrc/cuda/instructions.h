@@ -1,5 +1,5 @@
-// The instructions that are not C++, one function each. tests/cuda/emulate has a header of the same name that does the
-// same on a CPU; nothing else in this folder knows the difference.
+// The instructions that are not C++, one function each. tests/cuda/emulate has a header of the same name that
+// does the same on a CPU; nothing else in this folder knows the difference.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -46,14 +46,17 @@ __device__ inline std::uint32_t shared_address(const void* p) {
 
 __device__ inline void barrier() { __syncthreads(); }
 
-// Copies Bytes (4 or 16) from global to shared memory; zeros arrive instead where `valid` is false, and nothing is read.
+// Copies Bytes (4 or 16) from global to shared memory; zeros arrive instead where `valid` is false, and
+// nothing is read.
 template <int Bytes>
 __device__ inline void copy_async(void* to, const void* from, bool valid) {
   const int size = valid ? Bytes : 0;
   if constexpr (Bytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(size));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(size));
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(size));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(size));
 }
 
 __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;"); }
@@ -76,10 +79,11 @@ __device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], const voi
 }
 
 // c[16x8] += a[16xk] b[kx8]: 32 bytes of k, that is k = 16 (bf16, f16) or 8 (float as tf32).
-// Lane l = 4g + t holds a rows g, g + 8 and b column g; of k the t-th word of either half; of c columns 2t, 2t + 1.
-#define SK_MMA(TYPES)                                                                                        \
+// Lane l = 4g + t holds a rows g, g + 8 and b column g; of k the t-th word of either half; of c columns 2t,
+// 2t + 1.
+#define SK_MMA(TYPES)                                                                                       \
   asm volatile("mma.sync.aligned." TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 template <class T>

@@ -13,14 +13,19 @@ int wgrad_ffma(const Params&, void* stream);
 
 // Tensor cores by mma.sync: bfloat16, float16, and float32 rounded to tf32; channels last.
 int fprop_mma(const Params&, void* stream);
+int dgrad_mma(const Params&, void* stream);
+int wgrad_mma(const Params&, void* stream);
 
 // Shared memory of a block in bytes, so that Python can choose layouts that fit.
 int fprop_ffma_bytes(const Layout&);
 int dgrad_ffma_bytes(const Layout&);
 int wgrad_ffma_bytes(const Layout&);
 int fprop_mma_bytes(const Layout&);
+int dgrad_mma_bytes(const Layout&);
+int wgrad_mma_bytes(const Layout&);
 
-// out[i] = finish(partial[0][i] + partial[1][i] + ...), in this order; channel of i: i / channel_stride % channels.
+// out[i] = finish(partial[0][i] + partial[1][i] + ...), in this order; channel of i: i / channel_stride %
+// channels.
 struct Reduction {
   const float* partial;
   void* out;

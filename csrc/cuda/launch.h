@@ -1,17 +1,20 @@
-// Starts a kernel on a stream and returns what the runtime says of it. Nothing is allocated and nobody waits, so launches may be
-// captured into a CUDA graph.
+// Starts a kernel on a stream and returns what the runtime says of it. Nothing is allocated and nobody waits,
+// so launches may be captured into a CUDA graph.
 #pragma once
 #include <cuda_runtime.h>
 
 namespace sk::cuda {
 
 template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void* stream, const Params& params) {
+cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, void* stream,
+                   const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  // 48 KiB need no permission. The permission belongs to the current device, so it is asked for on every launch.
+  // 48 KiB need no permission. The permission belongs to the current device, so it is asked for on every
+  // launch.
   if (shared_bytes > 48 * 1024) {
     const auto function = reinterpret_cast<const void*>(kernel);
-    const cudaError_t e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t e =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (e != cudaSuccess) return e;
   }
   cudaLaunchConfig_t config = {};

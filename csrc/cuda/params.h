@@ -1,12 +1,15 @@
-// What a launch is told. Layout is chosen in Python once per problem, in this order (backends/cuda_walk.py); Call differs
-// from call to call. One pair of structs serves every kernel; plain C++, so that the binding can read it.
+// What a launch is told. Layout is chosen in Python once per problem, in this order (backends/cuda_walk.py);
+// Call differs from call to call. One pair of structs serves every kernel; plain C++, so that the binding can
+// read it.
 //
 //   output pixel (n, i, j) of class q lies at (i, j) * out_step + offset[q]
-//   and reads input pixels                 at (i, j) * in_step + origin + a * load      (a: a pixel of the patch)
+//   and reads input pixels                 at (i, j) * in_step + origin + a * load      (a: a pixel of the
+//   patch)
 //
-// A block owns a tile of tile_n x tile_h x tile_w output pixels. The input pixels that a step of it reads form a patch, its
-// rows numbered (n, a_h, a_w); pixel (n, i, j) of the tile finds tap t in row (n, i * row_h, j * row_w) + row_of[t]. A class
-// is what shares a list of taps: all of fprop, a phase of a strided dgrad, one position of a small map.
+// A block owns a tile of tile_n x tile_h x tile_w output pixels. The input pixels that a step of it reads
+// form a patch, its rows numbered (n, a_h, a_w); pixel (n, i, j) of the tile finds tap t in row (n, i *
+// row_h, j * row_w) + row_of[t]. A class is what shares a list of taps: all of fprop, a phase of a strided
+// dgrad, one position of a small map.
 #pragma once
 #include "core/tensor.h"
 
@@ -29,10 +32,10 @@ struct Layout {
   int group_in, group_out;  // channels a group reads and writes
   int tile_out, tiles_out;  // channels a block writes, and such blocks in a group
   int chunk;                // channels of a patch
-  int pitch;                // of the patch in shared memory: words between channels (ffma) or bytes between rows (mma)
-  int slab;                 // most weight units of a step
-  int splits;               // blocks that share one sum
-  int width;                // which instance of a kernel template: see the kernel
+  int pitch;   // of the patch in shared memory: words between channels (ffma) or bytes between rows (mma)
+  int slab;    // most weight units of a step
+  int splits;  // blocks that share one sum
+  int width;   // which instance of a kernel template: see the kernel
   int items, steps, entries, lists, classes;  // where the sections of the tables start
   DType dtype;
 };
@@ -60,7 +63,7 @@ struct Finish {
 
 struct Call {
   const int* tables;
-  const void* in;       // fprop, wgrad: x; dgrad: dy
+  const void* in;  // fprop, wgrad: x; dgrad: dy
   Strides in_strides;
   const void* weights;  // packed; wgrad: dy
   void* out;            // fprop: y; dgrad: dx; wgrad: dw [A, C/groups]

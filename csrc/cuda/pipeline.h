@@ -1,13 +1,15 @@
-// The steps of a block, two deep: while one is executed the next is on its way. Patches and weights have two halves of shared
-// memory each; a patch that is not fresh stays where it is.
+// The steps of a block, two deep: while one is executed the next is on its way. Patches and weights have two
+// halves of shared memory each; a patch that is not fresh stays where it is.
 #pragma once
 #include "cuda/walk.h"
 
 namespace sk::cuda {
 
-// load(step, patch_half, weight_half) issues asynchronous copies; execute(step, patch_half, weight_half) uses what arrived.
+// load(step, patch_half, weight_half) issues asynchronous copies; execute(step, patch_half, weight_half) uses
+// what arrived.
 template <class Load, class Execute>
-__device__ inline void run_steps(const Step* step, const Step* end, const Load& load, const Execute& execute) {
+__device__ inline void run_steps(const Step* step, const Step* end, const Load& load,
+                                 const Execute& execute) {
   int filling = 1, reading = 1, half = 0;
   const auto fetch = [&](const Step& s, int to) {
     filling ^= s.fresh;

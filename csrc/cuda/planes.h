@@ -4,8 +4,9 @@
 
 namespace sk::cuda {
 
-// Copies `chunk` (a power of two, 32 at most) channels from `channel` on; channels past the group's and pixels outside the
-// image become zero. Lanes follow whatever is contiguous in memory: channels, or the pixels of a row.
+// Copies `chunk` (a power of two, 32 at most) channels from `channel` on; channels past the group's and
+// pixels outside the image become zero. Lanes follow whatever is contiguous in memory: channels, or the
+// pixels of a row.
 template <int Threads>
 __device__ inline void load_planes(const Layout& l, const PatchRow* rows, const float* in, const Strides& s,
                                    const Step& step, int chunk, float* planes) {
@@ -17,7 +18,8 @@ __device__ inline void load_planes(const Layout& l, const PatchRow* rows, const 
     for (int row = first; row < count; row += stride) {
       const PatchRow r = rows[row];
       const bool valid = lane < channels && inside(l.walk, r, step.origin_h, step.origin_w);
-      const float* from = valid ? in + offset_of(s, r, step.origin_h, step.origin_w) + step.channel + lane : in;
+      const float* from =
+          valid ? in + offset_of(s, r, step.origin_h, step.origin_w) + step.channel + lane : in;
       copy_async<4>(planes + lane * l.pitch + row, from, valid);
     }
     return;

@@ -25,9 +25,12 @@ int reduce(const Reduction& r, void* stream) {
   const long long blocks = (r.count + kThreads - 1) / kThreads;
   const dim3 grid(static_cast<unsigned>(blocks < 65535 ? blocks : 65535));
   switch (r.dtype) {
-    case DType::f32: return launch(reduce_kernel<float>, grid, kThreads, 0, stream, r);
-    case DType::bf16: return launch(reduce_kernel<bf16>, grid, kThreads, 0, stream, r);
-    case DType::f16: return launch(reduce_kernel<f16>, grid, kThreads, 0, stream, r);
+    case DType::f32:
+      return launch(reduce_kernel<float>, grid, kThreads, 0, stream, r);
+    case DType::bf16:
+      return launch(reduce_kernel<bf16>, grid, kThreads, 0, stream, r);
+    case DType::f16:
+      return launch(reduce_kernel<f16>, grid, kThreads, 0, stream, r);
   }
   return cudaErrorInvalidValue;
 }

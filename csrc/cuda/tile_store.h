@@ -1,12 +1,12 @@
-// From a tile of sums in shared memory, sums[pixel][column], to the output, channels last: a channel is the sum of up to three
-// columns. Lanes follow channels, two each.
+// From a tile of sums in shared memory, sums[pixel][column], to the output, channels last: a channel is the
+// sum of up to four columns. Lanes follow channels, two each.
 #pragma once
 #include "cuda/epilogue.h"
 #include "cuda/walk.h"
 
 namespace sk::cuda {
 
-constexpr int kMaxParts = 3;
+constexpr int kMaxParts = 4;
 
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {
@@ -21,7 +21,8 @@ struct Channels {
 };
 
 // columns: [parts, then kMaxParts a channel], or null where channel and column are the same.
-__device__ inline Channels channels_of(const Finish& f, int first, int count, int channel, const int* columns) {
+__device__ inline Channels channels_of(const Finish& f, int first, int count, int channel,
+                                       const int* columns) {
   Channels c;
   c.first = first, c.count = max(0, min(2, count - first));
 #pragma unroll
@@ -37,7 +38,8 @@ __device__ inline Channels channels_of(const Finish& f, int first, int count, in
 }
 
 template <class T>
-__device__ inline void store_pair(const Call& call, int split, const Channels& c, long long offset, const float (&sum)[2]) {
+__device__ inline void store_pair(const Call& call, int split, const Channels& c, long long offset,
+                                  const float (&sum)[2]) {
   const bool whole = c.count == 2 && call.out_strides.w % 2 == 0 && offset % 2 == 0;
   if (call.partial) {
     float* to = call.partial + split * call.out_count + offset;
@@ -60,11 +62,13 @@ __device__ inline void store_pair(const Call& call, int split, const Channels& c
   if (call.finish.residual)
     residual = *reinterpret_cast<const Pair<T>*>(static_cast<const T*>(call.finish.residual) + offset);
   narrow(activate(sum[0] * c.scale[0] + c.shift[0] + widen(residual.first), call.finish.activation), y.first);
-  narrow(activate(sum[1] * c.scale[1] + c.shift[1] + widen(residual.second), call.finish.activation), y.second);
+  narrow(activate(sum[1] * c.scale[1] + c.shift[1] + widen(residual.second), call.finish.activation),
+         y.second);
   *reinterpret_cast<Pair<T>*>(to) = y;
 }
 
-// Stores channels [channel, channel + count) of the tile's pixels; offsets[m] is where pixel m begins, or negative.
+// Stores channels [channel, channel + count) of the tile's pixels; offsets[m] is where pixel m begins, or
+// negative.
 template <class T, int Threads>
 __device__ inline void store_tile(const Call& call, int split, const float* sums, int pitch, int pixels,
                                   const long long* offsets, int channel, int count, const int* columns) {

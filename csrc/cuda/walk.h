@@ -56,7 +56,8 @@ __device__ inline int row_of_pixel(const Walk& w, int m) {
 }
 
 // Offset in the output of pixel m of the tile (channel 0), or -1 where there is nothing to store.
-__device__ inline long long offset_of_pixel(const Walk& w, const Tile& t, const Strides& s, int m, const int* offset) {
+__device__ inline long long offset_of_pixel(const Walk& w, const Tile& t, const Strides& s, int m,
+                                            const int* offset) {
   const int area = w.tile_h * w.tile_w;
   const int n = t.n + m / area;
   const int h = (t.i + m % area / w.tile_w) * w.out_step_h + offset[0];
@@ -68,9 +69,9 @@ __device__ inline long long offset_of_pixel(const Walk& w, const Tile& t, const 
 // What a block of an fprop or dgrad kernel works on: grid (tiles, groups * tiles_out, classes * splits).
 struct Work {
   Tile tile;
-  int group, out;            // first channel it writes, within the group
+  int group, out;  // first channel it writes, within the group
   int split;
-  const int* offset;         // of the class
+  const int* offset;  // of the class
   const Step *step, *end;
 };
 

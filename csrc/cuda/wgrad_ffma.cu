@@ -1,7 +1,8 @@
 // dw[a,c] = sum over the pixels (n,p,q):  dy[n,k,p,q] * x[n, c, p + r, q + s],   a: the live stripe (k,r,s)
 //
-// Strict float32, exact at one stripe. Each of a block's warps owns up to eight stripes of one tap, its lanes two channels each, in
-// registers over all the tiles of its split; splits are summed in a fixed order by reduce().
+// Strict float32, exact at one stripe. Each of a block's warps owns up to eight stripes of one tap, its lanes
+// two channels each, in registers over all the tiles of its split; splits are summed in a fixed order by
+// reduce().
 #include "cuda/epilogue.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
@@ -14,7 +15,8 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps, kPixels = 128;
 constexpr int kStripes = 8, kSlots = kWarps * kStripes, kChannels = 64;
 constexpr int kPixelPitch = kPixels + 4;
 
-// items: {group, origin_h, origin_w, 0} a block; entries: row of the tap, a warp; lists: {a or -1, k} a stripe.
+// items: {group, origin_h, origin_w, 0} a block; entries: row of the tap, a warp; lists: {a or -1, k} a
+// stripe.
 struct Block {
   int group, origin_h, origin_w, unused;
 };
@@ -34,12 +36,14 @@ __host__ __device__ inline Memory memory_of(const Layout& l) {
 }
 
 // dy of the block's stripes, pixel by pixel. Lanes follow what is contiguous in dy.
-__device__ inline void load_dy(const float* dy, const Strides& s, const long long* offsets, const int* stripes, float* to) {
+__device__ inline void load_dy(const float* dy, const Strides& s, const long long* offsets,
+                               const int* stripes, float* to) {
   const bool along_channels = s.c == 1;
   for (int i = threadIdx.x; i < kSlots * kPixels; i += kThreads) {
     const int slot = along_channels ? i % kSlots : i / kPixels, p = along_channels ? i / kSlots : i % kPixels;
     const bool valid = offsets[p] >= 0 && stripes[2 * slot] >= 0;
-    copy_async<4>(to + slot * kPixelPitch + p, valid ? dy + offsets[p] + stripes[2 * slot + 1] * s.c : dy, valid);
+    copy_async<4>(to + slot * kPixelPitch + p, valid ? dy + offsets[p] + stripes[2 * slot + 1] * s.c : dy,
+                  valid);
   }
 }
 

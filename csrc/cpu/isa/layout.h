@@ -13,13 +13,28 @@ void with_type(sk::DType type, Fn fn) {
   if (type == sk::DType::f16) fn(static_cast<f16*>(nullptr));
 }
 
+// Copies n contiguous elements in vectors; the last one overlaps its neighbour, so that rows of 7 or 14 need no scalars.
+template <class Src, class Dst>
+void convert_row(Dst* dst, const Src* src, std::int64_t n) {
+  if (n >= W) {
+    std::int64_t i = 0;
+    for (; i + W <= n; i += W) store_from_float(dst + i, load_as_float(src + i));
+    if (i < n) store_from_float(dst + n - W, load_as_float(src + n - W));
+  } else if constexpr (sizeof(Src) == 4 && sizeof(Dst) == 4) {
+    typedef float quad __attribute__((vector_size(16), aligned(4)));
+    std::int64_t i = 0;
+    for (; i + 4 <= n; i += 4) *reinterpret_cast<quad*>(dst + i) = *reinterpret_cast<const quad*>(src + i);
+    for (; i < n; ++i) dst[i] = src[i];
+  } else {
+    for (std::int64_t i = 0; i < n; ++i) dst[i] = from_float<Dst>(to_float(src[i]));
+  }
+}
+
 void load_row(float* dst, const void* src, sk::DType type, std::int64_t step, std::int64_t n) {
   with_type(type, [=](auto* t) {
     const auto* s = static_cast<decltype(t)>(const_cast<void*>(src));
-    std::int64_t i = 0;
-    if (step == 1)
-      for (; i + W <= n; i += W) store(dst + i, load_as_float(s + i));
-    for (; i < n; ++i) dst[i] = to_float(s[i * step]);
+    if (step == 1) return convert_row(dst, s, n);
+    for (std::int64_t i = 0; i < n; ++i) dst[i] = to_float(s[i * step]);
   });
 }
 
@@ -31,10 +46,8 @@ T narrow(T*, float x) {
 void store_row(void* dst, sk::DType type, std::int64_t step, const float* src, std::int64_t n) {
   with_type(type, [=](auto* t) {
     auto* d = static_cast<decltype(t)>(dst);
-    std::int64_t i = 0;
-    if (step == 1)
-      for (; i + W <= n; i += W) store_from_float(d + i, load(src + i));
-    for (; i < n; ++i) d[i * step] = narrow(t, src[i]);
+    if (step == 1) return convert_row(d, src, n);
+    for (std::int64_t i = 0; i < n; ++i) d[i * step] = narrow(t, src[i]);
   });
 }
 
