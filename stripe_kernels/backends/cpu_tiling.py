@@ -91,8 +91,8 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Co
 def predict(problem: Problem, which: Pass, config: Config, lanes: int) -> float:
     """Seconds: multiply-adds of live stripes over the lanes actually run, plus moving activations in and out.
 
-    Constants are cycles a vector, measured on Zen 4: a multiply-add 1.05; the per-tap update of y 3; into pixel lanes 3, into
-    batch lanes 6 (a transpose), an im2col plane 3 a tap; out again the same.
+    Constants are cycles, measured on Zen 4: a multiply-add of a vector 1.05; the per-tap update of y 3 a vector; pixels move
+    in rows, 20 a row and 1.5 a vector, into an im2col plane for every tap; images move in transposes, 8 a vector.
     """
     if len(config) == 2:
         return _predict_filters(problem, config, lanes)
@@ -101,13 +101,13 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int) -> float:
     sides = Sides.of(s, which)
     if mode == BATCH:
         blocks_n, lanes_n = -(-s.N // images), images
-        width, move = sides.cols, 6.0
+        width, move, per_row = sides.cols, 8.0, 0.0
     elif mode == GATHER:
         blocks_n, lanes_n = -(-s.N // images), 1
-        width, move = sides.cols * images, 3.0
+        width, move, per_row = sides.cols * images, 1.5, 20.0 * images
     else:
         blocks_n, lanes_n = s.N, 1
-        width, move = sides.pitch, 3.0
+        width, move, per_row = sides.pitch, 1.5, 20.0
     row_blocks = -(-sides.rows // rows)
     out_vectors = -(-min(rows, sides.rows) * width * lanes_n // lanes)
     in_rows = sides.rows if mode == GATHER else rows + sides.halo
@@ -122,6 +122,7 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int) -> float:
         fma += 3.0 * stripes * share * out_vectors + 1.0 * sides.channels_out * out_vectors
     fma /= 1.0 if which == "fprop" else sides.phases
     block = fma + move * (in_vectors * sides.channels_in + out_vectors * sides.channels_out)
+    block += per_row * (in_rows * planes * sides.channels_in + min(rows, sides.rows) * sides.channels_out)
     blocks = blocks_n * row_blocks * s.groups * (sides.phases if which == "dgrad" else 1)
     if parts > 1:
         rounds = blocks * (1.0 / min(parts, problem.threads)) * 1.03
