@@ -160,7 +160,7 @@ def settle(model: nn.Module, budget: float) -> dict[str, Tensor]:
     by name."""
     chosen = rank(model, budget)
     for name, gate in gates(model).items():
-        gate.settle(chosen[name].to(gate.skeleton.device))
+        gate.settle(chosen[name])
     return chosen
 
 

@@ -23,10 +23,7 @@ Phase = Literal["warm", "learn", "settled"]
 
 
 class StripeGate(nn.Module):
-    """Base of all gates. Subclasses give `scores`, and `learned` where the gate is more than a mask.
-
-    skeleton: bool [K, R, S], the stripes that live; all of them until the gate settles or is masked.
-    """
+    """Base of all gates. Subclasses give `scores`, and `learned` where the gate is more than a mask."""
 
     options: ClassVar[dict[str, object]] = {}  # keyword options of the method and their defaults
     with_weights: ClassVar[bool] = False  # its parameters are trained as the weights are, not by Adam
@@ -37,8 +34,7 @@ class StripeGate(nn.Module):
         self.site, self.network = site, network
         self.phase: Phase = "warm"
         device = conv.weight.device
-        self.register_buffer("skeleton", torch.ones(site.stripe_shape, dtype=torch.bool, device=device))
-        self.register_buffer("value", torch.ones(site.stripe_shape, device=device))
+        self.register_buffer("value", torch.ones(site.stripe_shape, device=device))  # g, once settled
         self.register_buffer("tau", torch.ones((), device=device))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -55,7 +51,7 @@ class StripeGate(nn.Module):
 
     def learned(self) -> Tensor:
         """g [K, R, S] while learning; here the mask that `remask` last made."""
-        return self.skeleton.float()
+        return self.value.clone()  # `remask` writes it while a pass may still wait for its backward
 
     def soft(self) -> Tensor:
         """M [K, R, S] in 0..1, how much of each stripe the budget counts; differentiable where it learns."""
@@ -75,18 +71,17 @@ class StripeGate(nn.Module):
     @torch.no_grad()
     def remask(self, skeleton: Tensor) -> None:
         """Change the stripes that live without ending the learning (methods that re-rank as they go)."""
-        self.skeleton.copy_(skeleton)
+        self.value.copy_(skeleton)
 
     @torch.no_grad()
     def settle(self, skeleton: Tensor) -> None:
         """Fix the gate for good: g = the learned value inside the skeleton, zero outside."""
-        if skeleton.shape != self.skeleton.shape or skeleton.dtype != torch.bool:
+        if skeleton.shape != self.value.shape or skeleton.dtype != torch.bool:
             raise ValueError(
                 f"{self.site.name}: skeleton is {skeleton.dtype} {tuple(skeleton.shape)}, "
-                f"needs bool {tuple(self.skeleton.shape)}"
+                f"needs bool {tuple(self.value.shape)}"
             )
-        self.value.copy_(torch.where(skeleton, self.magnitude(), 0))
-        self.skeleton.copy_(skeleton)
+        self.value.copy_(torch.where(skeleton.to(self.value.device), self.magnitude(), 0))
         self.phase = "settled"
 
     def magnitude(self) -> Tensor:

@@ -226,5 +226,5 @@ class StripeLoss(nn.Module):
                 gate.keep_above(lowest)
         else:
             for name, skeleton in rank(self.model, self.target()).items():
-                found[name].remask(skeleton.to(found[name].skeleton.device))
+                found[name].remask(skeleton)
             self.share_hard.copy_(hard_share(self.model))

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from iessp.train import Step, Trainer
 
 console = Console()
+if not console.is_terminal:
+    console.width = 120  # a log file has no width; 80 columns would break the tables
 
 
 @contextmanager

@@ -54,10 +54,10 @@ class L1FilterGate(StripeGate):
 class FilterSkeletonGate(StripeGate):
     """Pruning Filter in Filter (NeurIPS 2020, arXiv 2009.14410): W * I, loss + alpha sum |I|.
 
-    Entries of I [K, R, S] below delta are dead; I is trained by the optimiser of the weights. alpha, delta and
-    `decay`, the weight decay on I, are those of the authors' code, for 160 epochs; there the decay is the
-    optimiser's and kills most entries. A short schedule needs a larger alpha. At the end the budget's cut takes
-    the place of delta.
+    Entries of I [K, R, S] below delta are dead; I is trained by the optimiser of the weights. alpha, delta
+    and `decay`, the weight decay on I, are those of the authors' code, for 160 epochs; there the decay is the
+    optimiser's and kills most entries. A short schedule needs a larger alpha. At the end the budget's cut
+    takes the place of delta.
     """
 
     options: ClassVar[dict[str, object]] = {"alpha": 1e-5, "delta": 0.01, "decay": 1e-4}

@@ -277,7 +277,7 @@ def assemble(recipe: Recipe, classes: int, example: Tensor) -> nn.Module:
 def packed_from(model: nn.Module, chosen: dict[str, Tensor]) -> nn.Module:
     """A gated model frozen to the given skeletons: the shape of a packed network, to load a state into."""
     for name, gate in gates(model).items():
-        gate.settle(chosen[name].to(gate.skeleton.device))
+        gate.settle(chosen[name])
     return freeze(model)
 
 

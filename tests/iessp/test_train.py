@@ -162,6 +162,17 @@ def test_kill_at_random_moments_and_resume(splits: Splits, tmp_path: Path) -> No
     assert all(name.startswith("step-") or name.endswith(".tmp") for name in left)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"bfloat16": True}, {"channels_last": True}, {"options": {"module": False}}]
+)
+def test_the_loop_takes_every_setting(splits: Splits, tmp_path: Path, changes: dict[str, object]) -> None:
+    trainer = Trainer(TINY.but(**changes), splits, tmp_path)
+    trainer.run()
+    assert trainer.phase == "packed"
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert trainer.shares()[0] == pytest.approx(0.4, abs=0.002)
+
+
 def test_dense_and_slim_train_without_gates(splits: Splits, tmp_path: Path) -> None:
     dense = Trainer(TINY.but(method="dense", width=1.0, epochs=1), splits, tmp_path / "dense")
     slim = Trainer(TINY.but(method="slim", width=1.0, epochs=1), splits, tmp_path / "slim")
