@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from stripe_kernels.compile import freeze, load, optimize, save, tune
+from stripe_kernels.compile import explain, freeze, load, optimize, save, tune
 from stripe_kernels.functional import stripe_conv2d
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.skeleton import FilterSkeleton
@@ -15,6 +15,7 @@ __all__ = [
     "FilterSkeleton",
     "StripeConv2d",
     "__version__",
+    "explain",
     "freeze",
     "list_kernels",
     "load",

@@ -1,0 +1,244 @@
+"""Tuning, its cache, optimize as a whole, and explain."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stripe_kernels
+from stripe_kernels import explain, freeze, optimize, plan, tune
+from stripe_kernels.compile import cache
+from stripe_kernels.compile.network import Network
+from stripe_kernels.compile.tune import interleaved, sites
+from tests.compile.test_compact import assert_same
+from tests.compile.zoo import masked
+
+# The packages' attributes of these names are the functions.
+optimizer = importlib.import_module("stripe_kernels.compile.optimize")
+tuner = importlib.import_module("stripe_kernels.compile.tune")
+ROOT = Path(__file__).parents[2]
+
+
+def small() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2)).eval()
+    skeletons = {
+        n: torch.rand(m.out_channels, 3, 3) < 0.4
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Conv2d)
+    }
+    return freeze(model, skeletons), torch.randn(2, 4, 9, 8)
+
+
+def test_auto_takes_what_was_measured_fastest() -> None:
+    model, x = small()
+    plans = tune(model, x, seconds=0.01)
+    assert list(plans) == ["0", "2"]
+    for p in plans.values():
+        timed = [c for c in p.candidates if c.measured]
+        assert "dense" in {c.kernel for c in timed}
+        assert p.chosen.measured == min(c.measured for c in timed if c.measured)
+    chosen = {n: p.chosen for n, p in plans.items()}
+    assert {s.name: s.op.plan("fprop", s.problem).chosen for s in sites(model, x)} == chosen
+
+
+def test_tuning_changes_no_output_beyond_rounding_and_no_model() -> None:
+    model, x = small()
+    model.train()
+    before = model(x)
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    tune(model, x, seconds=0.01)
+    assert model.training
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_forced_kernel_stays() -> None:
+    model, x = small()
+    model[0].kernel = "dense"
+    assert tune(model, x, seconds=0.01)["0"].chosen.kernel == "dense"
+
+
+def test_the_cache_saves_measuring_again(own_tune_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small()
+    first = tune(model, x, seconds=0.01)
+    assert len(list(own_tune_cache.glob("*.json"))) == 2
+    plan.forget()
+    monkeypatch.setattr(tuner, "measure", lambda *_: pytest.fail("measured again"))
+    again = tune(model, x, seconds=0.01)
+    assert {n: p.chosen for n, p in again.items()} == {n: p.chosen for n, p in first.items()}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"candidates": [["dense", [], null, -1]]}', b"\xff\x00"]
+)
+def test_a_broken_cache_file_counts_as_absent(content: bytes, own_tune_cache: Path) -> None:
+    model, x = small()
+    tune(model, x, seconds=0.01)
+    for path in own_tune_cache.glob("*.json"):
+        path.write_bytes(content)
+    plan.forget()
+    assert all(p.chosen.measured for p in tune(model, x, seconds=0.01).values())
+    for path in own_tune_cache.glob("*.json"):
+        assert json.loads(path.read_bytes())["candidates"]
+
+
+def test_other_problems_have_other_keys() -> None:
+    model, x = small()
+    site = sites(model, x)[0]
+    candidates = site.op.plan("fprop", site.problem).candidates
+    other = sites(model, x[:1])[0]
+    keys = {
+        cache.key(site.problem, "fprop", site.epilogue, candidates),
+        cache.key(site.problem, "fprop", "relu", candidates),
+        cache.key(site.problem, "fprop", site.epilogue, candidates[:1]),
+        cache.key(other.problem, "fprop", site.epilogue, candidates),
+    }
+    assert len(keys) == 4
+
+
+def test_an_unwritable_cache_warns_and_still_tunes(tmp_path: Path) -> None:
+    model, x = small()
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.warns(UserWarning, match="this process only"):
+        plans = tune(model, x, seconds=0.01, folder=tmp_path / "file")
+    assert all(p.chosen.measured for p in plans.values())
+
+
+def test_the_cache_is_bounded(tmp_path: Path) -> None:
+    import os
+
+    for i in range(10):
+        path = tmp_path / f"{i}.json"
+        path.write_text("{}")
+        os.utime(path, (i, i))
+    cache.prune(tmp_path, kept=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["7.json", "8.json", "9.json"]
+
+
+def test_processes_may_write_at_once(own_tune_cache: Path) -> None:
+    script = (
+        "import sys; sys.path[:0] = ['.', 'python']; import torch; torch.set_num_threads(1)\n"
+        "from tests.compile.test_tune import small; from stripe_kernels import tune\n"
+        "print({n: p.chosen.kernel for n, p in tune(*small(), seconds=0.01).items()})\n"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(2)]
+    assert [p.wait() for p in running] == [0, 0]
+    files = list(own_tune_cache.iterdir())
+    assert len(files) == 2
+    assert all(json.loads(p.read_text())["candidates"] for p in files)
+
+
+def test_interleaved_medians_and_drop_outs() -> None:
+    counts = [0, 0]
+
+    def fast() -> None:
+        counts[0] += 1
+
+    def slow() -> None:
+        counts[1] += 1
+        sum(range(200_000))
+
+    times = interleaved([fast, slow], 0.0, least=7)
+    assert times[0] < times[1]
+    assert counts[1] == 3
+    assert counts[0] > 7
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet20"])
+def test_optimize_end_to_end(name: str) -> None:
+    model, frozen, x = masked(name, 0.24)
+    network = optimize(frozen, x)
+    assert_same(model, network, [x, torch.randn(16, *x.shape[1:])])
+    if isinstance(network, Network):
+        assert "of the time of the model" in network.report[-1]
+    else:  # a machine on which the rewrite does not pay
+        assert "times as long" in network.report[0]
+
+
+def test_optimize_inside_inference_mode() -> None:
+    model, frozen, x = masked("unet", 0.24)
+    with torch.inference_mode():
+        network = optimize(frozen, x)
+    assert_same(model, network, [x])
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = small()[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) if x.sum() > 0 else self.model(-x)
+
+
+def test_optimize_keeps_what_it_cannot_follow_and_says_why() -> None:
+    model, x = Branch().eval(), small()[1]
+    with pytest.warns(UserWarning, match="torch.fx cannot follow Branch"):
+        kept = optimize(model, x)
+    assert "torch.fx cannot follow" in kept.report[0]
+    assert not any(p.requires_grad for p in kept.parameters())
+    assert any(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(kept(x), model(x))
+
+
+def test_optimize_keeps_the_model_where_the_rewrite_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small()
+    monkeypatch.setattr(optimizer, "_race", lambda *_: 1.25)
+    with pytest.warns(UserWarning, match=r"1\.25 times as long"):
+        kept = optimize(model, x)
+    assert not isinstance(kept, Network)
+    assert torch.equal(kept(x), model(x))
+
+
+def test_optimize_keeps_the_model_where_the_rewrite_is_inexact(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small()
+    honest = optimizer.compact
+
+    def spoiled(*arguments: object) -> Network:
+        network = honest(*arguments)  # type: ignore[arg-type]
+        next(p for n, p in network.named_parameters() if n.endswith("bias")).data.add_(1e-4)
+        return network
+
+    monkeypatch.setattr(optimizer, "compact", spoiled)
+    with pytest.warns(UserWarning, match="largest error against float64"):
+        kept = optimize(model, x)
+    assert not isinstance(kept, Network)
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = small()
+    untuned = explain(model, x)
+    printed = capsys.readouterr().out
+    assert "density" in printed
+    assert "total" in printed
+    assert [r["layer"] for r in untuned.rows] == ["0", "2"]
+    row = untuned.rows[0]
+    assert row["density"] == model[0].density
+    assert row["macs"] == 2 * 9 * 8 * model[0].weight.shape[0] * 4
+    assert row["dense_macs"] == 2 * 9 * 8 * 8 * 9 * 4
+    assert row["measured"] is None
+    assert {c["kernel"] for c in row["candidates"]} <= set(stripe_kernels.list_kernels())
+    tune(model, x, seconds=0.01)
+    tuned = explain(model, x)
+    assert all(r["measured"] and r["dense"] for r in tuned.rows)
+    page = tuned.html()
+    assert page.count("<svg") == 2
+    assert page.count("<tr>") == 3
+    assert json.loads(json.dumps(tuned.rows)) == tuned.rows
+
+
+def test_explain_an_optimized_network() -> None:
+    _, frozen, x = masked("resnet20", 0.24)
+    network = optimizer.compact(frozen, (x,))
+    rows = explain(network, x).rows
+    assert len(rows) == 21
+    assert any("residual" in r["epilogue"] and "relu" in r["epilogue"] for r in rows)
