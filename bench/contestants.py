@@ -90,7 +90,7 @@ def stripe(kernel: str, memory_format: str, job: Job) -> Entrant:
     except RuntimeError as error:  # a kernel named explicitly runs or says why it cannot
         if kernel == "auto":
             raise
-        raise Refused(str(error)) from error
+        raise Refused(str(error).rpartition(f"{kernel}: ")[2]) from error
     return Entrant("stripe", run, _results(job, run), job.macs)
 
 

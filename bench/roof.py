@@ -35,8 +35,9 @@ class Roof:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
-            out = torch.empty(side, side, dtype=dtype)
+            math = torch.float32 if dtype == torch.float16 else dtype
+            a, b = (torch.randn(side, side).to(math) for _ in range(2))
+            out = torch.empty(side, side, dtype=math)
             mm = _fastest(lambda: torch.mm(a, b, out=out))
             source = torch.ones(copied // 4)
             target = torch.empty_like(source)

@@ -91,13 +91,18 @@ def openvino_runner(model: bytes, x: Tensor, threads: int, precision: str) -> Ru
         "INFERENCE_PRECISION_HINT": precision,
     }
     request = core.compile_model(core.read_model(model, b""), "CPU", settings).create_infer_request()
-    request.set_input_tensor(openvino.Tensor(np.ascontiguousarray(x.numpy()), shared_memory=True))
+    data = np.ascontiguousarray(x.numpy())
+    request.set_input_tensor(openvino.Tensor(data, shared_memory=True))
+
+    def call() -> np.ndarray:  # with the request it keeps `data` alive, which the shared tensor does not
+        request.infer()
+        return data
 
     def result() -> Tensor:
-        request.infer()
+        call()
         return torch.from_numpy(request.get_output_tensor(0).data.copy())
 
-    return request.infer, result
+    return call, result
 
 
 def _layer_model(name: str, job: Job) -> bytes:
