@@ -42,14 +42,15 @@ def with_method(recipe: Recipe, method: str) -> Recipe:
 
 def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: int, device: str) -> Path:
     """Train the unfinished cells, write OUT/table.json, curves and skeletons; returns the table's path."""
-    rows = []
-    for method in methods:
-        for seed in range(seeds):
+    rows: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        for method in methods:
             cell = with_method(recipe, method).but(seed=seed)
             trainer = Trainer(cell, splits, folder_of(out, method) / str(seed), device)
             train_with_bar(trainer, f"{method} {seed}")
             rows.append({"method": method, "seed": seed, **row(trainer)})
-    write_results(out, {"rows": rows}, "table.json")
+            rows.sort(key=lambda r: (methods.index(r["method"]), r["seed"]))
+            write_results(out, {"rows": rows}, "table.json")
     console.print(summary(rows, f"{recipe.name}: {recipe.model} on {splits.name}, mean ± spread"))
     logs = {method: read_log(folder_of(out, method) / "0" / "log.csv") for method in methods}
     draw_curves(logs, out / "curves.png")
