@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from stripe_kernels.compile.explain import explain
+from stripe_kernels.compile.export import export_onnx, to_dense
 from stripe_kernels.compile.files import load, save
-from stripe_kernels.compile.freeze import freeze, to_dense
+from stripe_kernels.compile.freeze import freeze
 from stripe_kernels.compile.optimize import optimize
 from stripe_kernels.compile.tune import tune
 
-__all__ = ["explain", "freeze", "load", "optimize", "save", "to_dense", "tune"]
+__all__ = ["explain", "export_onnx", "freeze", "load", "optimize", "save", "to_dense", "tune"]

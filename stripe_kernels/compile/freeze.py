@@ -1,4 +1,4 @@
-"""freeze: every convolution with dead stripes becomes a StripeConv2d; to_dense: the way back."""
+"""freeze: every convolution with dead stripes becomes a StripeConv2d."""
 
 from __future__ import annotations
 
@@ -56,19 +56,6 @@ def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
             move_hooks(conv, layer)
             layers[conv] = layer
         return replace_modules(copied, layers)
-
-
-def to_dense(model: nn.Module) -> nn.Module:
-    """A new model in which every StripeConv2d is an nn.Conv2d again, zeros for dead stripes: plain torch."""
-    copied = clone(model)
-    with torch.inference_mode(False), torch.no_grad():
-        layers = {m: m.to_conv2d() for m in copied.modules() if isinstance(m, StripeConv2d)}
-        for layer, conv in layers.items():
-            conv.weight.requires_grad_(layer.weight.requires_grad)
-            if layer.bias is not None:
-                conv.bias = layer.bias
-            move_hooks(layer, conv)
-        return replace_modules(copied, dict(layers))
 
 
 def is_convolution(module: nn.Module) -> bool:
