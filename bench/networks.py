@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from bench.contestants import FORMATS
 from bench.job import Entrant, Oracle, Refused, checked_images
 from bench.layers import NETWORKS, Layer, LayerCase
 from bench.records import Row
-from bench.run import compare, kind_of
+from bench.run import in_two_stages
 from bench.skeletons import GENERATORS
 from iessp.models import build
 from stripe_kernels import FilterSkeleton, StripeConv2d, freeze
@@ -34,6 +35,9 @@ DENSITY = 0.2412  # the share of VGG-16's multiply-adds that the paper keeps: it
 BATCHES = (1, 32, 128)
 STEP_BATCH = 64
 _NOT_COMPILED = "not asked for: --compile (it takes its time)"
+
+
+Makers = dict[str, Callable[[], Entrant]]
 
 
 def workloads(batches: list[int], step: bool) -> dict[str, list[int]]:
@@ -148,7 +152,9 @@ def run_network(job: NetworkJob, seconds: float, compiled: bool) -> list[Row]:
     """Every contestant's row for one network."""
     torch.set_num_threads(job.threads)
     with _training_seed():
-        prepare = _inference(job, compiled) if job.which == "inference" else _training(job, compiled)
+        prepare, later = (
+            _inference(job, compiled) if job.which == "inference" else (_training(job, compiled), {})
+        )
         dead_filters = sum(len(s.dead_filters) for s in job.skeletons.values())
         base = Row(
             job.name, job.which, job.batch, round(job.macs_kept, 5), job.source, dead_filters, "float32",
@@ -161,7 +167,7 @@ def run_network(job: NetworkJob, seconds: float, compiled: bool) -> list[Row]:
         def describe(entrant: Entrant, time: float) -> dict[str, Any]:
             return {"macs": entrant.macs * full, "gflops": 2 * entrant.macs * full / time / 1e9}
 
-        return compare(base, prepare, {name: kind_of(name) for name in prepare}, seconds, describe)[0]
+        return in_two_stages(base, prepare, later, seconds, describe)
 
 
 @contextmanager
@@ -171,8 +177,8 @@ def _training_seed() -> Iterator[None]:
         yield
 
 
-def _inference(job: NetworkJob, compiled: bool) -> dict[str, Callable[[], Entrant]]:
-    """Contestants by name. A dense runtime gets the same zeros in its weights."""
+def _inference(job: NetworkJob, compiled: bool) -> tuple[Makers, Makers]:
+    """Contestants by name, those that tune apart. A dense runtime gets the same zeros in its weights."""
     kept, x = job.macs_kept, job.x
     plain, fused = job.masked, folded(job.masked)
     budget = _budget(plain, fused, x)
@@ -197,10 +203,11 @@ def _inference(job: NetworkJob, compiled: bool) -> dict[str, Callable[[], Entran
         call = torch.no_grad()(partial(network, x.contiguous(memory_format=FORMATS[fmt])))
         return Entrant("dense", call, lambda: budget(call()), 1.0)
 
-    def optimized() -> nn.Module:
-        if not hasattr(stripe_kernels, "optimize"):
-            raise Refused("stripe_kernels.optimize does not exist in this version")
-        return stripe_kernels.optimize(freeze(plain, job.skeletons), x)
+    def optimized() -> Entrant:
+        with TemporaryDirectory() as folder:  # the user's cache stays as it is
+            network = stripe_kernels.optimize(freeze(plain, job.skeletons), x, folder=folder)
+        call = torch.inference_mode()(partial(network, x))
+        return Entrant("stripe", call, lambda: budget(call()), kept)
 
     @cache
     def export(model: nn.Module) -> bytes:
@@ -218,9 +225,7 @@ def _inference(job: NetworkJob, compiled: bool) -> dict[str, Callable[[], Entran
             call, result = runtimes.openvino_runner(exported, x, job.threads, "f32")
         return Entrant(kind, call, lambda: b(result()), share)
 
-    names: dict[str, Callable[[], Entrant]] = {
-        "optimize": lambda: module("stripe", optimized, "contiguous", budget, kept)
-    }
+    names: Makers = {}
     for fmt in FORMATS:
         names[f"freeze {fmt}"] = partial(
             module, "stripe", lambda: freeze(plain, job.skeletons), fmt, budget, kept
@@ -240,7 +245,7 @@ def _inference(job: NetworkJob, compiled: bool) -> dict[str, Callable[[], Entran
         )
     for name in ("onnxruntime", "openvino"):
         names[f"slim {name}"] = partial(runtime, name, job.slim, "slim", slim_budget, slim_share)
-    return names
+    return names, {"optimize": optimized}
 
 
 def _laid_out(model: nn.Module, memory_format: str) -> nn.Module:
@@ -268,7 +273,7 @@ def _budget(plain: nn.Module, fused: nn.Module, x: Tensor) -> Callable[[Tensor],
     return check
 
 
-def _training(job: NetworkJob, compiled: bool) -> dict[str, Callable[[], Entrant]]:
+def _training(job: NetworkJob, compiled: bool) -> Makers:
     """Forward, cross entropy, backward and a step of SGD."""
     kept = job.macs_kept
     slim_share = sum(conv_macs(job.name, slim_width(job.name, kept)).values()) / sum(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ from bench.machine import OtherWork
 from bench.records import Row, timing_fields
 from bench.roof import Roof
 from bench.timing import Ratio, interleave
-
-_NO_TUNE = "stripe_kernels.tune does not exist in this version"
 
 
 def compare(
@@ -78,14 +77,24 @@ def run_layer(
         }
 
     prepare = {name: partial(make, job) for name, make in contestants.items()}
-    kinds = {name: kind_of(name) for name in contestants}
+    later = {"tuned": partial(_tuned, job, contestants["auto"])} if tuned else {}
+    return in_two_stages(base, prepare, later, seconds, describe)
+
+
+def in_two_stages(
+    base: Row,
+    prepare: Mapping[str, Callable[[], Entrant]],
+    later: Mapping[str, Callable[[], Entrant]],
+    seconds: float,
+    describe: Callable[[Entrant, float], dict[str, Any]],
+) -> list[Row]:
+    """Rows of all contestants. Those of `later` tune, which changes what "auto" means in this process: they meet
+    the fastest dense contestant once more, after all the others have been timed."""
+    kinds = {name: kind_of(name) for name in (*prepare, *later)}
     rows, ready = compare(base, prepare, kinds, seconds, describe)
     over = next((row.over for row in rows if row.over), None)
-    if tuned and over is not None:
-        # After the others, against the fastest dense one again: tuning changes what "auto" means here.
-        second = {over: lambda: ready[over], "tuned": partial(_tuned, job, contestants["auto"])}
-        kinds = {over: kind_of(over), "tuned": "stripe"}
-        rows += compare(base, second, kinds, seconds / 2, describe)[0][1:]
+    if later and over is not None:
+        rows += compare(base, {over: lambda: ready[over], **later}, kinds, seconds / 2, describe)[0][1:]
     return rows
 
 
@@ -98,12 +107,10 @@ def kind_of(name: str) -> str:
 
 
 def _tuned(job: Job, auto: Contestant) -> Entrant:
-    if not hasattr(stripe_kernels, "tune"):
-        raise Refused(_NO_TUNE)
     if job.which != "fprop":
         raise Refused("tune measures inference")
-    with torch.inference_mode():
-        stripe_kernels.tune(stripe_layer(job, "auto"), job.operands.x)
+    with TemporaryDirectory() as folder:  # the user's cache stays as it is
+        stripe_kernels.tune(stripe_layer(job, "auto"), job.operands.x, folder=folder)
     return auto(job)
 
 
