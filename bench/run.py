@@ -88,8 +88,8 @@ def in_two_stages(
     seconds: float,
     describe: Callable[[Entrant, float], dict[str, Any]],
 ) -> list[Row]:
-    """Rows of all contestants. Those of `later` tune, which changes what "auto" means in this process: they meet
-    the fastest dense contestant once more, after all the others have been timed."""
+    """Rows of all contestants. Those of `later` tune, which changes what "auto" means in this process: they
+    meet the fastest dense contestant once more, after all the others have been timed."""
     kinds = {name: kind_of(name) for name in (*prepare, *later)}
     rows, ready = compare(base, prepare, kinds, seconds, describe)
     over = next((row.over for row in rows if row.over), None)
