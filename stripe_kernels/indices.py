@@ -10,8 +10,8 @@ from torch import Tensor
 class IndexArrays:
     """Index arrays by name, copied to a device the first time it is met.
 
-    That copy waits for the device: run a kernel once before capturing it in a CUDA graph, as graphs ask for anyway. Later
-    calls read nothing and copy nothing.
+    That copy waits for the device: run a kernel once before capturing it in a CUDA graph, as graphs ask for
+    anyway. Later calls read nothing and copy nothing.
     """
 
     def __init__(self, **arrays: np.ndarray) -> None:

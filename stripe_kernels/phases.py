@@ -1,7 +1,8 @@
 """Live stripes by input phase: which taps meet which input pixels. Torch-free.
 
-With stride (u, v) the input pixels (h0 + u*i, w0 + v*j) form the phase (h0, w0), an image of its own. A tap reads one phase
-only: output pixel (p, q) reads phase pixel (i, j) = (p + tap.i, q + tap.j). Stride 1 has a single phase, the whole image.
+With stride (u, v) the input pixels (h0 + u*i, w0 + v*j) form the phase (h0, w0), an image of its own. A tap
+reads one phase only: output pixel (p, q) reads phase pixel (i, j) = (p + tap.i, q + tap.j). Stride 1 has a
+single phase, the whole image.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class PhaseTap:
 
 @dataclass(frozen=True, eq=False)
 class Phase:
-    """One phase of one group: `rows` x `columns` pixels an image, and the stripes that read them, tap by tap."""
+    """One phase of one group: `rows` x `columns` pixels an image, and the stripes that read them, tap by
+    tap."""
 
     group: int
     h0: int
@@ -61,7 +63,8 @@ class Phase:
 
 @lru_cache(maxsize=1024)
 def phases(skeleton: FilterSkeleton, s: ConvShape) -> tuple[Phase, ...]:
-    """Every phase of every group, also those no stripe reads: together they hold each input pixel and each stripe once."""
+    """Every phase of every group, also those no stripe reads: together they hold each input pixel and each
+    stripe once."""
     index = StripeIndex.of(skeleton, s.groups)
     u, v = s.stride
     found = []

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.reference import masked_conv2d, scatter_stripes
+from stripe_kernels.registry import Pass
 from stripe_kernels.skeleton import FilterSkeleton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that every kernel takes; a few take float64 too
@@ -298,6 +299,40 @@ def budgets(problem: Case, operands: Operands) -> Budgets:
     formats = (torch.contiguous_format, torch.channels_last)
     own = [evaluate(problem, operands, operands.x.dtype, f) for f in formats]
     return Budgets(*(Budget.of(e, *ways) for e, *ways in zip(exact, *own, strict=True)))
+
+
+def prepared(
+    problem: Case, operands: Operands, which: Pass, kernel: str, repack: bool = False
+) -> dict[str, Callable[[Operands], Tensor]]:
+    """Every configuration of a kernel, the fastest prediction first: "kernel[configuration]" -> a call.
+
+    A call takes operands of the same sizes and layout and gives y, dx or dw. The weight is packed here, once;
+    with `repack` in every call, as training does. RuntimeError with the reason where the kernel refuses.
+    """
+    from stripe_kernels import backends, ops, registry
+
+    backends.load()
+    like = operands.dy if which == "dgrad" else operands.x
+    op = ops.StripeOp.of(*problem.arguments, kernel)
+    last = ops.is_channels_last(like)
+    asked = op.problem(problem.shape.input_size, like.dtype, like.device, last)
+    chosen = registry.find(kernel)
+    reason = chosen.refuse(asked, which)
+    if reason:
+        raise RuntimeError(f"{kernel} does not run {which} of {problem.name}: {reason}")
+
+    def call(config: tuple[int, ...]) -> Callable[[Operands], Tensor]:
+        runner = chosen.build(asked, which, config)
+        if which == "wgrad":
+            return lambda o: runner(o.dy, o.x)
+        kept = None if repack else runner.pack(operands.weight)
+        if which == "dgrad":
+            return lambda o: runner(o.dy, runner.pack(o.weight) if kept is None else kept)
+        return lambda o: runner(o.x, runner.pack(o.weight) if kept is None else kept, None, None, None, "none")
+
+    predicted = chosen.candidates(asked, which)
+    configs = sorted(predicted, key=predicted.__getitem__)
+    return {f"{kernel}{list(config) if config else ''}": call(config) for config in configs}
 
 
 @contextmanager

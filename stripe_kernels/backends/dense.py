@@ -1,6 +1,7 @@
 """torch's own convolution on the scattered filter: the candidate no other kernel may be slower than.
 
-It runs in the tensor's dtype on any device; its packed form is the dense filter, kept between calls like any other.
+It runs in the tensor's dtype on any device; its packed form is the dense filter, kept between calls like
+any other.
 """
 
 from __future__ import annotations
@@ -48,7 +49,13 @@ class _Dense:
 
 class DenseFprop(_Dense):
     def __call__(
-        self, x: Tensor, packed: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None, act: str
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        act: str,
     ) -> Tensor:
         s = self.shape
         early = bias if scale is None else None
@@ -79,19 +86,22 @@ _RUNNERS = {"fprop": DenseFprop, "dgrad": DenseDgrad, "wgrad": DenseWgrad}
 def predict(problem: Problem, which: Pass) -> float:
     """Seconds for oneDNN or cuDNN, from the multiply-adds that fall inside the image.
 
-    The share of peak falls with the pixels M a filter sees: about M / (M + 28) of 92 % (measured, fp32, N * P * Q from 4 to
-    32768); wgrad and dgrad run at about the same rate. On a GPU the roofline's estimate, never measured.
+    The share of peak falls with the pixels M a filter sees: about M / (M + 28) of 92 % (measured, fp32, N *
+    P * Q from 4 to 32768); wgrad and dgrad run at about the same rate. On a GPU the roofline's estimate,
+    never measured.
     """
     s = problem.shape
     if problem.device == "cuda":
-        macs = s.macs(s.K * s.taps)
+        executed = s.macs(s.K * s.taps)
         values = s.N * (s.C * s.H * s.W + s.K * s.P * s.Q) + s.K * s.taps * s.group_c
         programs = -(-s.N * s.P * s.Q // 128) * -(-s.K // 128)
         moved = values * item_size(problem.dtype)
-        return gpu_seconds(problem.dtype, macs=macs, moved=moved, share=_CUDNN_SHARE, programs=programs)
+        return gpu_seconds(problem.dtype, macs=executed, moved=moved, share=_CUDNN_SHARE, programs=programs)
     pixels = s.N * s.P * s.Q
     macs = pixels * s.K * s.group_c * s.taps_inside()
     rate = 55e9 * problem.threads * 0.92 * pixels / (pixels + 28)
+    if problem.dtype == "bfloat16":
+        rate *= 2  # oneDNN's dot products of bf16 pairs, where the CPU has them; where not, this errs towards dense
     narrow = min(1.0, s.group_c / 8) * min(1.0, s.group_k / 8)
     return 6e-6 + macs / max(rate * max(narrow, 0.02), 1.0)
 

@@ -1,21 +1,24 @@
 """stripe_gemm: the vendor's GEMM over all live stripes at once, around a gather.
 
-    fprop  Z[m, a] = sum_c x[m, c] w[a, c]      y[o, k] = act(scale[k] sum_{a of filter k} Z[o + t_a, a] + bias[k] + residual)
-    dgrad  P[m, a] = dy[m - t_a, k_a]           dx = P W
-    wgrad  P as above                           dw = P^T x
+    fprop  Z[m, a] = sum_c x[m, c] w[a, c]
+           y[o, k] = act(scale[k] * sum_{a of filter k} Z[o + t_a, a] + bias[k] + residual)
+    dgrad  P[m, a] = dy[m - t_a, k_a]        dx = P W
+    wgrad  P as above                        dw = P^T x
 
-m runs over the input pixels of one phase (stripe_kernels/phases.py): at stride s a tap meets 1/s^2 of the input, and no other
-product is formed. Every sum has one fixed order, and only readers of a NaN of x see it. Z and P are kept in x's dtype, so
-that a float16 product beyond 65504 overflows where a wider sum would not. The batch is cut into chunks whose Z or P stays in
-a cache.
+m runs over the input pixels of one phase (stripe_kernels/phases.py): at stride s a tap meets 1/s^2 of the
+input, and no other product is formed. Every sum has one fixed order, and only readers of a NaN of x see it.
+Z and P are kept in x's dtype, so that a float16 product beyond 65504 overflows where a wider sum would not.
+The batch is cut into chunks whose Z or P stays in a cache.
 
-The products are torch.mm and torch.bmm: float32 ones follow torch.backends.cuda.matmul.allow_tf32, not cuDNN's switch. The
-gather is a Triton kernel on CUDA devices where Triton is there ("gather" of the registry), and torch's indexing elsewhere.
+The products are torch.mm and torch.bmm: float32 ones follow torch.backends.cuda.matmul.allow_tf32, not
+cuDNN's switch. The gather is a Triton kernel on CUDA devices where Triton is there ("gather" of the
+registry), and torch's indexing elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +47,8 @@ class GemmConfig(NamedTuple):
 
 
 class Layout:
-    """Where the product of each phase lies in a flat buffer: [n, stripes, pixels] if planar, else [n, pixels, stripes]."""
+    """Where the product of each phase lies in a flat buffer: [n, stripes, pixels] if planar, else [n,
+    pixels, stripes]."""
 
     def __init__(self, problem: Problem, planar: bool) -> None:
         self.shape: ConvShape = problem.shape
@@ -55,7 +59,8 @@ class Layout:
         self.image_values = sum(sizes)
 
     def product(self, flat: Tensor, images: int, i: int) -> Tensor:
-        """Phase i of a buffer of `images` images, contiguous: [images, stripes, pixels] or [images * pixels, stripes]."""
+        """Phase i of a buffer of `images` images, contiguous: [images, stripes, pixels] or [images *
+        pixels, stripes]."""
         phase = self.phases[i]
         first, size = images * self.before[i], images * phase.stripes * phase.pixels
         shape = (
@@ -133,7 +138,7 @@ class _Gemm:
         order = np.concatenate([phase.row for phase in self.layout.phases])
         self.arrays = IndexArrays(row=order.astype(np.int64))  # index_copy_ takes no other type
         ends = np.cumsum([0, *(phase.stripes for phase in self.layout.phases)]).tolist()
-        self.stripes_of = [slice(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+        self.stripes_of = [slice(first, last) for first, last in pairwise(ends)]
 
     def pack(self, weight: Tensor) -> Tensor:  # [A, C/g] -> the same rows, phase by phase
         return weight.detach().index_select(0, self.arrays.on(weight.device)["row"])
@@ -152,7 +157,8 @@ class _Gemm:
         return x[:, c0 : c0 + s.group_c, phase.h0 :: s.stride[0], phase.w0 :: s.stride[1]]
 
     def matrix(self, x: Tensor, phase: Phase) -> Tensor:
-        """Those as a matrix: [n, C/g, pixels] if planar, else [n * pixels, C/g]; a view where the memory allows."""
+        """Those as a matrix: [n, C/g, pixels] if planar, else [n * pixels, C/g]; a view where the memory
+        allows."""
         part = self.pixels_of(x, phase)
         return (
             part.flatten(2)
@@ -255,8 +261,9 @@ def _predict(problem: Problem, config: GemmConfig, image_values: int) -> float:
 
 
 def _chunks(problem: Problem, which: Pass, image_values: int) -> list[int]:
-    """Images a chunk: what fits the cache, and the whole batch. On the CPU wgrad takes images one by one, as torch's does:
-    MKL adds a whole batch in one sequence, which lost up to 12 units in the last place over 350 pixels."""
+    """Images a chunk: what fits the cache, and the whole batch. On the CPU wgrad takes images one by one,
+    as torch's does: MKL adds a whole batch in one sequence, which lost up to 12 units in the last place
+    over 350 pixels."""
     images = max(1, problem.shape.N)
     if which == "wgrad" and problem.device == "cpu":
         return [1]

@@ -1,9 +1,11 @@
-"""Compiles every Triton kernel ahead of time for one GPU architecture, and prints what the machine code holds as JSON.
+"""Compiles every Triton kernel ahead of time for one GPU architecture, and prints what the machine code
+holds as JSON.
 
     python compile_kernels.py 90
 
-No GPU or driver is needed. Run in a process of its own: where TRITON_INTERPRET is set, kernels cannot be compiled. Launches
-are built from tensors without memory (torch's "meta" device), by the same code that launches them.
+No GPU or driver is needed. Run in a process of its own: where TRITON_INTERPRET is set, kernels cannot be
+compiled. Launches are built from tensors without memory (torch's "meta" device), by the same code that
+launches them.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ STRIDED = case("compiled strided", N=3, C=24, H=15, W=9, K=40, stride=(2, 1), di
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
-    """As triton's launcher specialises its arguments: ones become constants, multiples of 16 are known as such."""
+    """As triton's launcher specialises its arguments: ones become constants, multiples of 16 are known as
+    such."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
@@ -88,8 +91,8 @@ def meta(size: tuple[int, ...], dtype: torch.dtype, last: bool) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta", memory_format=like)
 
 
-def launches(case: Case, dtype: torch.dtype, last: bool, every: bool) -> Iterator[tuple[str, Launch]]:
-    """Each kernel in every configuration or in the one predicted to be best."""
+def launches(case: Case, dtype: torch.dtype, last: bool, most: int) -> Iterator[tuple[str, Launch]]:
+    """Each kernel in the `most` configurations that are predicted to be best."""
     s = case.shape
     problem = Problem(s, case.skeleton, str(dtype)[6:], "cuda", last, 1)
     x, y = meta(s.input_size, dtype, last), meta(s.output_size, dtype, last)
@@ -99,12 +102,8 @@ def launches(case: Case, dtype: torch.dtype, last: bool, every: bool) -> Iterato
     kind = f"{problem.dtype}{' channels_last' if last else ''}{' 64-bit' if wide(x) else ''}"
     for which in registry.PASSES:
         configs = sorted(kernel.candidates(problem, which).items(), key=lambda item: item[1])
-        for config, _ in configs if every else configs[:1]:
+        for config, _ in configs[:most]:
             runner = kernel.build(problem, which, config)
-            if not getattr(runner.config, "planar", 1) and tuple(runner.config._replace(planar=1)) in dict(
-                configs
-            ):
-                continue  # compiled for a planar dy already
             name = f"{which}{list(config)} {kind}"
             if which == "fprop":
                 yield name, runner.launch(x, runner.pack(weight), y, vector, vector, y, "silu")
@@ -124,9 +123,14 @@ def launches(case: Case, dtype: torch.dtype, last: bool, every: bool) -> Iterato
 
 def main(capability: int) -> None:
     backends.load()
-    # Every configuration where the tuned ones matter most; elsewhere the best and a geometry without round numbers.
-    cases = [(CASE, torch.bfloat16, True, capability == 90), (CASE, torch.float16, False, False),
-             (CASE, torch.float32, True, False), (HUGE, torch.bfloat16, True, False), (STRIDED, torch.float32, False, False)]  # fmt: skip
+    most = 3 if capability == 90 else 1
+    cases = [
+        (CASE, torch.bfloat16, True, most),
+        (CASE, torch.float16, False, 1),
+        (STRIDED, torch.float32, False, 1),
+    ]
+    if capability == 90:
+        cases += [(CASE, torch.float32, True, 1), (HUGE, torch.bfloat16, True, 1)]
     found = {name: launch for c in cases for name, launch in launches(*c)}
     print(json.dumps([describe(name, launch, capability) for name, launch in found.items()]))
 

@@ -14,7 +14,8 @@ EVERY = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
 
 def definition(case: Case) -> dict[int, tuple[int, int, int, int]]:
-    """Row of the packed values -> filter, group, and the input pixel its tap reads from output pixel (0, 0)."""
+    """Row of the packed values -> filter, group, and the input pixel its tap reads from output pixel (0,
+    0)."""
     s = case.shape
     found = {}
     for row, (k, r, t) in enumerate(np.argwhere(case.skeleton.live)):

@@ -1,4 +1,5 @@
-"""Triton kernels for GPUs: fprop over clustered filter tiles, dgrad and wgrad over the live stripes of each tap.
+"""Triton kernels for GPUs: fprop over clustered filter tiles, dgrad and wgrad over the live stripes of each
+tap.
 
 One name, `triton`, covers the three passes. CPU tensors it takes only inside Triton's interpreter.
 """

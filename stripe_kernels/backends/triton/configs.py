@@ -1,5 +1,8 @@
-"""The configurations worth measuring, with predicted seconds: stripe_kernels/roofline.py applied to the work each
-configuration executes, its idle slots included. No prediction here was compared with a measurement; tune() replaces them."""
+"""The configurations worth measuring, with predicted seconds.
+
+stripe_kernels/roofline.py applied to the work each configuration executes, its idle slots included. No
+prediction here was compared with a measurement: tune() replaces them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from stripe_kernels.roofline import SMS, gpu_seconds, item_size
 
 _MMA_SHARE = 0.6  # of the GEMM rate: an estimate
 _MOST_SPLITS = 64
-# A value gathered filter by filter from channels_last costs a 32-byte sector; consecutive pixels cost their own bytes.
+# A value gathered filter by filter from channels_last costs a 32-byte sector; consecutive pixels cost their
+# own bytes.
 _SECTOR = 32
 
 _FPROP = (
@@ -65,7 +69,8 @@ def _seconds(
 
 
 def _depth(problem: Problem, block: int, extent: int) -> int:
-    """A reduction block: half as deep for float32, which then keeps its registers, no deeper than the extent needs."""
+    """A reduction block: half as deep for float32, which then keeps its registers, no deeper than the
+    extent needs."""
     return min(max(16, block // 2) if problem.dtype == "float32" else block, power_of_two(extent))
 
 

@@ -1,7 +1,9 @@
-"""dgrad: dx[n, c, h, w] = sum_{live (k, t): h = p*u + t_h, w = q*v + t_w} dy[n, k, p, q] * w[k, t, c]
+"""dgrad over the live stripes of each input phase.
 
-The filter is a reduction index here, so the list of one input phase holds its live stripes and nothing else, up to rounding
-each tap's filters to BLOCK_K (ALIGNED: to aligned blocks of BLOCK_K filters, which read dy in whole vectors).
+    dx[n, c, h, w] = sum_{live (k, t): h = p*u + t_h, w = q*v + t_w} dy[n, k, p, q] * w[k, t, c]
+
+The filter is a reduction index here, so a list holds live stripes and nothing else, up to rounding each
+tap's filters to BLOCK_K (ALIGNED: to aligned blocks of BLOCK_K filters, which read dy in whole vectors).
 """
 
 from __future__ import annotations
@@ -70,8 +72,8 @@ def dgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = tl.load(entry_ptr + which)
     last = tl.load(entry_ptr + which + 1)
-    # Indices of a step are loaded one step ahead: a load whose address waits for a load of its own step would leave the
-    # software pipeline half as deep.
+    # Indices of a step are loaded one step ahead: a load whose address waits for a load of its own step
+    # would leave the software pipeline half as deep.
     some = first < last
     p_off = tl.load(offset + 2 * first, some, 0)
     q_off = tl.load(offset + 2 * first + 1, some, 0)
@@ -146,8 +148,9 @@ class TritonDgrad:
         arguments = {
             "dy": dy, "w": packed, "dx": dx, "origin": arrays["origin"], "entry_ptr": arrays["entry_ptr"],
             "offset": arrays["offset"], "filters": arrays["filters"],
-            "lists": self.lists, "c_blocks": c_blocks, "pixels": pixels, "channels": s.group_c, "group_k": s.group_k,
-            "H": s.H, "W": s.W, "P": s.P, "Q": s.Q, "rows": rows, "columns": columns, "u": s.stride[0], "v": s.stride[1],
+            "lists": self.lists, "c_blocks": c_blocks, "pixels": pixels, "channels": s.group_c,
+            "group_k": s.group_k, "H": s.H, "W": s.W, "P": s.P, "Q": s.Q, "rows": rows, "columns": columns,
+            "u": s.stride[0], "v": s.stride[1],
             **strides("dy", dy, "nkpq"), **strides("dx", dx, "nchw"),
             "ALIGNED": bool(config.aligned), "PRECISION": precision(dy.dtype), "CAST": INTERPRETED,
             "WIDE": wide(dy, dx, packed),

@@ -1,7 +1,11 @@
-"""fprop: y[n, k, p, q] = act(scale[k] * sum_{t in taps of k's tile, c} x[n, c, p*u + t_h, q*v + t_w] * w[t, k, c] + bias[k] + residual)
+"""fprop over clustered filter tiles, with the whole epilogue.
 
-A program computes BLOCK_M output pixels of one filter tile, and executes the union of its filters' taps; the weight of a dead
-stripe there is zero. A NaN or infinity of x therefore reaches the pixels that read it in every filter of the tile.
+    y[n, k, p, q] = act(scale[k] * conv[n, k, p, q] + bias[k] + residual[n, k, p, q])
+    conv[n, k, p, q] = sum_{t in taps of k's tile} sum_c x[n, c, p*u + t_h, q*v + t_w] * w[k, t, c]
+
+A program computes BLOCK_M output pixels of one filter tile, and executes the union of its filters' taps; the
+weight of a dead stripe there is zero. A NaN or infinity of x therefore reaches the pixels that read it in
+every filter of the tile.
 """
 
 from __future__ import annotations
@@ -66,8 +70,8 @@ def fprop_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = tl.load(entry_ptr + tile) * C_BLOCKS
     last = tl.load(entry_ptr + tile + 1) * C_BLOCKS
-    # The tap of a step is loaded one step ahead: a load whose address waits for a load of its own step would leave the
-    # software pipeline half as deep.
+    # The tap of a step is loaded one step ahead: a load whose address waits for a load of its own step
+    # would leave the software pipeline half as deep.
     some = first < last
     t_h = tl.load(offset + first // C_BLOCKS * 2, some, 0)
     t_w = tl.load(offset + first // C_BLOCKS * 2 + 1, some, 0)
@@ -142,8 +146,8 @@ class TritonFprop:
             "x": x, "w": packed, "y": y, "bias": bias, "scale": scale, "residual": residual,
             "filters": arrays["filters"], "group": arrays["group"], "entry_ptr": arrays["entry_ptr"],
             "offset": arrays["offset"],
-            "tiles": self.tiles, "pixels": pixels, "channels": s.group_c, "H": s.H, "W": s.W, "P": s.P, "Q": s.Q,
-            "u": s.stride[0], "v": s.stride[1],
+            "tiles": self.tiles, "pixels": pixels, "channels": s.group_c,
+            "H": s.H, "W": s.W, "P": s.P, "Q": s.Q, "u": s.stride[0], "v": s.stride[1],
             **strides("x", x, "nchw"), **strides("y", y, "nkpq"), **strides("residual", residual, "nkpq"),
             "ACTIVATION": activation, "PRECISION": precision(x.dtype), "CAST": INTERPRETED,
             "WIDE": wide(x, y, residual, packed), "C_BLOCKS": triton.cdiv(s.group_c, config.block_c),

@@ -17,7 +17,8 @@ from stripe_kernels.backends.triton.launch import Launch, strides, wide
 from stripe_kernels.backends.triton.tile import activate, unravel
 from stripe_kernels.indices import IndexArrays
 
-# Neighbours in memory are pixels in the planar layout and stripes in the other: the block is long in that direction.
+# Neighbours in memory are pixels in the planar layout and stripes in the other: the block is long in that
+# direction.
 _PLANAR, _PIXEL_MAJOR = (128, 16), (32, 64)
 
 
@@ -155,8 +156,9 @@ class TritonGather:
         arguments = {
             "z": z, "y": y, "bias": bias, "scale": scale, "residual": residual,
             "entry_ptr": arrays["entry_ptr"], "entry": arrays["entry"], "column": arrays["column"],
-            "images": len(y), "pixels": pixels, "k_blocks": k_blocks, "groups": s.groups, "group_k": s.group_k,
-            "P": s.P, "Q": s.Q, **strides("y", y, "nkpq"), **strides("residual", residual, "nkpq"),
+            "images": len(y), "pixels": pixels, "k_blocks": k_blocks, "groups": s.groups,
+            "group_k": s.group_k, "P": s.P, "Q": s.Q,
+            **strides("y", y, "nkpq"), **strides("residual", residual, "nkpq"),
             "ACTIVATION": activation, "PLANAR": self.layout.planar, "DOUBLE": z.element_size() == 8,
             "WIDE": wide(z, y, residual), "BLOCK_M": self.block_m, "BLOCK_N": self.block_n,
         }  # fmt: skip
@@ -178,9 +180,10 @@ class TritonGather:
         a_blocks = triton.cdiv(phase.stripes, self.block_n)
         arguments = {
             "dy": dy, "out": product, "stripe": self.arrays.on(dy.device)[f"stripe{i}"],
-            "pixels": pixels, "stripes": phase.stripes, "a_blocks": a_blocks, "rows": phase.rows, "columns": phase.columns,
-            "P": s.P, "Q": s.Q, **strides("dy", dy, "nkpq"),
-            "PLANAR": self.layout.planar, "WIDE": wide(dy, product), "BLOCK_M": self.block_m, "BLOCK_N": self.block_n,
+            "pixels": pixels, "stripes": phase.stripes, "a_blocks": a_blocks,
+            "rows": phase.rows, "columns": phase.columns, "P": s.P, "Q": s.Q, **strides("dy", dy, "nkpq"),
+            "PLANAR": self.layout.planar, "WIDE": wide(dy, product),
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n,
         }  # fmt: skip
         return Launch(spread_kernel, (triton.cdiv(pixels, self.block_m) * a_blocks,), arguments, 4, 1)
 

@@ -1,4 +1,5 @@
-"""What every Triton launch shares: index arrays on the device, the current device, addressing width and precision."""
+"""What every Triton launch shares: index arrays on the device, the current device, addressing width and
+precision."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ INTERPRETED = isinstance(_probe, InterpretedFunction)
 def refuse(problem: Problem, which: Pass) -> str | None:
     """Why the Triton kernels cannot run this problem, or None."""
     if problem.device != "cuda" and not (problem.device == "cpu" and INTERPRETED):
-        return f"runs on CUDA devices, not on {problem.device} (there only in Triton's interpreter, TRITON_INTERPRET=1)"
+        return f"runs on CUDA devices, not on {problem.device} (there in Triton's interpreter only)"
     if problem.dtype not in DTYPES:
         return f"takes {', '.join(DTYPES)}, not {problem.dtype}"
     return None
@@ -72,8 +73,9 @@ def wide(*tensors: Tensor | None) -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """tl.dot's input_precision. float32 follows torch's switch for convolutions (torch.backends.cudnn.allow_tf32, or
-    cudnn.conv.fp32_precision), read at every call; other types have one way only."""
+    """tl.dot's input_precision. float32 follows torch's switch for convolutions
+    (torch.backends.cudnn.allow_tf32, or cudnn.conv.fp32_precision), read at every call; other types have
+    one way only."""
     if dtype != torch.float32:
         return "ieee"
     conv = getattr(torch.backends.cudnn, "conv", None)

@@ -1,10 +1,11 @@
 """Which blocks the Triton kernels run: flat int32 arrays, computed once per skeleton and shape. numpy only.
 
-    fprop  a filter tile computes `width` filters and executes the union of their taps: filters with like tap lists share one
-    dgrad  a reduction entry is one tap and up to `depth` of the filters that keep it, listed per (group, input phase)
-    wgrad  an output entry is one tap and up to `height` of the filters that keep it
+    fprop  a filter tile computes `width` filters and executes the union of their taps
+    dgrad  a reduction entry is one tap and up to `depth` filters that keep it, listed per (group, phase)
+    wgrad  an output entry is one tap and up to `height` filters that keep it
 
-A slot without a stripe holds the row A, a row of zeros appended to the packed values, or the filter -1, which is masked.
+A slot without a stripe holds the row A, a row of zeros appended to the packed values, or the filter -1,
+which is masked.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from stripe_kernels.skeleton import FilterSkeleton
 
 BoolArray = npt.NDArray[np.bool_]
 
-# Weight of a tap the tile must newly execute against one it executes already. No value wins on every skeleton: all are tried.
+# Weight of a tap the tile must newly execute against one it executes already. No value wins on every
+# skeleton: all are tried.
 _AVERSIONS = (0.5, 1.0, 2.0)
 
 
@@ -40,9 +42,11 @@ def tap_offset(s: ConvShape, tap: int) -> tuple[int, int]:
 
 
 def cluster(live: BoolArray, width: int) -> list[Int32Array]:
-    """Filters [K, taps] in tiles of at most `width`, so that few (tile, tap) pairs are executed; longest tile first.
+    """Filters [K, taps] in tiles of at most `width`, so that few (tile, tap) pairs are executed; longest
+    tile first.
 
-    Greedy: a tile starts with the filter of most taps and takes the one that shares most taps with it and adds fewest.
+    Greedy: a tile starts with the filter of most taps and takes the one that shares most taps with it and
+    adds fewest.
     """
 
     def greedy(aversion: float) -> list[Int32Array]:
@@ -114,7 +118,8 @@ def _chunks(tap: PhaseTap, size: int) -> list[tuple[Int32Array, Int32Array]]:
 
 
 def _blocks(tap: PhaseTap, size: int, group_k: int, absent: int) -> list[tuple[Int32Array, Int32Array]]:
-    """(filters, rows) of the aligned blocks of `size` filters with a live stripe; row `absent` for the dead ones."""
+    """(filters, rows) of the aligned blocks of `size` filters with a live stripe; row `absent` for the dead
+    ones."""
     row_of = np.full(group_k, absent)
     row_of[tap.filters] = tap.row
     firsts = np.unique(tap.filters // size) * size
@@ -129,8 +134,9 @@ def _padded(parts: list[Int32Array], size: int, value: int) -> Int32Array:
 
 @dataclass(frozen=True, eq=False)
 class DgradSchedule:
-    """Reduction lists. With stride (u, v), input pixel (h0 + u*i, w0 + v*j) meets only taps whose offset differs from
-    (h0, w0) by a multiple of the stride: one list for each group and each of the u*v phases (h0, w0)."""
+    """Reduction lists. With stride (u, v), input pixel (h0 + u*i, w0 + v*j) meets only taps whose offset
+    differs from (h0, w0) by a multiple of the stride: one list for each group and each of the u*v phases
+    (h0, w0)."""
 
     origin: Int32Array  # [lists, 3]: group, h0, w0
     entry_ptr: Int32Array  # [lists + 1]
@@ -141,9 +147,11 @@ class DgradSchedule:
     @staticmethod
     @lru_cache(maxsize=1024)
     def of(skeleton: FilterSkeleton, s: ConvShape, depth: int, aligned: bool) -> DgradSchedule:
-        """aligned: entries are blocks of consecutive filters, so that dy is read in whole vectors and dead stripes of a block
-        are executed; otherwise an entry gathers live filters only."""
-        counts, offsets, parts = [], [], []
+        """aligned: entries are blocks of consecutive filters, so that dy is read in whole vectors and dead
+        stripes of a block are executed; otherwise an entry gathers live filters only."""
+        counts: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        parts: list[tuple[Int32Array, Int32Array]] = []
         every = phases(skeleton, s)
         for phase in every:
             before = len(parts)
@@ -173,7 +181,9 @@ class WgradSchedule:
     @staticmethod
     @lru_cache(maxsize=1024)
     def of(skeleton: FilterSkeleton, s: ConvShape, height: int) -> WgradSchedule:
-        groups, offsets, parts = [], [], []
+        groups: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        parts: list[tuple[Int32Array, Int32Array]] = []
         for phase in phases(skeleton, s):
             for tap in phase.taps:
                 found = _chunks(tap, height)

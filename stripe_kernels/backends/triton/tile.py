@@ -16,7 +16,8 @@ def unravel(index, rows, columns):
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr, CAST: tl.constexpr):
-    """acc + a @ b, summed in float32. CAST: the interpreter multiplies the raw bits of bfloat16, so there operands widen first."""
+    """acc + a @ b, summed in float32. CAST: the interpreter multiplies the raw bits of bfloat16, so there
+    operands widen first."""
     if CAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

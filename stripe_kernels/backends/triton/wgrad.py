@@ -1,7 +1,10 @@
-"""wgrad: dw[a, c] = sum_{n, p, q} dy[n, k_a, p, q] * x[n, c, p*u + t_h, q*v + t_w]   for the live stripes a = (k_a, t)
+"""wgrad of the live stripes a = (k_a, t).
 
-(filter, tap) is only an output index: live stripes are computed and no others. Output pixels are split into `splits` parts
-with a float32 partial result each, and a second kernel adds the parts in their order: run to run the bits repeat.
+    dw[a, c] = sum_{n, p, q} dy[n, k_a, p, q] * x[n, c, p*u + t_h, q*v + t_w]
+
+(filter, tap) is only an output index: live stripes are computed and no others. Output pixels are split into
+`splits` parts with a float32 partial result each, and a second kernel adds the parts in their order: run to
+run the bits repeat.
 """
 
 from __future__ import annotations
@@ -125,8 +128,9 @@ class TritonWgrad:
         steps = triton.cdiv(triton.cdiv(pixels, config.block_m), config.splits)
         arguments = {
             "dy": dy, "x": x, "dw": dw, **arrays,
-            "entries": self.entries, "c_blocks": c_blocks, "pixels": pixels, "steps": steps, "stripes": self.stripes,
-            "channels": s.group_c, "H": s.H, "W": s.W, "P": s.P, "Q": s.Q, "u": s.stride[0], "v": s.stride[1],
+            "entries": self.entries, "c_blocks": c_blocks, "pixels": pixels, "steps": steps,
+            "stripes": self.stripes, "channels": s.group_c,
+            "H": s.H, "W": s.W, "P": s.P, "Q": s.Q, "u": s.stride[0], "v": s.stride[1],
             **strides("dy", dy, "nkpq"), **strides("x", x, "nchw"),
             "PRECISION": precision(x.dtype), "CAST": INTERPRETED, "WIDE": wide(dy, x, dw),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,

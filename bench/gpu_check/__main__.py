@@ -1,0 +1,120 @@
+"""python -m bench.gpu_check: see bench/gpu_check/__init__.py."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu_check import record, tools
+from bench.gpu_check.device import Device, driver
+from bench.machine import commit
+
+# Seconds after the start at which each stage has to be over; what is not done by then is listed.
+DEADLINES = {"build": 90, "checks": 180, "sanitizer": 240, "layers": 500, "networks": 580}
+DRY = {"build": 90, "checks": 30, "sanitizer": 30, "layers": 60, "networks": 90}
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
+    for package in ("torch", "triton", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return found | {"cudnn": str(cudnn) if cudnn else None}
+
+
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - _START:5.0f} s] {text}", flush=True)
+
+
+_START = time.perf_counter()
+
+
+def checks_only(device: Device) -> int:
+    """The small set that compute-sanitizer watches."""
+    from bench.gpu_check import checks
+
+    found = checks.correctness(device, checks.SMALL, float("inf"))
+    for failure in found["failures"]:
+        print(failure)
+    return 1 if found["failures"] else 0
+
+
+def check(device: Device, dry_run: bool, with_build: bool) -> dict[str, Any]:
+    """Every stage in turn; the record."""
+    ends = {stage: _START + seconds for stage, seconds in (DRY if dry_run else DEADLINES).items()}
+    found: dict[str, Any] = {
+        "device": device.name,
+        "dry_run": dry_run,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "sources": record.source_hash(),
+        "versions": _versions(),
+        "driver": None if dry_run else driver(),
+    }
+    if with_build:
+        found["build"] = tools.build(ends["build"] - time.perf_counter())
+        say(f"build: {'ok' if found['build']['ok'] else found['build']['output']}")
+    # Imported after the build, which may bring the CUDA extension.
+    from bench.gpu_check import checks, networks, rows
+    from stripe_kernels.testing import CASES
+
+    torch.backends.cudnn.benchmark = True
+    names = checks.SMALL[:1] if dry_run else tuple(CASES)
+    found["kernels"] = checks.kernels(device)
+    found["correctness"] = checks.correctness(device, names, ends["checks"])
+    say(f"correctness: {found['correctness']['done']} done, {len(found['correctness']['failures'])} failures")
+    found["promises"] = checks.promises(device)
+    say(f"promises: {sum(v == 'ok' for v in found['promises'].values())} of {len(found['promises'])} kept")
+    if not dry_run:
+        found["sanitizer"] = tools.sanitize(ends["sanitizer"] - time.perf_counter())
+        say(
+            "sanitizer: "
+            + ", ".join(f"{row['command'].split()[0]} {row['ok']}" for row in found["sanitizer"])
+        )
+    rounds = 3 if dry_run else rows.ROUNDS
+    ceilings = rows.Ceilings.probe(device)
+    found["ceilings"] = {"copy_bytes_per_second": ceilings.copy, "gemm_flops": ceilings.gemm}
+    found["layers"], found["layers_left_out"] = rows.layer_rows(
+        device, ceilings, ends["layers"], dry_run, rounds
+    )
+    found["crossovers"] = rows.crossovers(found["layers"])
+    say(f"layers: {len(found['layers'])} rows, {len(found['layers_left_out'])} left out")
+    made, left = networks.network_rows(device, ends["networks"], dry_run, rounds)
+    found["networks"], found["networks_left_out"] = made, left
+    say(f"networks: {len(made)} rows, {len(left)} left out")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="the same code on the CPU with tiny layers")
+    parser.add_argument(
+        "--checks-only", action="store_true", help="a small correctness set, for compute-sanitizer"
+    )
+    parser.add_argument("--no-build", action="store_true", help="the extensions are built already")
+    parser.add_argument("--out", type=Path, default=record.RECORDS, help="folder of the record")
+    options = parser.parse_args()
+    device = Device.find(options.dry_run)
+    if options.checks_only:
+        return checks_only(device)
+    found = check(device, options.dry_run, not options.no_build)
+    path = record.write(found, options.out, device.slug)
+    from bench.gpu_check.report import report
+
+    print(report(found))
+    print(f"record: {path}")
+    return 0 if not found["correctness"]["failures"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

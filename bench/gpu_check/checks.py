@@ -1,0 +1,164 @@
+"""Every kernel against the float64 oracle on the device, and the promises a GPU alone can break."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bench.gpu_check.device import Device
+from stripe_kernels import FilterSkeleton, StripeConv2d, list_kernels
+from stripe_kernels.testing import CASES, Case, Operands, budgets, poisoned_memory, prepared
+
+PASSES = ("fprop", "dgrad", "wgrad")
+RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
+SMALL = ("lopsided", "grouped lopsided", "strided")  # for the sanitizer and the dry run
+_STRAND = 50  # microseconds of other work that a promise about streams is tested behind
+
+
+def kernels(device: Device) -> list[str]:
+    """Whatever is registered and is no CPU kernel; the oracle is checked against itself by nobody."""
+    return [
+        n for n in list_kernels() if n != "reference" and (device.type == "cpu" or not n.startswith("cpu_"))
+    ]
+
+
+def _one(case: Case, operands: Operands, which: str, kernel: str, budget: Any) -> Iterator[str]:
+    for name, call in prepared(case, operands, which, kernel).items():
+        with poisoned_memory():
+            first = call(operands)
+            again = call(operands)
+        failure = getattr(budget, RESULT[which]).failure(first)
+        if failure:
+            yield f"{name} {which} of {case.name}, {operands.x.dtype}: {failure}"
+        elif not torch.equal(first, again):
+            yield f"{name} {which} of {case.name}, {operands.x.dtype}: two runs differ"
+
+
+def correctness(device: Device, names: tuple[str, ...], deadline: float) -> dict[str, Any]:
+    """Kernel x case x dtype x pass, every configuration, twice. Layouts alternate between the two formats."""
+    done, skipped = 0, 0
+    failures: list[str] = []
+    refused: set[str] = set()
+    for number, case in enumerate(CASES[name] for name in names):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            layout = ("contiguous", "channels_last")[(number + (dtype != torch.float32)) % 2]
+            operands = case.operands(dtype, layout, device.type)
+            budget = budgets(case, operands)
+            for kernel in kernels(device):
+                for which in PASSES:
+                    if time.perf_counter() > deadline:
+                        skipped += 1
+                        continue
+                    try:
+                        failures += _one(case, operands, which, kernel, budget)
+                        done += 1
+                    except RuntimeError as error:
+                        if "does not run" not in str(error):
+                            failures.append(f"{kernel} {which} of {case.name}, {dtype}: {error}")
+                        else:
+                            refused.add(f"{kernel} {which}: {str(error).rpartition(': ')[2]}")
+    return {"done": done, "failures": failures, "refused": sorted(refused), "skipped_for_time": skipped}
+
+
+def _layer(device: Device) -> tuple[StripeConv2d, torch.Tensor]:
+    live = torch.rand(64, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.3
+    layer = StripeConv2d(64, 64, 3, padding=1, skeleton=FilterSkeleton(live.numpy()), device=device.type)
+    return layer, torch.randn(4, 64, 14, 14, device=device.type)
+
+
+def _compiled(device: Device, kernel: str, mode: str | None) -> str | None:
+    layer, x = _layer(device)
+    layer.kernel = kernel
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, mode=mode)
+    with torch.no_grad():
+        expected = layer(x)
+        for _ in range(3):
+            found = compiled(x).clone()
+    return None if torch.equal(found, expected) else "differs from eager"
+
+
+def _graph(device: Device, kernel: str) -> str | None:
+    """A captured call sees new inputs, and weights packed at capture are those of the layer."""
+    layer, x = _layer(device)
+    layer.kernel = kernel
+    with torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        return None if torch.equal(y, layer(x)) else "a replay differs from a call"
+
+
+def _training_graph(device: Device, kernel: str) -> str | None:
+    """Forward and backward in one graph: nothing reads a device tensor on the host."""
+    layer, x = _layer(device)
+    layer.kernel = kernel
+    x.requires_grad_()
+
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    same = all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+    return None if same else "a replay differs from a call"
+
+
+def _stream(device: Device, kernel: str) -> str | None:
+    """Work queued on the current stream is waited for."""
+    layer, x = _layer(device)
+    layer.kernel = kernel
+    with torch.no_grad():
+        expected = layer(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            late = torch.full_like(x, torch.nan)
+            torch.cuda._sleep(_STRAND * 2000)
+            late.copy_(x)
+            y = layer(late)
+        stream.synchronize()
+    return None if torch.equal(y, expected) else "did not wait for its stream"
+
+
+def _second_device(device: Device, kernel: str) -> str | None:
+    layer, x = _layer(device)
+    layer.kernel = kernel
+    with torch.no_grad():
+        expected = layer(x).to("cuda:1")
+        found = layer.to("cuda:1")(x.to("cuda:1"))  # the current device stays 0
+    return None if torch.equal(found, expected) else "differs on the second device"
+
+
+def promises(device: Device) -> dict[str, str]:
+    """Graph capture, streams, torch.compile, devices: "ok" or what went wrong, by kernel."""
+    tests: dict[str, Any] = {"torch.compile": lambda k: _compiled(device, k, None)}
+    if device.type == "cuda":
+        tests |= {
+            "torch.compile reduce-overhead": lambda k: _compiled(device, k, "reduce-overhead"),
+            "CUDA graph": lambda k: _graph(device, k),
+            "CUDA graph of training": lambda k: _training_graph(device, k),
+            "stream": lambda k: _stream(device, k),
+        }
+        if torch.cuda.device_count() > 1:
+            tests["second device"] = lambda k: _second_device(device, k)
+    found = {}
+    for kernel in ("auto", "triton", "stripe_gemm") if device.type == "cuda" else ("stripe_gemm",):
+        for what, test in tests.items():
+            try:
+                found[f"{what}, {kernel}"] = test(kernel) or "ok"
+            except RuntimeError as error:
+                found[f"{what}, {kernel}"] = f"{type(error).__name__}: {str(error)[:300]}"
+    return found

@@ -1,0 +1,117 @@
+"""Whole networks in CUDA graphs: dense, dense with BN folded, frozen, optimized."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from bench.gpu_check.device import Device, interleave
+from bench.gpu_check.rows import set_precision
+from bench.skeletons import iid
+from bench.timing import Ratio
+from iessp.models import build
+from stripe_kernels import freeze, optimize, tune
+from stripe_kernels.testing import Budget
+
+DENSITY = 0.24
+# name, classes, side, batches
+NETWORKS = (("resnet18", 1000, 224, (64, 1)), ("vgg16", 10, 32, (256, 1)))
+DRY = (("resnet20", 10, 8, (2,)),)
+
+
+def _masked(name: str, classes: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A network with random weights, zeros in the dead stripes of its 3x3 convolutions, and those
+    skeletons."""
+    torch.manual_seed(0)
+    network = build(name, classes).eval()
+    skeletons = {}
+    for where, module in network.named_modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.in_channels > 3:
+            live = iid((module.out_channels, 3, 3), DENSITY, f"{name} {where}")
+            skeletons[where] = torch.tensor(live.live)
+            with torch.no_grad():
+                module.weight.mul_(skeletons[where][:, None])
+    return network, skeletons
+
+
+def _contestants(network: nn.Module, skeletons: dict[str, Tensor], x: Tensor) -> dict[str, nn.Module]:
+    """Every one with the same function of x."""
+    last = torch.channels_last
+
+    def placed(module: nn.Module) -> nn.Module:
+        return module.to(x.device, x.dtype, memory_format=last)
+
+    frozen = placed(freeze(network, skeletons))
+    tune(frozen, x)
+    return {
+        "dense": placed(copy.deepcopy(network)),
+        "dense, BN folded": placed(fuse(copy.deepcopy(network))),
+        "frozen": frozen,
+        "optimized": optimize(placed(freeze(network, skeletons)), x),
+    }
+
+
+def network_row(
+    device: Device, name: str, classes: int, side: int, batch: int, dtype: torch.dtype, rounds: int
+) -> dict[str, Any]:
+    set_precision("tf32")
+    network, skeletons = _masked(name, classes)
+    sets = [
+        torch.randn(batch, 3, side, side, device=device.type).to(dtype, memory_format=torch.channels_last)
+        for _ in range(4)
+    ]
+    with torch.inference_mode():
+        exact = copy.deepcopy(network).double()(sets[0].cpu().double())
+        contestants = _contestants(network, skeletons, sets[0])
+        budget = Budget.of(exact, contestants["dense"](sets[0]).cpu())
+        wrong, ready = {}, {}
+        for which, module in contestants.items():
+            failure = budget.failure(module(sets[0]).cpu())
+            if failure:
+                wrong[which] = failure
+            else:
+                ready[which] = device.repeated([_call(module, x) for x in sets])
+        samples = interleave(ready, rounds)
+    base = min((samples[n] for n in ("dense", "dense, BN folded") if n in samples), key=lambda s: s.median)
+    return {
+        "network": name, "batch": batch, "side": side, "dtype": str(dtype)[6:], "density": DENSITY,
+        "wrong": wrong,
+        "contestants": {
+            which: {"seconds": s.median, "spread": s.spread, "n": s.n, **_ratio(Ratio.of(base, s))}
+            for which, s in samples.items()
+        },
+    }  # fmt: skip
+
+
+def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    return partial(module, x)
+
+
+def _ratio(ratio: Ratio) -> dict[str, float]:
+    return {"over_dense": ratio.value, "low": ratio.low, "high": ratio.high}
+
+
+def network_rows(
+    device: Device, deadline: float, dry_run: bool, rounds: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows, and the networks there was no time for or that raised, with the reason."""
+    rows, left = [], []
+    for name, classes, side, batches in DRY if dry_run else NETWORKS:
+        for batch in batches:
+            what = f"{name} N={batch}"
+            if time.perf_counter() > deadline:
+                left.append(f"{what}: no time")
+                continue
+            dtype = torch.float32 if dry_run else torch.bfloat16
+            try:
+                rows.append(network_row(device, name, classes, side, batch, dtype, rounds))
+            except RuntimeError as error:
+                left.append(f"{what}: {str(error)[:500]}")
+    return rows, left

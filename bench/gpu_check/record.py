@@ -1,0 +1,62 @@
+"""The record of one check, and the rule that nobody quotes one that is not the code's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "bench/records"
+# What decides a GPU kernel's speed and result; the CPU kernels do not.
+SOURCES = (
+    "csrc/core/*",
+    "csrc/cuda/**/*",
+    "csrc/bindings/cuda.cpp",
+    "stripe_kernels/backends/triton/*.py",
+    "stripe_kernels/backends/cuda*.py",
+    "stripe_kernels/backends/dense.py",
+    "stripe_kernels/backends/gemm.py",
+    "stripe_kernels/phases.py",
+    "stripe_kernels/packed.py",
+)
+_QUOTED = re.compile(r"bench/records/([\w.+-]+\.json)")
+
+
+def source_hash(root: Path = ROOT) -> str:
+    """Sixteen hex digits over names and contents of the GPU kernels' sources."""
+    digest = hashlib.sha256()
+    for path in sorted({p for pattern in SOURCES for p in root.glob(pattern) if p.is_file()}):
+        digest.update(f"{path.relative_to(root)}\n{path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write(record: dict[str, Any], folder: Path, slug: str) -> Path:
+    """folder/<device>-<date>.json; a second one of the same day takes its place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{slug}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def stale_quotes(text: str, root: Path = ROOT) -> list[str]:
+    """What is wrong with the records a text quotes by their path; empty when each is of this code and of a
+    GPU."""
+    problems = []
+    for name in dict.fromkeys(_QUOTED.findall(text)):
+        path = root / "bench/records" / name
+        if not path.exists():
+            problems.append(f"bench/records/{name} does not exist")
+            continue
+        record = json.loads(path.read_text())
+        if record["sources"] != source_hash(root):
+            problems.append(
+                f"bench/records/{name} measured sources {record['sources']}, the code is {source_hash(root)}"
+            )
+        if record["dry_run"]:
+            problems.append(f"bench/records/{name} is a dry run")
+    return problems

@@ -1,0 +1,115 @@
+"""The record as text, the tables last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.gpu_check.rows import best
+
+
+def _line(cells: list[str], widths: list[int]) -> str:
+    return "  ".join(
+        cell.ljust(w) if i == 0 else cell.rjust(w)
+        for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+    )
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(_line(row, widths) for row in rows)
+
+
+def _layer(row: dict[str, Any]) -> list[str]:
+    dense, chosen = row["contestants"].get("cudnn"), best(row)
+    head = [f"{row['which']} {row['dtype']} {row['layer']}", str(row["batch"]), f"{row['density']:.2f}"]
+    if chosen is None:
+        return [*head, *["-"] * 7]
+    name, numbers = chosen
+    ratio = [f"{numbers[k]:.2f}" if k in numbers else "-" for k in ("over_cudnn", "low", "high")]
+    return [
+        *head,
+        f"{dense['seconds'] * 1e6:.1f}" if dense else "wrong",
+        f"{numbers['seconds'] * 1e6:.1f}",
+        *ratio,
+        f"{numbers['share_of_roof']:.0%} {row['roof']}",
+        name,
+    ]
+
+
+def layer_table(rows: list[dict[str, Any]]) -> str:
+    head = ["layer", "N", "d", "cudnn us", "best us", "x", "low", "high", "of roof", "kernel"]
+    return _table([head, *(_layer(row) for row in rows)])
+
+
+def network_table(rows: list[dict[str, Any]]) -> str:
+    lines = [["network", "N", "contestant", "ms", "x dense", "low", "high"]]
+    for row in rows:
+        for name, numbers in row["contestants"].items():
+            lines.append(
+                [
+                    f"{row['network']} {row['dtype']}",
+                    str(row["batch"]),
+                    name,
+                    f"{numbers['seconds'] * 1e3:.3f}",
+                    *(f"{numbers[k]:.2f}" for k in ("over_dense", "low", "high")),
+                ]
+            )
+    return _table(lines)
+
+
+def _crossovers(found: list[dict[str, Any]]) -> str:
+    lines = [["crossover density", "kernel", "d"]]
+    for row in found:
+        bound = "" if row["bound"] == "at" else row["bound"] + " "
+        lines.append(
+            [
+                f"{row['which']} {row['dtype']} {row['layer']} N={row['batch']}",
+                row["kernel"],
+                f"{bound}{row['density']:.2f}",
+            ]
+        )
+    return _table(lines)
+
+
+def _troubles(found: dict[str, Any]) -> list[str]:
+    """Everything that did not go as it should, one line each."""
+    checks = found["correctness"]
+    lines = [f"WRONG {text}" for text in checks["failures"]]
+    if checks["skipped_for_time"]:
+        lines.append(f"{checks['skipped_for_time']} correctness checks: no time")
+    lines += [f"{what}: {result}" for what, result in found["promises"].items() if result != "ok"]
+    lines += [
+        f"{row['command'][:60]}: {row['output'][-300:]}"
+        for row in found.get("sanitizer", [])
+        if not row["ok"]
+    ]
+    lines += [
+        f"WRONG {row['layer']} {name}: {text}"
+        for row in found["layers"]
+        for name, text in row["wrong"].items()
+    ]
+    lines += [
+        f"WRONG {row['network']} {name}: {text}"
+        for row in found["networks"]
+        for name, text in row["wrong"].items()
+    ]
+    lines += [f"left out: {text}" for text in found["layers_left_out"] + found["networks_left_out"]]
+    return lines
+
+
+def report(found: dict[str, Any]) -> str:
+    """Troubles, ceilings, crossovers, and last the tables."""
+    gemm = ", ".join(
+        f"{name} {value / 1e12:.1f} TFLOP/s" for name, value in found["ceilings"]["gemm_flops"].items()
+    )
+    parts = [
+        f"{found['device']}, sources {found['sources']}, commit {found['commit']}, {found['versions']}",
+        "\n".join(_troubles(found)) or "no troubles",
+        f"copy {found['ceilings']['copy_bytes_per_second'] / 1e9:.0f} GB/s, GEMM {gemm}",
+        _crossovers(found["crossovers"]),
+        layer_table(found["layers"]),
+        network_table(found["networks"]),
+    ]
+    if found["dry_run"]:
+        parts.append("A dry run on the CPU: it tests this program; no figure above means anything.")
+    return "\n\n".join(parts)

@@ -1,0 +1,269 @@
+"""The rows of the table: layers by pass, dtype and density, beside cuDNN; and whole networks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise, product
+from math import log
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.gpu_check.checks import PASSES, RESULT, kernels
+from bench.gpu_check.device import Device, interleave
+from bench.job import Oracle
+from bench.skeletons import iid
+from bench.timing import Ratio, Sample
+from stripe_kernels import FilterSkeleton
+from stripe_kernels.testing import Case, Operands, case, poisoned_memory, prepared
+
+ROUNDS = 21
+CONFIGS = 4  # of one kernel that are measured, the best predicted first
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "tf32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table: a 3x3 layer, padding 1, channels_last."""
+
+    channels: int
+    side: int
+    batch: int
+    density: float
+    dtype: str
+    which: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.channels}-{self.channels}@{self.side}x{self.side}"
+
+    def case(self) -> Case:
+        size = (self.channels, 3, 3)
+        live = iid(size, self.density, f"{self.name} {self.density}")
+        base = case(self.name, N=self.batch, C=self.channels, H=self.side, W=self.side, K=self.channels)
+        return _Given(base.name, base.shape, self.density, "given", 0, live)
+
+
+@dataclass(frozen=True)
+class _Given(Case):
+    """A case whose skeleton comes from elsewhere."""
+
+    live: FilterSkeleton = None  # type: ignore[assignment]
+
+    @property
+    def skeleton(self) -> FilterSkeleton:
+        return self.live
+
+
+def settings(dry_run: bool) -> list[Setting]:
+    """In the order of their worth: when time runs out the last ones are missing."""
+    if dry_run:
+        return [Setting(16, 5, 2, 0.24, "float32", which) for which in PASSES]
+    shapes = ((512, 7), (256, 14), (128, 28), (64, 56))
+    first = [
+        Setting(c, side, 128, d, "bfloat16", w) for d in (0.24, 0.1) for c, side in shapes for w in PASSES
+    ]
+    crossover = [
+        Setting(c, side, 128, d, "bfloat16", w) for d in (0.5, 0.75) for c, side in shapes for w in PASSES
+    ]
+    others = [
+        Setting(c, side, 128, d, dtype, w)
+        for dtype, d, (c, side), w in product(("float16", "tf32"), (0.24, 0.1), shapes, PASSES)
+    ]
+    single = [Setting(c, side, 1, d, "bfloat16", "fprop") for d in (0.24, 0.1) for c, side in shapes]
+    strict = [Setting(c, side, 32, 0.24, "float32", w) for c, side in shapes[1:3] for w in PASSES]
+    return first + crossover + others + single + strict
+
+
+def set_precision(dtype: str) -> None:
+    """tf32 or strict float32, for cuDNN, cuBLAS and the kernels here alike."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype != "float32"
+
+
+def _dense(problem: Case, which: str, weight: Tensor) -> Callable[[Operands], Tensor]:
+    """cuDNN on the filter with its zeros."""
+    s = problem.shape
+
+    def backward(o: Operands, mask: list[bool]) -> Tensor:
+        return torch.ops.aten.convolution_backward(
+            o.dy, o.x, weight, None, s.stride, s.padding[:2], s.dilation, False, [0, 0], s.groups, mask
+        )[mask.index(True)]
+
+    if which == "fprop":
+        return lambda o: F.conv2d(o.x, weight, None, s.stride, s.padding[:2], s.dilation, s.groups)
+    return partial(backward, mask=[which == "dgrad", which == "wgrad", False])
+
+
+def _contestants(
+    device: Device, problem: Case, operands: Operands, which: str
+) -> tuple[dict[str, Callable[[Operands], Tensor]], dict[str, str]]:
+    """Calls by name, and the reasons of those that refuse. Weights are packed once for fprop, in every call
+    for dgrad."""
+    live = torch.from_numpy(problem.skeleton.live.copy()).to(device.type)
+    dense = operands.weight.new_zeros(*live.shape, problem.shape.group_c)
+    dense[live] = operands.weight
+    weight = dense.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    found: dict[str, Callable[[Operands], Tensor]] = {"cudnn": _dense(problem, which, weight)}
+    refused = {}
+    for kernel in kernels(device):
+        if kernel == "dense" or kernel.startswith("cpu_"):
+            continue
+        try:
+            calls = prepared(problem, operands, which, kernel, repack=which == "dgrad")
+        except RuntimeError as error:
+            refused[kernel] = str(error)
+            continue
+        found |= dict(list(calls.items())[:CONFIGS])
+    return found, refused
+
+
+def _wrong(oracle: Oracle, problem: Case, which: str, result: Tensor) -> str | None:
+    if which == "wgrad" and result.dim() == 4:  # cuDNN's dense gradient
+        live = torch.from_numpy(problem.skeleton.live.copy()).to(result.device)
+        result = result.permute(0, 2, 3, 1)[live]
+    return oracle.wrong(**{RESULT[which]: result})
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured: bytes/s of a large copy, reads and writes counted, and FLOP/s of a large GEMM by dtype."""
+
+    copy: float
+    gemm: dict[str, float]
+
+    @classmethod
+    def probe(cls, device: Device) -> Ceilings:
+        large = device.type == "cuda"
+        source = torch.ones(2**29 if large else 2**20, dtype=torch.uint8, device=device.type)
+        target = torch.empty_like(source)
+        copy = device.repeated([lambda: target.copy_(source)] * 3)
+        side, gemm = (8192 if large else 64), {}
+        for name, dtype in DTYPES.items():
+            set_precision(name)
+            a, b = (torch.randn(side, side, device=device.type).to(dtype) for _ in range(2))
+            product_ = device.repeated([partial(torch.mm, a, b)] * 3)
+            gemm[name] = 2.0 * side**3 / min(product_() for _ in range(5))
+        return cls(2.0 * source.numel() / min(copy() for _ in range(5)), gemm)
+
+    def roof(self, setting: Setting, problem: Case) -> tuple[float, str]:
+        """The least seconds the live work can take, and what sets them: bytes each moved once, or live
+        operations."""
+        s, stripes = problem.shape, problem.skeleton.stripes
+        size = torch.finfo(DTYPES[setting.dtype]).bits // 8
+        moved = (s.N * (s.C * s.H * s.W + s.K * s.P * s.Q) + stripes * s.group_c) * size / self.copy
+        math = 2.0 * s.macs(stripes) / self.gemm[setting.dtype]
+        return (moved, "memory") if moved > math else (math, "math")
+
+
+def layer_row(device: Device, setting: Setting, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
+    """One line: every contestant's median, spread and paired ratio to cuDNN; those whose result is wrong
+    are not timed."""
+    set_precision(setting.dtype)
+    problem = setting.case()
+    operands = problem.operands(DTYPES[setting.dtype], "channels_last", device.type)
+    calls, refused = _contestants(device, problem, operands, setting.which)
+    oracle = Oracle(problem, operands)
+    size = operands.x.element_size() * (operands.x.numel() + operands.dy.numel())
+    sets = [_fresh(operands) for _ in range(device.copies(size))]
+    ready, wrong = {}, {}
+    for name, call in calls.items():
+        with poisoned_memory():
+            failure = _wrong(oracle, problem, setting.which, call(operands))
+        if failure:
+            wrong[name] = failure
+        else:
+            ready[name] = device.repeated([partial(call, one) for one in sets])
+    samples = interleave(ready, rounds)
+    roof, limit = ceilings.roof(setting, problem)
+    return {
+        **setting.__dict__,
+        "layer": setting.name,
+        "stripes": problem.skeleton.stripes,
+        "roof_seconds": roof,
+        "roof": limit,
+        "contestants": {
+            name: _numbers(sample, samples.get("cudnn"), roof) for name, sample in samples.items()
+        },
+        "refused": refused,
+        "wrong": wrong,
+    }
+
+
+def _fresh(operands: Operands) -> Operands:
+    """The same layout and weight over other values of x and dy."""
+    return operands._replace(x=torch.randn_like(operands.x), dy=torch.randn_like(operands.dy))
+
+
+def _numbers(sample: Sample, base: Sample | None, roof: float) -> dict[str, Any]:
+    found: dict[str, Any] = {"seconds": sample.median, "spread": sample.spread, "n": sample.n}
+    if base is not None:
+        ratio = Ratio.of(base, sample)
+        found |= {"over_cudnn": ratio.value, "low": ratio.low, "high": ratio.high}
+    return found | {"share_of_roof": roof / sample.median}
+
+
+def layer_rows(
+    device: Device, ceilings: Ceilings, deadline: float, dry_run: bool, rounds: int = ROUNDS
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows, and the settings there was no time for."""
+    rows, left = [], []
+    for setting in settings(dry_run):
+        if time.perf_counter() > deadline:
+            left.append(
+                f"{setting.which} {setting.dtype} {setting.name} N={setting.batch} d={setting.density}"
+            )
+            continue
+        rows.append(layer_row(device, setting, ceilings, rounds))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows, left
+
+
+def best(row: dict[str, Any], kernel: str | None = None) -> tuple[str, dict[str, Any]] | None:
+    """The fastest configuration of a kernel, or of all but cuDNN."""
+    found = {
+        name: numbers
+        for name, numbers in row["contestants"].items()
+        if name != "cudnn" and (kernel is None or name.split("[")[0] == kernel)
+    }
+    return min(found.items(), key=lambda item: item[1]["seconds"]) if found else None
+
+
+def crossovers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The density at which each kernel is as fast as cuDNN: log-linear between the two densities around it;
+    a bound (with "at least" or "below") where it lies outside the densities measured."""
+    groups: dict[tuple[Any, ...], dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        key = row["which"], row["dtype"], row["layer"], row["batch"]
+        for kernel in {name.split("[")[0] for name in row["contestants"]} - {"cudnn"}:
+            chosen = best(row, kernel)
+            if chosen and "over_cudnn" in chosen[1]:
+                point = row["density"], chosen[1]["over_cudnn"]
+                groups.setdefault(key, {}).setdefault(kernel, []).append(point)
+    found = []
+    for key, by_kernel in groups.items():
+        for kernel, points in by_kernel.items():
+            density, bound = _crossover(sorted(points))
+            names = dict(zip(("which", "dtype", "layer", "batch"), key, strict=True))
+            found.append({**names, "kernel": kernel, "density": density, "bound": bound})
+    return found
+
+
+def _crossover(points: list[tuple[float, float]]) -> tuple[float, str]:
+    """Where the ratio falls through 1, from (density, ratio) by rising density."""
+    if points[0][1] < 1:
+        return points[0][0], "below"
+    for (d0, r0), (d1, r1) in pairwise(points):
+        if r1 < 1:
+            return d0 + (d1 - d0) * log(r0) / (log(r0) - log(r1)), "at"
+    return points[-1][0], "at least"

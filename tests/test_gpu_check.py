@@ -1,0 +1,128 @@
+"""bench/gpu_check without a GPU: a dry run of the whole program, its arithmetic, and the rule about quoted
+records."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.gpu_check import record
+from bench.gpu_check.rows import crossovers, settings
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "DESIGN.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *ROOT.glob("bench/**/*.md"),
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_quoted_records_are_of_this_code(document: Path) -> None:
+    assert record.stale_quotes(document.read_text()) == []
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the sources the hash covers, and a record of them."""
+    for pattern in record.SOURCES:
+        for path in (p for p in ROOT.glob(pattern) if p.is_file()):
+            target = tmp_path / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    folder = tmp_path / "bench/records"
+    written = record.write({"sources": record.source_hash(tmp_path), "dry_run": False}, folder, "some-gpu")
+    written.rename(folder / "some-gpu.json")
+    return tmp_path
+
+
+def test_a_stale_record_is_named(tree: Path) -> None:
+    quote = "1.0 ms (bench/records/some-gpu.json)"
+    assert record.source_hash(tree) == record.source_hash()
+    assert record.stale_quotes(quote, tree) == []
+    with (tree / "stripe_kernels/backends/triton/fprop.py").open("a") as file:
+        file.write("\n")
+    (problem,) = record.stale_quotes(quote, tree)
+    assert "some-gpu.json measured sources" in problem
+
+
+def test_a_missing_record_and_a_dry_run_are_named(tree: Path) -> None:
+    assert "does not exist" in record.stale_quotes("bench/records/other.json", tree)[0]
+    dry = {"sources": record.source_hash(tree), "dry_run": True}
+    (tree / "bench/records/dry.json").write_text(json.dumps(dry))
+    assert "dry run" in record.stale_quotes("see bench/records/dry.json", tree)[0]
+
+
+def test_the_hash_covers_every_gpu_kernel() -> None:
+    covered = {p for pattern in record.SOURCES for p in ROOT.glob(pattern)}
+    kernels = [*(ROOT / "stripe_kernels/backends/triton").glob("*.py"), *(ROOT / "csrc/cuda").rglob("*.cu*")]
+    assert kernels
+    assert set(kernels) <= covered
+
+
+def row(density: float, ratio: float) -> dict[str, Any]:
+    numbers = {"seconds": 1 / ratio, "over_cudnn": ratio}
+    fields = {"which": "fprop", "dtype": "bfloat16", "layer": "64-64@56x56", "batch": 8, "density": density}
+    return {
+        **fields,
+        "contestants": {
+            "cudnn": {"seconds": 1.0},
+            "triton[1]": numbers,
+            "triton[2]": {**numbers, "seconds": 9.0},
+        },
+    }
+
+
+def test_crossover_lies_where_the_ratio_passes_one() -> None:
+    (found,) = crossovers([row(0.5, 0.5), row(0.1, 4.0), row(0.25, 2.0)])
+    assert (found["kernel"], found["bound"]) == ("triton", "at")
+    assert found["density"] == pytest.approx(0.375)
+
+
+@pytest.mark.parametrize(("ratio", "bound", "density"), [(0.9, "below", 0.1), (1.5, "at least", 0.5)])
+def test_crossover_outside_what_was_measured_is_a_bound(ratio: float, bound: str, density: float) -> None:
+    (found,) = crossovers([row(0.1, ratio), row(0.5, ratio)])
+    assert (found["bound"], found["density"]) == (bound, density)
+
+
+def test_settings_cover_passes_dtypes_and_densities() -> None:
+    every = settings(dry_run=False)
+    assert len(set(every)) == len(every)
+    assert {s.which for s in every} == {"fprop", "dgrad", "wgrad"}
+    assert {s.dtype for s in every} == {"bfloat16", "float16", "tf32", "float32"}
+    assert {s.density for s in every} >= {0.1, 0.24, 0.5}
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    """The whole program on the CPU: every stage runs, results are checked, a record is written, tables come
+    last."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    command = [sys.executable, "-m", "bench.gpu_check", "--dry-run", "--no-build", f"--out={tmp_path}"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = tmp_path.glob("dry-run-*.json")
+    found = json.loads(path.read_text())
+    assert found["dry_run"]
+    assert found["sources"] == record.source_hash()
+    assert found["correctness"]["done"] > 0
+    assert found["correctness"]["failures"] == []
+    assert set(found["promises"].values()) == {"ok"}
+    assert {r["which"] for r in found["layers"]} == {"fprop", "dgrad", "wgrad"}
+    for line in found["layers"]:
+        assert {"cudnn", "stripe_gemm"} <= {name.split("[")[0] for name in line["contestants"]}
+        assert line["wrong"] == {}
+        assert "triton" in line["refused"]
+        assert all(c["seconds"] > 0 and c["n"] > 1 for c in line["contestants"].values())
+    assert found["networks"][0]["wrong"] == {}
+    assert set(found["networks"][0]["contestants"]) == {"dense", "dense, BN folded", "frozen", "optimized"}
+    assert "no troubles" in result.stdout
+    assert "no figure above means anything" in result.stdout
