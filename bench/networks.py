@@ -22,7 +22,7 @@ from torch.fx.experimental.optimization import fuse
 import stripe_kernels
 from bench import runtimes
 from bench.contestants import FORMATS
-from bench.job import Entrant, Oracle, Refused, checked_images
+from bench.job import Entrant, Kind, Oracle, Refused, checked_images
 from bench.layers import NETWORKS, Layer, LayerCase
 from bench.records import Row
 from bench.run import in_two_stages
@@ -38,6 +38,7 @@ _NOT_COMPILED = "not asked for: --compile (it takes its time)"
 
 
 Makers = dict[str, Callable[[], Entrant]]
+Check = Callable[[Tensor], "str | None"]
 
 
 def workloads(batches: list[int], step: bool) -> dict[str, list[int]]:
@@ -97,6 +98,12 @@ class NetworkJob:
         """The same network, every layer narrower, by the multiple of 1/16 nearest in multiply-adds."""
         model = _fresh(self.name, slim_width(self.name, self.macs_kept))
         return calibrated(model, NETWORKS[self.name][1])
+
+    @cached_property
+    def slim_share(self) -> float:
+        """The slim network's multiply-adds / the full one's."""
+        slim = conv_macs(self.name, slim_width(self.name, self.macs_kept))
+        return sum(slim.values()) / sum(conv_macs(self.name).values())
 
 
 def _fresh(name: str, width: float = 1.0) -> nn.Module:
@@ -184,16 +191,11 @@ def _inference(job: NetworkJob, compiled: bool) -> tuple[Makers, Makers]:
     budget = _budget(plain, fused, x)
     slim = folded(job.slim)
     slim_budget = _budget(job.slim, slim, x)
-    slim_share = sum(conv_macs(job.name, slim_width(job.name, kept)).values()) / sum(
-        conv_macs(job.name).values()
-    )
 
-    def module(
-        kind: Any, model: Callable[[], nn.Module], fmt: str, b: Callable[[Tensor], str | None], share: float
-    ) -> Entrant:
+    def module(kind: Kind, model: Callable[[], nn.Module], fmt: str, check: Check, share: float) -> Entrant:
         network, data = _laid_out(model(), fmt), x.contiguous(memory_format=FORMATS[fmt])
         call = torch.inference_mode()(partial(network, data))
-        return Entrant(kind, call, lambda: b(call()), share)
+        return Entrant(kind, call, lambda: check(call()), share)
 
     def compile_(fmt: str) -> Entrant:
         if not compiled:
@@ -213,9 +215,7 @@ def _inference(job: NetworkJob, compiled: bool) -> tuple[Makers, Makers]:
     def export(model: nn.Module) -> bytes:
         return runtimes.network(model, x)
 
-    def runtime(
-        name: str, model: nn.Module, kind: Any, b: Callable[[Tensor], str | None], share: float
-    ) -> Entrant:
+    def runtime(name: str, model: nn.Module, kind: Kind, check: Check, share: float) -> Entrant:
         if name in runtimes.absent():
             raise Refused(runtimes.absent()[name])
         exported = export(model)
@@ -223,7 +223,7 @@ def _inference(job: NetworkJob, compiled: bool) -> tuple[Makers, Makers]:
             call, result = runtimes.onnxruntime_runner(exported, x, job.threads)
         else:
             call, result = runtimes.openvino_runner(exported, x, job.threads, "f32")
-        return Entrant(kind, call, lambda: b(result()), share)
+        return Entrant(kind, call, lambda: check(result()), share)
 
     names: Makers = {}
     for fmt in FORMATS:
@@ -241,10 +241,10 @@ def _inference(job: NetworkJob, compiled: bool) -> tuple[Makers, Makers]:
         names[name] = partial(runtime, name, plain, "dense", budget, 1.0)
     for fmt in FORMATS:
         names[f"slim eager folded {fmt}"] = partial(
-            module, "slim", lambda: slim, fmt, slim_budget, slim_share
+            module, "slim", lambda: slim, fmt, slim_budget, job.slim_share
         )
     for name in ("onnxruntime", "openvino"):
-        names[f"slim {name}"] = partial(runtime, name, job.slim, "slim", slim_budget, slim_share)
+        names[f"slim {name}"] = partial(runtime, name, job.slim, "slim", slim_budget, job.slim_share)
     return names, {"optimize": optimized}
 
 
@@ -252,7 +252,7 @@ def _laid_out(model: nn.Module, memory_format: str) -> nn.Module:
     return copy.deepcopy(model).to(memory_format=FORMATS[memory_format])
 
 
-def _budget(plain: nn.Module, fused: nn.Module, x: Tensor) -> Callable[[Tensor], str | None]:
+def _budget(plain: nn.Module, fused: nn.Module, x: Tensor) -> Check:
     """A check of outputs [N, classes]: the oracle and torch's own errors on a few images, all finite."""
     images = checked_images(x.shape[0])
     some = x[images]
@@ -276,12 +276,9 @@ def _budget(plain: nn.Module, fused: nn.Module, x: Tensor) -> Callable[[Tensor],
 def _training(job: NetworkJob, compiled: bool) -> Makers:
     """Forward, cross entropy, backward and a step of SGD."""
     kept = job.macs_kept
-    slim_share = sum(conv_macs(job.name, slim_width(job.name, kept)).values()) / sum(
-        conv_macs(job.name).values()
-    )
 
     def entrant(
-        kind: Any, model: Callable[[], nn.Module], fmt: str, share: float, compile_: bool = False
+        kind: Kind, model: Callable[[], nn.Module], fmt: str, share: float, compile_: bool = False
     ) -> Entrant:
         if compile_ and not compiled:
             raise Refused(_NOT_COMPILED)
@@ -305,7 +302,7 @@ def _training(job: NetworkJob, compiled: bool) -> Makers:
 
         return Entrant(kind, step, check, share)
 
-    names: dict[str, Callable[[], Entrant]] = {}
+    names: Makers = {}
     for fmt in FORMATS:
         names[f"freeze {fmt}"] = partial(
             entrant, "stripe", lambda: freeze(job.masked, job.skeletons), fmt, kept
@@ -313,7 +310,7 @@ def _training(job: NetworkJob, compiled: bool) -> Makers:
     for fmt in FORMATS:
         names[f"eager {fmt}"] = partial(entrant, "dense", lambda: job.masked, fmt, 1.0)
         names[f"compile {fmt}"] = partial(entrant, "dense", lambda: job.masked, fmt, 1.0, True)
-        names[f"slim eager {fmt}"] = partial(entrant, "slim", lambda: job.slim, fmt, slim_share)
+        names[f"slim eager {fmt}"] = partial(entrant, "slim", lambda: job.slim, fmt, job.slim_share)
     return names
 
 
