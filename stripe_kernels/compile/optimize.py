@@ -190,5 +190,5 @@ def _race(one: nn.Module, other: nn.Module, example: tuple[Tensor, ...]) -> floa
     """Time of `one` over time of `other`, medians of interleaved runs."""
     with torch.inference_mode():
         calls: list[Any] = [lambda: one(*example), lambda: other(*example)]
-        first, second = interleaved(calls, _RACE_SECONDS, least=9)
+        first, second = interleaved(calls, _RACE_SECONDS, least=9, device=example[0].device)
     return first / second

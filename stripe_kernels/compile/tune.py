@@ -108,35 +108,45 @@ def measure(site: Site, seconds: float) -> tuple[Candidate, ...]:
     weight = torch.randn(site.op.skeleton.stripes, site.problem.shape.group_c, dtype=site.x.dtype)
     weight = weight.to(site.x.device)
     with torch.inference_mode():
-        times = interleaved([site.call(c, weight) for c in tried], seconds)
+        times = interleaved([site.call(c, weight) for c in tried], seconds, device=site.x.device)
     found = {id(c): replace(c, measured=t) for c, t in zip(tried, times, strict=True)}
     return tuple(found.get(id(c), c) for c in every)
 
 
-def interleaved(calls: list[Callable[[], Any]], seconds: float, least: int = 5) -> list[float]:
+def interleaved(
+    calls: list[Callable[[], Any]], seconds: float, least: int = 5, device: torch.device | None = None
+) -> list[float]:
     """Median seconds of each call, in rounds whose order rotates; clearly slower ones drop out early.
 
-    A sample repeats its call for at least 50 us. At least `least` rounds, then until `seconds` have passed.
+    A sample repeats its call for at least 50 us; where `device` is a GPU for 1 ms, and then waits for it. At
+    least `least` rounds, then until `seconds` have passed.
     """
     for call in calls:
         call()  # pays for the first touch of weights and scratch memory
-    first = [min(_sample(call, 1) for _ in range(2)) for call in calls]
-    repeats = [max(1, min(100, int(50e-6 / max(t, 1e-7)))) for t in first]
+    first = [min(_sample(call, 1, device) for _ in range(2)) for call in calls]
+    long = 1e-3 if _is_gpu(device) else 50e-6
+    repeats = [max(1, min(100, int(long / max(t, 1e-7)))) for t in first]
     racing = [i for i, t in enumerate(first) if t <= _SLOW * min(first)]
     samples: list[list[float]] = [[] if i in racing else [t] for i, t in enumerate(first)]
     start, rounds = time.perf_counter(), 0
     while rounds < least or time.perf_counter() - start < seconds:
         for position in range(len(racing)):
             i = racing[(position + rounds) % len(racing)]
-            samples[i].append(_sample(calls[i], repeats[i]))
+            samples[i].append(_sample(calls[i], repeats[i], device))
         rounds += 1
     return [sorted(s)[len(s) // 2] for s in samples]
 
 
-def _sample(call: Callable[[], Any], repeats: int) -> float:
+def _is_gpu(device: torch.device | None) -> bool:
+    return device is not None and device.type == "cuda"
+
+
+def _sample(call: Callable[[], Any], repeats: int, device: torch.device | None) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         call()
+    if _is_gpu(device):
+        torch.cuda.synchronize(device)
     return (time.perf_counter() - start) / repeats
 
 
