@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -99,21 +99,21 @@ def attach(
 
 def gated(model: nn.Module) -> dict[str, nn.Conv2d]:
     """The gated convolutions by name, in order of execution; works through DDP and torch.compile wrappers."""
-    found = {}
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and parametrize.is_parametrized(module, "weight"):
-            gate = module.parametrizations.weight[0]
-            if isinstance(gate, StripeGate):
-                found[gate.site.name] = (module, gate)
+    found = {
+        gate.site.name: module
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d) and (gate := StripeGate.of(module)) is not None
+    }
     if not found:
         return {}
-    network = next(iter(found.values()))[1].network
-    return {site.name: found[site.name][0] for site in network.sites if site.name in found}
+    first = StripeGate.of(next(iter(found.values())))
+    order = first.network.sites if first is not None else ()
+    return {site.name: found[site.name] for site in order if site.name in found}
 
 
 def gates(model: nn.Module) -> dict[str, StripeGate]:
     """The gates by name of their convolution; empty for a model without any."""
-    return {name: conv.parametrizations.weight[0] for name, conv in gated(model).items()}
+    return {name: gate for name, conv in gated(model).items() if (gate := StripeGate.of(conv)) is not None}
 
 
 def network_of(model: nn.Module) -> Network:
@@ -126,16 +126,11 @@ def skeletons(model: nn.Module) -> dict[str, Tensor]:
     return {name: gate.live() for name, gate in _needed(model).items()}
 
 
-def original_weight(conv: nn.Conv2d) -> nn.Parameter:
-    """The parameter W under the gate, [K, C/g, R, S]."""
-    return conv.parametrizations.weight.original
-
-
 @torch.no_grad()
 def scores_of(model: nn.Module) -> dict[str, Tensor]:
     """name -> [K, R, S]: what the gates think of their stripes."""
     found = _needed(model)
-    return {name: found[name].scores(original_weight(conv)) for name, conv in gated(model).items()}
+    return {name: found[name].scores(StripeGate.original(conv)) for name, conv in gated(model).items()}
 
 
 def rank(model: nn.Module, budget: float) -> dict[str, Tensor]:
@@ -168,7 +163,7 @@ def detach(model: Model, *, merge: bool = True) -> Model:
     """Take the gates off, in place: plain convolutions whose weight is W * g (merge=True) or W as if never
     gated."""
     for conv in gated(model).values():
-        gate = conv.parametrizations.weight[0]
+        gate = StripeGate.of(conv)
         for key, hook in list(conv._forward_pre_hooks.items()):
             if getattr(hook, "__self__", None) is gate:
                 del conv._forward_pre_hooks[key]
@@ -202,21 +197,21 @@ def freeze(model: nn.Module) -> nn.Module:
 
 def param_groups(
     model: nn.Module, lr: float, *, gate_lr: float = 1e-2, weight_decay: float = 0.0
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Optimiser groups: weights to decay; gated weights, norms and biases, not decayed; gates, at `gate_lr`.
 
     Gated weights are not decayed here because a dead stripe would fade and could not return: give the decay
     to `StripeLoss`, which applies it to live stripes. Under plain SGD the budget's gradient on a gate is
     about lambda / (number of stripes) and hardly moves it, so give the gates (`gate_parameters`) to Adam.
     """
-    held = {id(original_weight(conv)) for conv in gated(model).values()}
+    held = {id(StripeGate.original(conv)) for conv in gated(model).values()}
     in_gates = gate_parameters(model)
     apart = {id(p) for gate in gates(model).values() for p in gate.parameters()}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     decayed = [p for p in rest if p.dim() > 1 and id(p) not in held]
     plain = [p for p in rest if p.dim() <= 1 or id(p) in held]
     plain += [p for g in gates(model).values() if g.with_weights for p in g.parameters()]
-    groups: list[dict[str, object]] = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "lr": lr, "weight_decay": weight_decay},
         {"params": plain, "lr": lr, "weight_decay": 0.0},
         {"params": [p for p in in_gates if p.dim() == 3], "lr": gate_lr, "weight_decay": 0.0},

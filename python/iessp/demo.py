@@ -5,6 +5,7 @@ pictures.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def comparison(
     parameters = [r["parameters"] for r in both]
     sizes = [file.stat().st_size for file in (dense_file, frozen_file)]
 
-    def row(title: str, pair: list[float], unit: str) -> list[str]:
+    def row(title: str, pair: Sequence[float], unit: str) -> list[str]:
         return [title, *(f"{v / 1e6:.2f} {unit}" for v in pair), f"-{1 - pair[1] / pair[0]:.2%}"]
 
     return [

@@ -12,10 +12,11 @@ phases:
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from iessp.network import Network, Site
 
@@ -29,6 +30,9 @@ class StripeGate(nn.Module):
     with_weights: ClassVar[bool] = False  # its parameters are trained as the weights are, not by Adam
     whole_filters: ClassVar[bool] = False  # the budget keeps or drops all stripes of a filter together
 
+    value: Tensor
+    tau: Tensor
+
     def __init__(self, conv: nn.Conv2d, site: Site, network: Network):
         super().__init__()
         self.site, self.network = site, network
@@ -36,6 +40,19 @@ class StripeGate(nn.Module):
         device = conv.weight.device
         self.register_buffer("value", torch.ones(site.stripe_shape, device=device))  # g, once settled
         self.register_buffer("tau", torch.ones((), device=device))
+
+    @staticmethod
+    def of(conv: nn.Module) -> StripeGate | None:
+        """The gate on a convolution's weight, if there is one."""
+        if not parametrize.is_parametrized(conv, "weight"):
+            return None
+        gate = cast(Any, conv).parametrizations.weight[0]
+        return gate if isinstance(gate, StripeGate) else None
+
+    @staticmethod
+    def original(conv: nn.Module) -> nn.Parameter:
+        """The parameter W under the gate, [K, C/g, R, S]."""
+        return cast(Any, conv).parametrizations.weight.original
 
     def forward(self, weight: Tensor) -> Tensor:
         """W [K, C/g, R, S] -> W * g[:, None]."""

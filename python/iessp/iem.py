@@ -22,7 +22,7 @@ otherwise the module drops whole taps, the same in every filter of a layer.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,7 @@ class IEMGate(StripeGate):
     buffers.
     """
 
-    options: ClassVar[dict[str, object]] = {
+    options: ClassVar[dict[str, Any]] = {
         "module": True,  # False: z = b, a free gate
         "message": True,  # False: m = 0
         "aliveness": True,  # False: a = 1
@@ -58,7 +58,15 @@ class IEMGate(StripeGate):
         "momentum": 0.05,  # of the running moments of x
     }
 
-    def __init__(self, conv: nn.Conv2d, site: Site, network: Network, **options: object):
+    theta: Tensor
+    moments: Tensor
+    passes: Tensor
+    features: Tensor
+    inbox: Tensor
+    outbox: Tensor
+    alive: Tensor
+
+    def __init__(self, conv: nn.Conv2d, site: Site, network: Network, **options: Any):
         super().__init__(conv, site, network)
         self.use = {**self.options, **options}
         self.groups = conv.groups
@@ -152,7 +160,7 @@ class IEMGate(StripeGate):
             if self.use["aliveness"]:
                 alive = torch.stack([p.alive for p in self.upstream]).amax(0)
         rows = torch.stack([self.variance(), alive, torch.ones_like(alive)])
-        informed, left, total = self._energy(conv.parametrizations.weight.original, rows).unbind(1)
+        informed, left, total = self._energy(self.original(conv), rows).unbind(1)
         share = left / total.clamp_min(1e-30)
         self.features.copy_(torch.cat([self._information(informed), share], dim=1))
         self.outbox.copy_(self.hidden(self.features).mean(0))

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iessp.attach import gated, gates, network_of, original_weight, rank, scores_of, settle
+from iessp.attach import gated, gates, network_of, rank, scores_of, settle
 from iessp.budget import threshold
 from iessp.gate import Phase, StripeGate
 
@@ -87,6 +87,15 @@ class StripeLoss(nn.Module):
 
     Its state_dict holds the whole controller. With torch.distributed every rank computes the same lambda.
     """
+
+    model: nn.Module
+    step: Tensor
+    pressure: Tensor
+    output_loss: Tensor  # EMA(CE)
+    reference: Tensor  # its value at the end of the warm-up
+    lambda_now: Tensor
+    share_soft: Tensor
+    share_hard: Tensor
 
     def __init__(
         self,
@@ -194,7 +203,7 @@ class StripeLoss(nn.Module):
         """decay/2 * |W|^2 over live stripes: what weight decay does, without fading the dead ones."""
         found = gates(self.model)
         terms = [
-            LiveEnergy.apply(original_weight(conv), found[name].live())
+            LiveEnergy.apply(StripeGate.original(conv), found[name].live())
             for name, conv in gated(self.model).items()
         ]
         return 0.5 * self.weight_decay * torch.stack(terms).sum()

@@ -64,7 +64,10 @@ def probe(model: nn.Module, example: Tensor) -> Network:
 
     The model's mode, buffers and gradients are left as they were. Raises ValueError when no convolution runs.
     """
-    names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            names[module] = name
     positions: dict[str, int] = {}
     inputs: dict[str, list[Tensor]] = {}
     made_by: dict[object, str] = {}  # autograd node of a convolution's output -> its name
@@ -92,14 +95,14 @@ def probe(model: nn.Module, example: Tensor) -> Network:
             f"no nn.Conv2d ran in {type(model).__name__} on an input of shape {tuple(example.shape)}"
         )
 
-    modules = {name: module for module, name in names.items()}
+    modules = {name: module for module, name in names.items() if isinstance(module, nn.Conv2d)}
 
     def site(name: str) -> Site:
         conv = modules[name]
         found = {p: None for x in inputs[name] for p in _producers(x, made_by)}
         same = tuple(p for p in found if modules[p].out_channels == conv.in_channels)
-        shape = (conv.out_channels, *conv.kernel_size)
-        return Site(name, positions[name], shape, conv.in_channels // conv.groups, same)
+        r, s = conv.kernel_size
+        return Site(name, positions[name], (conv.out_channels, r, s), conv.in_channels // conv.groups, same)
 
     return Network(tuple(site(name) for name in positions))
 

@@ -58,7 +58,12 @@ def train_with_bar(trainer: Trainer, title: str, tensorboard: bool = False) -> N
             trainer.run(report, stop)
             return
         with tensorboard_writer(trainer.folder / "tensorboard", trainer.step) as write:
-            trainer.run(lambda step: (report(step), write(step)), stop)
+
+            def both(step: Step) -> None:
+                report(step)
+                write(step)
+
+            trainer.run(both, stop)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class RandomGate(StripeGate):
     """Stripes ranked by fixed random numbers, the same share of every layer in expectation."""
 
     options: ClassVar[dict[str, object]] = {"seed": 0}
+    ranks: Tensor
 
     def __init__(self, conv: nn.Conv2d, site: Site, network: Network, seed: int = 0):
         super().__init__(conv, site, network)

@@ -6,7 +6,7 @@ import copy
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,7 +66,7 @@ class Timing:
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
-def interleave(contestants: dict[str, Callable[[], object]], seconds: float = 8.0) -> dict[str, Timing]:
+def interleave(contestants: Mapping[str, Callable[[], object]], seconds: float = 8.0) -> dict[str, Timing]:
     """Time the contestants round by round, each round starting with another one, for about `seconds` in all.
 
     A measurement repeats its call to last about 2 ms; each contestant gets at least five measurements.
@@ -79,7 +79,8 @@ def interleave(contestants: dict[str, Callable[[], object]], seconds: float = 8.
         spent += (once := time.perf_counter() - start)
         repeats[name] = max(1, round(2e-3 / once))
     rounds = max(5, round(seconds / max(spent, 2e-3 * len(contestants))))
-    names, samples = list(contestants), {name: [] for name in contestants}
+    names = list(contestants)
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             call = contestants[name]
@@ -108,7 +109,7 @@ def time_networks(
             arranged, given = copy.deepcopy(network).eval(), x.contiguous(memory_format=fmt)
             for module in arranged.modules():
                 if isinstance(module, nn.Conv2d):
-                    module.to(memory_format=fmt)
+                    module.to(memory_format=fmt)  # type: ignore[call-overload]
             contestants[f"{name}/{title}"] = partial(arranged, given)
     with torch.inference_mode():
         times = interleave(contestants, seconds)

@@ -67,6 +67,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.equality: dict[str, float] = {}  # frozen against masked, when the network was packed
         self.skeletons: dict[str, Tensor] = {}
+        self._order: tuple[int, list[Tensor]] | None = None  # of the present epoch's batches
         self._build()
         state = checkpoint.load(folder / "checkpoints")
         if state is not None:
@@ -177,6 +178,8 @@ class Trainer:
                         f"stopped at step {self.step} of {self.steps}; {self.folder} resumes from there"
                     )
         self.save()
+        if stop():
+            raise Interrupted(f"{self.folder} is finished")
 
     def train_step(self) -> Step:
         """One optimiser step; moves on to the packed network when the skeletons have settled."""
@@ -198,9 +201,8 @@ class Trainer:
         self.step += 1
         done = Step(self.step, self.steps, phase, float(task.detach()), rate, x.shape[-1], target=target)
         if self.loss:
-            state = self.loss
-            shares = (float(n) for n in (state.lambda_now, state.share_soft, state.share_hard))
-            done = replace(done, **dict(zip(("pressure", "share_soft", "share_hard"), shares, strict=True)))
+            pressure, soft, hard = self.loss.lambda_now, self.loss.share_soft, self.loss.share_hard
+            done = replace(done, pressure=float(pressure), share_soft=float(soft), share_hard=float(hard))
         elif phase == "packed":
             done = replace(done, share_hard=self.shares()[0])
         if self.loss and self.loss.phase() == "settled" and recipe.packed:
@@ -215,7 +217,7 @@ class Trainer:
 
     def _batch(self, size: int | None) -> tuple[Tensor, Tensor]:
         recipe, epoch, within = self.recipe, self.step // self.per_epoch, self.step % self.per_epoch
-        if within == 0 or not hasattr(self, "_order") or self._order[0] != epoch:
+        if self._order is None or self._order[0] != epoch:
             self._order = (epoch, list(shuffled(len(self.splits.train), recipe.batch, recipe.seed, epoch)))
         images = self.splits.train.take(self._order[1][within].to(self.device))
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
@@ -270,7 +272,7 @@ def assemble(recipe: Recipe, classes: int, example: Tensor) -> nn.Module:
     width = slim_width(recipe, classes, example) if recipe.method == "slim" else recipe.width
     model = build(recipe.model, classes, example.shape[1], width).to(example.device)
     if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return attach(model, recipe.method, example_input=example, **recipe.options) if recipe.pruned else model
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import iessp
-from iessp.attach import METHODS, original_weight
+from iessp.attach import METHODS
+from iessp.gate import StripeGate
 from iessp.iem import IEMGate, straight_through
 
 
@@ -84,7 +85,7 @@ def test_gradient_of_the_gate_is_the_task_gradient_along_the_stripe() -> None:
     F.conv2d(x, weight, conv.bias).square().sum().backward()
     conv(x).square().sum().backward()
     soft = torch.sigmoid(gate.bias / 0.7)
-    expected = (original_weight(conv) * weight.grad).sum(1) * soft * (1 - soft) / 0.7
+    expected = (StripeGate.original(conv) * weight.grad).sum(1) * soft * (1 - soft) / 0.7
     assert (gate.bias < 0).any()
     torch.testing.assert_close(gate.bias.grad, expected.detach())
 
@@ -123,7 +124,7 @@ def test_information_is_weight_times_standard_deviation(groups: int) -> None:
     conv.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model.train()(torch.randn(6, 3, 9, 8))
     q = seen[0].double().var((0, 2, 3), correction=0)
-    weight = original_weight(conv).detach().double()
+    weight = StripeGate.original(conv).detach().double()
     per_group = q.view(groups, -1).repeat_interleave(len(weight) // groups, 0)  # [K, C/g]
     e = torch.sqrt((weight.square() * per_group[:, :, None, None]).sum(1)).flatten(1)
     e = e / e.square().mean().sqrt()
@@ -141,7 +142,7 @@ def test_pruning_upstream_lowers_what_reads_it() -> None:
     model.train()(torch.randn(6, 3, 9, 8))
     assert first.live().flatten(1).any(1).tolist() == [False] * 4 + [True] * 4
     assert second.variance()[:4].max() < 1e-8 < second.variance()[4:].min()
-    weight = original_weight(model[3]).detach().square().flatten(2)
+    weight = StripeGate.original(model[3]).detach().square().flatten(2)
     torch.testing.assert_close(second.features[:, 6:], weight[:, 4:].sum(1) / weight.sum(1))
 
 
@@ -165,7 +166,7 @@ def test_a_dead_stripe_returns_when_the_task_wants_it() -> None:
     gate = iessp.gates(model)["0"]
     x = torch.randn(16, 2, 6, 6)
     with torch.no_grad():
-        wanted = F.conv2d(x, original_weight(model[0]), model[0].bias)
+        wanted = F.conv2d(x, StripeGate.original(model[0]), model[0].bias)
         gate.bias.fill_(-0.5)
         gate.gain.zero_()
     assert gate.live().sum() == 1, "the best one stays"
@@ -185,7 +186,7 @@ def test_through_information_is_a_switch() -> None:
         learn(model)
         torch.manual_seed(3)
         model.train()(x).square().sum().backward()
-        gradients.append(original_weight(model[5]).grad)
+        gradients.append(StripeGate.original(model[5]).grad)
     assert not torch.allclose(*gradients)
 
 

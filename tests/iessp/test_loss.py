@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import iessp
-from iessp.attach import METHODS, network_of, original_weight
+from iessp.attach import METHODS, network_of
+from iessp.gate import StripeGate
 from iessp.loss import BAND, LAMBDA_RANGE, hard_share, wanted_share
 
 
@@ -155,7 +156,7 @@ def test_fixed_pressure_is_a_switch() -> None:
 def test_decay_spares_the_dead() -> None:
     model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8), module=False)
     loss = iessp.StripeLoss(model, budget=0.3, steps=100, warmup=0.0, weight_decay=0.1)
-    gate, weight = iessp.gates(model)["3"], original_weight(model[3])
+    gate, weight = iessp.gates(model)["3"], StripeGate.original(model[3])
     with torch.no_grad():
         gate.bias[:, 0] = -3.0
     loss(torch.zeros((), requires_grad=True)).backward()

@@ -57,10 +57,8 @@ def _read(split_dir: Path, classes: Iterable[str], size: int | None) -> Images:
 
     def decode(path: Path) -> np.ndarray:
         with Image.open(path) as image:
-            image = image.convert("RGB")
-            return np.asarray(
-                image if image.size == shape else image.resize(shape, Image.Resampling.BILINEAR)
-            )
+            rgb = image.convert("RGB")
+        return np.asarray(rgb if rgb.size == shape else rgb.resize(shape, Image.Resampling.BILINEAR))
 
     with ThreadPoolExecutor() as pool:  # decoding releases the GIL
         pixels = np.stack(list(pool.map(decode, files, chunksize=64)))
