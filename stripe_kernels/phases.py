@@ -17,6 +17,11 @@ from stripe_kernels.packed import Int32Array, StripeIndex
 from stripe_kernels.skeleton import FilterSkeleton
 
 
+def tap_offset(s: ConvShape, tap: int) -> tuple[int, int]:
+    """Input pixel (h, w) that output pixel (0, 0) reads through a tap."""
+    return tap // s.S * s.dilation[0] - s.padding[0], tap % s.S * s.dilation[1] - s.padding[1]
+
+
 @dataclass(frozen=True, eq=False)
 class PhaseTap:
     """The live stripes of one tap in one group: the phase's stripes [first, first + len(filters))."""
@@ -74,7 +79,7 @@ def phases(skeleton: FilterSkeleton, s: ConvShape) -> tuple[Phase, ...]:
             first, last = (int(n) for n in index.tap_ptr[group * index.taps + tap :][:2])
             if first == last:
                 continue
-            h, w = tap // s.S * s.dilation[0] - s.padding[0], tap % s.S * s.dilation[1] - s.padding[1]
+            h, w = tap_offset(s, tap)
             mine = taps.setdefault((h % u, w % v), [])
             before = mine[-1].last if mine else 0
             mine.append(

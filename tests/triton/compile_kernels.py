@@ -132,6 +132,10 @@ def main(capability: int) -> None:
     if capability == 90:
         cases += [(CASE, torch.float32, True, 1), (HUGE, torch.bfloat16, True, 1)]
     found = {name: launch for c in cases for name, launch in launches(*c)}
+    if capability == 90:
+        torch.backends.cudnn.allow_tf32 = False
+        strict = launches(CASE, torch.float32, True, 1)
+        found |= {f"{name} strict": launch for name, launch in strict if "gather" not in name}
     print(json.dumps([describe(name, launch, capability) for name, launch in found.items()]))
 
 

@@ -48,7 +48,9 @@ def test_machine_code(capability: int) -> None:
         assert row["stack"] <= STACK[capability], f"spills registers: {row}"
         assert row["registers"] * row["threads"] <= REGISTERS, row
         assert row["shared"] <= SHARED[capability], row
-        if is_product(row):
+        if "strict" in row["kernel"]:
+            assert not {TENSOR_CORE[capability], OLDER} & set(row["instructions"]), f"rounds to tf32: {row}"
+        elif is_product(row):
             assert {TENSOR_CORE[capability], OLDER} & set(row["instructions"]), f"no tensor cores: {row}"
     wide = [row for row in rows if is_product(row) and "float16" in row["kernel"]]
     assert wide
