@@ -17,6 +17,7 @@ from iessp.progress import console, train_with_bar
 from iessp.recipe import Recipe
 from iessp.report import draw_skeletons, draw_time_against_macs, table
 from iessp.runs import Frozen
+from iessp.timing import Equality
 from iessp.train import Trainer
 
 BATCHES = (1, 32)
@@ -56,10 +57,12 @@ def run(out: Path, recipe: Recipe) -> None:
             rows.append([f"ms, batch {batch}{kind}", str(dense), str(pruned), change])
     console.print(table(f"{recipe.model} on {splits.name}", ["", "dense", "pruned", "change"], rows))
 
-    equality = found["pruned"]["equality"]
+    equality = Equality(**found["pruned"]["equality"])
     console.print(
-        f"Frozen against masked network: largest error {equality['error']:.2e}, allowed "
-        f"{equality['allowed']:.2e} (twice torch's own against float64, plus 2 ulp).\n{runs.conditions()}",
+        f"Frozen against masked network, {'inside' if equality.ok else 'OUTSIDE'} the error budget: largest "
+        f"{equality.error:.2e} of {equality.allowed:.2e}, relative RMS {equality.rms_error:.2e} of "
+        f"{equality.rms_allowed:.2e}\n(the budget is twice torch's own error against float64, plus 2 ulp). "
+        f"{runs.conditions()}.",
         highlight=False,
     )
     pictures = draw(frozen, out)

@@ -71,7 +71,7 @@ def row(trainer: Trainer) -> dict[str, Any]:
     found = runs.results(trainer)
     if "latency" not in found:
         frozen = runs.load_run(trainer.folder)
-        times = runs.contest(frozen.model, 1, frozen.example, LATENCY_SECONDS)
+        times = runs.contest(frozen.model, 1, frozen.example, LATENCY_SECONDS, optimize=False)
         found["latency"] = {name: timing.median for name, (timing, _) in times.items()}
         found["threads"] = torch.get_num_threads()
         write_results(trainer.folder, found)

@@ -18,7 +18,7 @@ from iessp.attach import freeze, gates, skeletons
 from iessp.network import Network, probe
 from iessp.recipe import Recipe
 from iessp.report import layer_table, table
-from iessp.timing import Timing, busy, compare, interleave, time_networks
+from iessp.timing import EQUALITY_IMAGES, Timing, busy, compare, interleave, time_networks
 from iessp.train import Trainer, assemble, count_errors, packed_from, write_results
 
 
@@ -54,17 +54,24 @@ def load_run(folder: Path) -> Frozen:
     return Frozen(model.eval(), network, chosen, recipe, example)
 
 
-def thaw(model: nn.Module) -> nn.Module:
-    """The dense twin of a frozen network: a copy with every StripeConv2d as nn.Conv2d, zeros in place of dead
-    stripes.
+def thaw(model: nn.Module, fill: bool = False) -> nn.Module:
+    """The dense twin of a frozen network: a copy with every StripeConv2d as nn.Conv2d.
+
+    fill: put random weights in place of dead stripes, not the zeros that `stripe_kernels.optimize` would find
+    and skip: a dense network to be timed, not to be compared with.
     """
     from stripe_kernels import StripeConv2d
 
     twin = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
     for name, layer in list(twin.named_modules()):
         if isinstance(layer, StripeConv2d):
+            conv = layer.to_conv2d()
+            if fill:
+                noise = torch.randn(conv.weight.shape, generator=generator) / conv.weight[0].numel() ** 0.5
+                conv.weight.data = torch.where(layer.skeleton[:, None], conv.weight, noise)
             parent, _, child = name.rpartition(".")
-            setattr(twin.get_submodule(parent), child, layer.to_conv2d())
+            setattr(twin.get_submodule(parent), child, conv)
     return twin
 
 
@@ -137,25 +144,29 @@ def bench_frozen(path: Path, batches: list[int], seconds: float, console: Consol
     console.print(conditions())
 
 
-def contest(model: nn.Module, batch: int, example: Tensor, seconds: float) -> dict[str, tuple[Timing, str]]:
+def contest(
+    model: nn.Module, batch: int, example: Tensor, seconds: float, optimize: bool = True
+) -> dict[str, tuple[Timing, str]]:
     """Dense twin and frozen network, as they are and optimized, in one interleaved run on `batch` images.
 
-    Outputs are checked first: RuntimeError when one is not the dense twin's. `optimize` folds norms and fuses
-    for the dense network too, so that each pair has the same done to it.
+    Outputs are checked first, RuntimeError when they differ: the frozen network's against the masked dense
+    one's, the optimized ones' against what they were made from. `stripe_kernels.optimize` works on the dense
+    network too, so that each pair has the same done to it.
     """
     import stripe_kernels
 
-    twin = thaw(model)
-    x = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(0))
-    networks = {"dense": twin, "frozen": model}
-    for name, network in list(networks.items()):
-        networks[f"{name}, optimized"] = stripe_kernels.optimize(network, x)
-    for name, network in networks.items():
-        equality = compare(network, twin, x)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, *example.shape[1:], generator=generator)
+    many = torch.randn(EQUALITY_IMAGES, *example.shape[1:], generator=generator)
+    networks = {"dense": thaw(model, fill=True), "frozen": model}
+    checks = [("frozen", model, thaw(model))]
+    for name, network in list(networks.items()) if optimize else []:
+        networks[f"{name}, optimized"] = made = stripe_kernels.optimize(network, x)
+        checks.append((f"{name}, optimized", made, network))
+    for name, network, origin in checks:
+        equality = compare(network, origin, many)
         if not equality.ok:
-            raise RuntimeError(
-                f"the {name} network differs from the dense twin, nothing was timed: {equality}"
-            )
+            raise RuntimeError(f"{name} differs from its origin, nothing was timed: {equality}")
     return time_networks(networks, x, seconds)
 
 
