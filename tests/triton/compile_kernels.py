@@ -49,14 +49,15 @@ def compile_launch(launch: Launch, capability: int) -> Any:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, Tensor):
             signature[name] = "*" + TYPES[value.dtype]
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-        if isinstance(value, Tensor) or value % 16 == 0:
+        if isinstance(value, Tensor) or (specialised and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}

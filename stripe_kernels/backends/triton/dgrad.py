@@ -40,7 +40,10 @@ class DgradConfig(NamedTuple):
     stages: int
 
 
-@triton.jit
+# Not compiled anew for other sizes: only strides and channels decide how memory is read.
+@triton.jit(
+    do_not_specialize=["lists", "c_blocks", "pixels", "H", "W", "P", "Q", "rows", "columns", "u", "v"]
+)
 def dgrad_kernel(
     dy, w, dx,
     origin, entry_ptr, offset, filters,

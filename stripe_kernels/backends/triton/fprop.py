@@ -40,7 +40,8 @@ class FpropConfig(NamedTuple):
     stages: int
 
 
-@triton.jit
+# Not compiled anew for other sizes: only strides and channels decide how memory is read.
+@triton.jit(do_not_specialize=["tiles", "pixels", "H", "W", "P", "Q", "u", "v"])
 def fprop_kernel(
     x, w, y, bias, scale, residual,
     filters, group, entry_ptr, offset,

@@ -22,7 +22,7 @@ from stripe_kernels.indices import IndexArrays
 _PLANAR, _PIXEL_MAJOR = (128, 16), (32, 64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "pixels", "k_blocks", "groups", "P", "Q"])
 def gather_sum_kernel(
     z, y, bias, scale, residual,
     entry_ptr, entry, column,
@@ -83,7 +83,7 @@ def gather_sum_kernel(
     tl.store(y_at, activate(acc, ACTIVATION).to(y.dtype.element_ty), kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "a_blocks", "rows", "columns", "P", "Q"])
 def spread_kernel(
     dy, out, stripe,
     pixels, stripes, a_blocks, rows, columns, P, Q,

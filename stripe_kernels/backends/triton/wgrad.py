@@ -35,7 +35,10 @@ class WgradConfig(NamedTuple):
     stages: int
 
 
-@triton.jit
+# Not compiled anew for other sizes: only strides and channels decide how memory is read.
+@triton.jit(
+    do_not_specialize=["entries", "c_blocks", "pixels", "steps", "stripes", "H", "W", "P", "Q", "u", "v"]
+)
 def wgrad_kernel(
     dy, x, dw,
     group, offset, filters, row,
@@ -89,7 +92,7 @@ def wgrad_kernel(
     tl.store(dw + at[None, :] + c[:, None], acc.to(dw.dtype.element_ty), kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def sum_splits_kernel(parts, dw, splits, values, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """dw[i] = parts[0, i] + parts[1, i] + ... in this order."""
     block = tl.program_id(0)
