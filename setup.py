@@ -35,7 +35,7 @@ NATIVE = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
-X86_ISAS = {"avx512bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": AVX2, "generic": []}
+X86_ISAS = {"avx512": AVX512, "avx2": AVX2, "generic": []}
 ARM_ISAS = {"neon": [], "generic": []}  # NEON is part of the aarch64 baseline
 ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
 

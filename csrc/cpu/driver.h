@@ -31,7 +31,8 @@ void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& pa
   const auto padded = [](std::int64_t n) { return (n + 15) / 16 * 16 + 16; };
   const std::int64_t lanes_floats = padded(s.output_stride() * widest);
   const bool shared = part_count > 1;
-  const std::int64_t each = lanes_floats + (shared ? 0 : padded(panel_floats));
+  const std::int64_t strip_floats = e.residual.data ? padded(s.output_stride() * kFinishStrip) : 0;
+  const std::int64_t each = lanes_floats + strip_floats + (shared ? 0 : padded(panel_floats));
   float* const memory = scratch(static_cast<std::size_t>(each * threads + (shared ? padded(panel_floats) : 0)));
   const int units = static_cast<int>(parts.size()) / part_count;  // convolution groups
   std::atomic<int> next{0};
@@ -42,13 +43,13 @@ void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& pa
     if (count == 0) return;
     if (zero) std::fill(lanes, lanes + count * s.output_stride(), 0.f);
     compute(index, s.block(block), panel, lanes);
-    s.finish(isa, y, e, block, p.group * out_channels + p.begin, count, lanes);
+    s.finish(isa, y, e, block, p.group * out_channels + p.begin, count, lanes, lanes + lanes_floats);
   };
 
   run_team(threads, [&](const Team& team) {
     float* const lanes = memory + team.thread * each;
     if (!shared) {
-      float* const panel = lanes + lanes_floats;
+      float* const panel = lanes + lanes_floats + strip_floats;
       const int tasks = s.block_count() * units;
       for (int task; (task = next.fetch_add(1)) < tasks;) {
         const int block = task / units, unit = task % units;

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
 
 #include "cpu/lanes.h"
 #include "cpu/parallel.h"
@@ -16,6 +18,8 @@ FpropFilters::FpropFilters(const ConvShape& shape, Stripes stripes, int images, 
       lattice_(fprop_lattice(shape, stripes_.live_taps(), true)),
       images_(std::max(1, std::min(images, shape.N))),
       part_count_(std::max(1, filter_parts)) {
+  if (static_cast<std::int64_t>(images_) * shape.C * shape.H * shape.W > std::numeric_limits<std::int32_t>::max())
+    throw std::length_error("filter lanes: a block's input exceeds 2^31 values");
   for (int g = 0; g < shape.groups; ++g)
     for (const Part& p : balanced_parts(g, stripes_.work(g, shape.group_k(), shape.group_c()), part_count_))
       parts_.push_back(p);
@@ -79,12 +83,11 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
       for (int f = 0; f < count; ++f) {
         const int col = cols.lo + (begin + f) % cols.size(), line = (begin + f) / cols.size();
         const int row = rows.lo + line % rows.size(), image = line / rows.size();
-        source[f] = static_cast<std::int32_t>((n0 + image) * x.stride[0] +
-                                              (row * lattice_.step_h + plane.row0) * x.stride[2] +
+        source[f] = static_cast<std::int32_t>(image * x.stride[0] + (row * lattice_.step_h + plane.row0) * x.stride[2] +
                                               (col * lattice_.step_w + plane.col0) * x.stride[3]);
         target[f] = (image * s.P + row) * s.Q + col;
       }
-      const float* const a = static_cast<const float*>(x.data) + part.group * s.group_c() * x.stride[1];
+      const float* const a = static_cast<const float*>(x.data) + n0 * x.stride[0] + part.group * s.group_c() * x.stride[1];
       each_tile(t->vectors, isa_.tile_vectors[count], [&](int at, int vectors) {
         const int lanes = vectors * isa_.lanes;
         std::fill(tile, tile + count * lanes, 0.f);
@@ -108,10 +111,15 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
   int widest = 0;
   for (const Part& p : parts_) widest = std::max(widest, p.end - p.begin);
   const std::int64_t part_floats = padded(pixels * widest);
-  const std::int64_t x_floats = x.dtype == DType::f32 ? 0 : static_cast<std::int64_t>(s.N) * s.C * s.H * s.W;
-  float* const memory = scratch(static_cast<std::size_t>(padded(x_floats) + threads * 2 * part_floats));
+  // Halves are widened once; float32 is read where it lies, unless its strides are too far for a tile's 32-bit offsets.
+  const std::int64_t reach = images_ * std::abs(x.stride[0]) + s.H * std::abs(x.stride[2]) + s.W * std::abs(x.stride[3]);
+  const bool copy = x.dtype != DType::f32 || reach > std::numeric_limits<std::int32_t>::max();
+  const std::int64_t x_floats = copy ? static_cast<std::int64_t>(s.N) * s.C * s.H * s.W : 0;
+  const std::int64_t strip_floats = e.residual.data ? padded(pixels * kFinishStrip) : 0;
+  const std::int64_t each = 2 * part_floats + strip_floats;
+  float* const memory = scratch(static_cast<std::size_t>(padded(x_floats) + threads * each));
 
-  TensorView source = x;  // halves are widened once; float32 is read where it lies
+  TensorView source = x;
   if (x_floats) {
     source.data = memory, source.dtype = DType::f32;
     source.stride[0] = std::int64_t(s.C) * s.H * s.W, source.stride[1] = std::int64_t(s.H) * s.W;
@@ -130,7 +138,7 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
           isa_.load_row(memory + (i * s.H + h) * s.W, x.at(i / s.C, i % s.C, h, 0), x.dtype, x.stride[3], s.W);
       team.barrier();
     }
-    float* const sums = memory + padded(x_floats) + team.thread * 2 * part_floats;
+    float* const sums = memory + padded(x_floats) + team.thread * each;
     float* const turned = sums + part_floats;
     for (int task; (task = next.fetch_add(1)) < tasks;) {
       const int index = task % static_cast<int>(parts_.size());
@@ -143,7 +151,7 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
       compute(part, &taps_[index * lattice_.taps.size()], m.n0, m.images, source, packed, sums);
       isa_.load_transposed(turned, here, sums, DType::f32, filters, here, filters);
       m.c_stride = here;
-      finish_lanes(isa_, e, m, part.group * s.group_k() + part.begin, filters, turned);
+      finish_lanes(isa_, e, m, part.group * s.group_k() + part.begin, filters, turned, turned + part_floats);
       store_lanes(isa_, y, m, part.group * s.group_k() + part.begin, filters, turned);
     }
   });

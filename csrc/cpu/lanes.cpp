@@ -180,7 +180,8 @@ void store_lanes(const IsaKernels& isa, const TensorView& y, const LaneMap& m, i
   }
 }
 
-void finish_lanes(const IsaKernels& isa, const Epilogue& e, const LaneMap& m, int c_first, int count, float* lanes) {
+void finish_lanes(const IsaKernels& isa, const Epilogue& e, const LaneMap& m, int c_first, int count, float* lanes,
+                  float* strip) {
   if (e.empty()) return;
   const auto scale = [&](int c) { return e.scale ? e.scale[c] : 1.f; };
   const auto shift = [&](int c) { return e.shift ? e.shift[c] : 0.f; };
@@ -190,17 +191,12 @@ void finish_lanes(const IsaKernels& isa, const Epilogue& e, const LaneMap& m, in
       isa.finish_row(lanes + c * m.c_stride, n, scale(c_first + c), shift(c_first + c), nullptr, e.activation);
     return;
   }
-  // The residual passes through a strip of channels with the block's own lane layout.
-  constexpr int kStrip = 16;
-  static thread_local std::vector<float> strip;
-  const int batch_lanes = std::min(kStrip, count);
-  strip.resize(static_cast<std::size_t>(batch_lanes) * m.c_stride);
-  for (int c0 = 0; c0 < count; c0 += kStrip) {
-    const int here = std::min(kStrip, count - c0);
-    load_lanes(isa, e.residual, m, c_first + c0, here, strip.data());
+  for (int c0 = 0; c0 < count; c0 += kFinishStrip) {
+    const int here = std::min(kFinishStrip, count - c0);
+    load_lanes(isa, e.residual, m, c_first + c0, here, strip);
     for (int c = 0; c < here; ++c)
       isa.finish_row(lanes + (c0 + c) * m.c_stride, n, scale(c_first + c0 + c), shift(c_first + c0 + c),
-                     strip.data() + c * m.c_stride, e.activation);
+                     strip + c * m.c_stride, e.activation);
   }
 }
 

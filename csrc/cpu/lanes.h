@@ -28,7 +28,10 @@ void load_lanes(const IsaKernels& isa, const TensorView& x, const LaneMap& m, in
 void store_lanes(const IsaKernels& isa, const TensorView& y, const LaneMap& m, int c_first, int count,
                  const float* lanes);
 
-// In place over channels of a block: activation(lane * scale[c] + shift[c] + residual).
-void finish_lanes(const IsaKernels& isa, const Epilogue& e, const LaneMap& m, int c_first, int count, float* lanes);
+// In place over channels of a block: activation(lane * scale[c] + shift[c] + residual). A residual passes through `strip`,
+// kFinishStrip channels of c_stride floats; without one it may be null.
+constexpr int kFinishStrip = 16;
+void finish_lanes(const IsaKernels& isa, const Epilogue& e, const LaneMap& m, int c_first, int count, float* lanes,
+                  float* strip);
 
 }  // namespace sk

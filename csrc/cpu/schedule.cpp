@@ -177,7 +177,7 @@ void Schedule::pack(const IsaKernels& isa, const TensorView& x, int block, int c
 }
 
 void Schedule::finish(const IsaKernels& isa, const TensorView& y, const Epilogue& e, int block, int begin, int count,
-                      float* lanes) const {
+                      float* lanes, float* strip) const {
   const BlockPlan& b = blocks_[block_kind(block)];
   LaneMap m;
   m.n0 = first_image(block), m.images = b.images;
@@ -187,7 +187,7 @@ void Schedule::finish(const IsaKernels& isa, const TensorView& y, const Epilogue
   m.cols = lattice_.cols, m.pitch = out_pitch_;
   m.c_stride = output_stride_;
   m.batch = tiling_.mode == LaneMode::batch ? tiling_.images : 1;
-  finish_lanes(isa, e, m, begin, count, lanes);
+  finish_lanes(isa, e, m, begin, count, lanes, strip);
   store_lanes(isa, y, m, begin, count, lanes);
 }
 

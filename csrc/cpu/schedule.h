@@ -60,7 +60,7 @@ class Schedule {
             float* panel) const;
   // Finishes and stores channels [begin, begin + count) of the tensor from `lanes` (their first at lanes).
   void finish(const IsaKernels& isa, const TensorView& y, const Epilogue& e, int block, int begin, int count,
-              float* lanes) const;
+              float* lanes, float* strip) const;
 
  private:
   int planes() const { return static_cast<int>(lattice_.planes.size()); }
