@@ -260,7 +260,7 @@ def _mark_needed(node: fx.Node, found: dict[fx.Node, Channels]) -> None:
     elif role.kind == "expand":
         found[role.sources[0]].needed |= wanted.view(-1, role.factor).any(1)
     elif role.kind == "filter":
-        reads = (module_of(node).weight != 0).any(-1).any(-1)  # type: ignore[union-attr, operator]
+        reads = (module_of(node).weight != 0).any(-1).any(-1)  # type: ignore[union-attr]
         found[role.sources[0]].needed |= (reads & wanted[:, None]).any(0)
     else:
         for source in role.sources:

@@ -118,7 +118,7 @@ def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, t in sorted(tensors.items()):
         digest.update(f"{name} {t.dtype} {list(t.shape)}\n".encode())
-        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -169,7 +169,7 @@ def _module_json(name: str, module: nn.Module) -> dict[str, Any]:
             f"a file cannot hold {name!r}: {type(module).__name__} is not among the modules it carries"
         )
     entry = {"class": kind, "config": vocabulary.encode(vocabulary.module_config(module))}
-    if hasattr(module, "skeleton"):
+    if isinstance(module, StripeConv2d):
         entry["skeleton"] = list(module.skeleton.shape)
     return entry
 

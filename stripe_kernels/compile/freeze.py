@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,23 +40,28 @@ def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
     copied = clone(model)
     with torch.inference_mode(False), torch.no_grad():
         if skeletons is None:
-            chosen = {m: as_skeleton((m.weight != 0).any(1)) for m in copied.modules() if is_convolution(m)}
+            chosen = {m: _zeros_of(m) for m in copied.modules() if is_convolution(m)}
         else:
             chosen = _named(copied, skeletons)
         layers: dict[nn.Module, nn.Module] = {}
+        conv: Any
         weights: dict[tuple[nn.Parameter, FilterSkeleton], nn.Parameter] = {}
         for conv, live in chosen.items():
             if live.stripes == live.live.size:
                 continue
             dense = conv.to_conv2d() if isinstance(conv, StripeConv2d) else conv
-            layer = StripeConv2d.from_conv2d(dense, live)  # type: ignore[arg-type]
+            layer = StripeConv2d.from_conv2d(dense, live)
             # Two layers that shared one weight keep sharing where they keep the same stripes of it.
-            layer.weight = weights.setdefault((conv.weight, live), layer.weight)  # type: ignore[index]
+            layer.weight = weights.setdefault((conv.weight, live), layer.weight)
             if conv.bias is not None:
-                layer.bias = conv.bias  # type: ignore[assignment]
+                layer.bias = conv.bias
             move_hooks(conv, layer)
             layers[conv] = layer
         return replace_modules(copied, layers)
+
+
+def _zeros_of(conv: Any) -> FilterSkeleton:
+    return as_skeleton((conv.weight != 0).any(1))
 
 
 def is_convolution(module: nn.Module) -> bool:

@@ -63,7 +63,7 @@ def fuse_epilogues(network: fx.GraphModule) -> dict[str, list[str]]:
             if source is not None:
                 residual = node.args[1] if node.args[0] is source else node.args[0]
                 with network.graph.inserting_before(node):
-                    new = network.graph.call_module(source.target, (source.args[0], residual))
+                    new = network.graph.call_module(str(source.target), (source.args[0], residual))
                 new.meta.update(node.meta)
                 node.replace_all_uses_with(new)
                 network.graph.erase_node(node)
@@ -108,4 +108,4 @@ def _last_filter(node: fx.Node) -> fx.Node | None:
     """The summand that is a convolution and can take the other as its residual; the later if both can."""
     candidates = [a for a in node.args if len(getattr(a, "args", ())) == 1 and _open_layer(a) is not None]
     order = {n: i for i, n in enumerate(node.graph.nodes)}
-    return max(candidates, key=order.__getitem__, default=None)  # type: ignore[arg-type, return-value]
+    return max(candidates, key=order.__getitem__, default=None)  # type: ignore[return-value]

@@ -50,7 +50,7 @@ def calls(node: Any, modules: Any = (), functions: Iterable[Any] = (), methods: 
     if node.op == "call_module":
         return bool(modules) and isinstance(module_of(node), modules)
     return (node.op == "call_function" and node.target in functions) or (
-        node.op == "call_method" and node.target in methods
+        node.op == "call_method" and str(node.target) in methods
     )
 
 
@@ -180,12 +180,11 @@ def plain_reshapes(network: fx.GraphModule) -> None:
 
 def _keeps_batch(node: fx.Node) -> bool:
     """Whether dimension 0 stays the batch for every batch size, not only the example's."""
-    if calls(node, (nn.Flatten, nn.Unflatten)):
-        module = module_of(node)
-        return getattr(module, "start_dim", 1) == 1 if isinstance(module, nn.Flatten) else module.dim == 1  # type: ignore[union-attr]
+    module: Any = module_of(node)
+    if module is not None:
+        return bool((module.start_dim if isinstance(module, nn.Flatten) else module.dim) == 1)
     if node.target in (torch.flatten, "flatten"):
-        start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
-        return start == 1
+        return bool((node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)) == 1)
     sizes = node.args[1:] if len(node.args) > 1 else (node.kwargs.get("shape", ()),)
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = tuple(sizes[0])
@@ -200,9 +199,10 @@ def _keeps_batch(node: fx.Node) -> bool:
 def _is_batch_size(node: fx.Node) -> bool:
     """x.size(0), x.shape[0] or x.size()[0] of some tensor x: all of a network's tensors share one batch."""
     if calls(node, methods=("size",)) and len(node.args) == 2:
-        return node.args[1] == 0
-    if calls(node, functions=(operator.getitem,)) and node.args[1] == 0:
-        source = node.args[0]
-        shape = calls(source, functions=(getattr,)) and source.args[1] == "shape"  # type: ignore[union-attr]
-        return shape or (calls(source, methods=("size",)) and len(source.args) == 1)  # type: ignore[union-attr]
-    return False
+        return bool(node.args[1] == 0)
+    if not calls(node, functions=(operator.getitem,)) or node.args[1] != 0:
+        return False
+    source: Any = node.args[0]
+    if calls(source, functions=(getattr,)):
+        return bool(source.args[1] == "shape")
+    return calls(source, methods=("size",)) and len(source.args) == 1

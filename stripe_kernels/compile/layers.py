@@ -69,6 +69,8 @@ class Filter(nn.Module):
         dense = layer.dense_weight() if isinstance(layer, StripeConv2d) else layer.weight
         self.dtype, self.device = dense.dtype, dense.device
         self.linear = isinstance(layer, nn.Linear)
+        self.stride: Any
+        self.dilation: Any
         self.weight = dense.detach().double().clone()
         if isinstance(layer, nn.Linear):
             self.weight = self.weight[:, :, None, None]
@@ -106,7 +108,7 @@ class Filter(nn.Module):
         """The layer in its own dtype again, stored as live stripes."""
         keep_bias = self.had_bias or bool(self.bias.any())
         k, c, r, s = self.weight.shape
-        factory = {"device": self.device, "dtype": self.dtype}
+        factory: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         bias = nn.Parameter(self.bias.to(self.dtype), requires_grad=False)
         if self.linear:
             linear = nn.Linear(c, k, keep_bias, **factory).requires_grad_(False)

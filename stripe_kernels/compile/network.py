@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from stripe_kernels import ops
 from stripe_kernels.compile.layers import FusedConv2d
@@ -92,6 +93,14 @@ class Network(nn.Module):
                 module.repack()
                 module._op.forget()
 
+    def memory(self, *inputs: Tensor) -> dict[str, int]:
+        """Bytes a call on `inputs` needs: "weights" as stored, "activations" at their peak, inputs included. Kernels' scratch memory and packed copies of weights come on top."""
+        watch = _Peak(self.body)
+        with torch.inference_mode():
+            watch.run(*inputs)
+        tensors = [*self.parameters(), *self.buffers()]
+        return {"weights": sum(t.numel() * t.element_size() for t in tensors), "activations": watch.peak}
+
     def train(self, mode: bool = True) -> Network:
         if mode:
             raise RuntimeError("an optimized network only runs: train the model it was made from")
@@ -121,6 +130,23 @@ def _runs_itself(inputs: tuple[Any, ...]) -> bool:
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
 
 
+class _Peak(fx.Interpreter):
+    """Runs a graph and notes the most bytes of activations alive at once; it frees them as programs do."""
+
+    peak = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        alive = [v for m, v in [*self.env.items(), (n, value)] if m.op != "get_attr"]
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in _tensors(alive))}
+        self.peak = max(self.peak, sum(storages.values()))
+        return value
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+
 class _Writer(fx.Interpreter):
     """Runs a graph once and writes what it did as one Python function of flat calls.
 
@@ -142,7 +168,7 @@ class _Writer(fx.Interpreter):
 
     def write(self, inputs: tuple[Tensor, ...]) -> Program:
         self.run(*inputs)
-        parameters = ", ".join(self.names[n] for n in self.module.graph.nodes if n.op == "placeholder")
+        parameters = ", ".join(name for n, name in self.names.items() if n.op == "placeholder")
         source = "\n    ".join([f"def program({parameters}):", *self.lines])
         exec(compile(source, "<network>", "exec"), self.bound)
         return self.bound["program"]

@@ -194,11 +194,12 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.stripe_kernels.fprop.default:
-            x, _, bias, scale, residual, activation, *settings = args
+            x, activation, settings = args[0], args[5], args[6:]
             op = ops._op(tuple(settings))
             problem = op.problem(tuple(x.shape), x.dtype, x.device, ops.is_channels_last(x))
-            tensors = (t if t is None else torch.randn_like(t) for t in (x, bias, scale, residual))
-            self.sites.append(Site(self._stack[-1] if self._stack else "", op, problem, *tensors, activation))
+            x, bias, scale, residual = (t if t is None else torch.randn_like(t) for t in args[:1] + args[2:5])
+            name = self._stack[-1] if self._stack else ""
+            self.sites.append(Site(name, op, problem, x, bias, scale, residual, activation))
         return func(*args, **(kwargs or {}))
 
 

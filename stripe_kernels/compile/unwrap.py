@@ -75,7 +75,7 @@ def _refuse(model: nn.Module) -> None:
                 raise TypeError(
                     f"cannot take {name or 'a model'} of type {kind.__name__}: {_REFUSED[kind.__name__]}"
                 )
-        if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module._parameters.values()):
+        if any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
             raise ValueError(
                 f"{name or 'the model'} has uninitialised lazy parameters: run the model once first"
             )
@@ -108,9 +108,10 @@ def _bake(module: nn.Module) -> None:
         # deepcopy shares the class that parametrize made for the original, and removal edits that class.
         kind = type(module)
         module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-        for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
+        for name in list(module.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    for hook in list(module._forward_pre_hooks.values()):
+    hooks: list[Any] = list(module._forward_pre_hooks.values())
+    for hook in hooks:
         if isinstance(hook, prune.BasePruningMethod):
             prune.remove(module, hook._tensor_name)
         elif type(hook).__name__ == "WeightNorm":
