@@ -301,10 +301,17 @@ def budgets(problem: Case, operands: Operands) -> Budgets:
     return Budgets(*(Budget.of(e, *ways) for e, *ways in zip(exact, *own, strict=True)))
 
 
+class Prepared(NamedTuple):
+    """One configuration of a kernel made ready: a call on operands, and what it was predicted to take."""
+
+    call: Callable[[Operands], Tensor]
+    predicted: float  # seconds
+
+
 def prepared(
     problem: Case, operands: Operands, which: Pass, kernel: str, repack: bool = False
-) -> dict[str, Callable[[Operands], Tensor]]:
-    """Every configuration of a kernel, the fastest prediction first: "kernel[configuration]" -> a call.
+) -> dict[str, Prepared]:
+    """Every configuration of a kernel by name, "kernel[configuration]", the fastest prediction first.
 
     A call takes operands of the same sizes and layout and gives y, dx or dw. The weight is packed here, once;
     with `repack` in every call, as training does. RuntimeError with the reason where the kernel refuses.
@@ -328,11 +335,13 @@ def prepared(
         kept = None if repack else runner.pack(operands.weight)
         if which == "dgrad":
             return lambda o: runner(o.dy, runner.pack(o.weight) if kept is None else kept)
-        return lambda o: runner(o.x, runner.pack(o.weight) if kept is None else kept, None, None, None, "none")
+        return lambda o: runner(
+            o.x, runner.pack(o.weight) if kept is None else kept, None, None, None, "none"
+        )
 
     predicted = chosen.candidates(asked, which)
     configs = sorted(predicted, key=predicted.__getitem__)
-    return {f"{kernel}{list(config) if config else ''}": call(config) for config in configs}
+    return {f"{kernel}{list(c) if c else ''}": Prepared(call(c), predicted[c]) for c in configs}
 
 
 @contextmanager

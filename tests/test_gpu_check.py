@@ -124,5 +124,6 @@ def test_dry_run(tmp_path: Path) -> None:
         assert all(c["seconds"] > 0 and c["n"] > 1 for c in line["contestants"].values())
     assert found["networks"][0]["wrong"] == {}
     assert set(found["networks"][0]["contestants"]) == {"dense", "dense, BN folded", "frozen", "optimized"}
-    assert "no troubles" in result.stdout
+    assert "WRONG" not in result.stdout
+    assert "left out" not in result.stdout
     assert "no figure above means anything" in result.stdout

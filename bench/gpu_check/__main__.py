@@ -17,7 +17,7 @@ from bench.gpu_check.device import Device, driver
 from bench.machine import commit
 
 # Seconds after the start at which each stage has to be over; what is not done by then is listed.
-DEADLINES = {"build": 90, "checks": 180, "sanitizer": 240, "layers": 500, "networks": 580}
+DEADLINES = {"build": 90, "checks": 170, "sanitizer": 270, "layers": 510, "networks": 580}
 DRY = {"build": 90, "checks": 30, "sanitizer": 30, "layers": 60, "networks": 90}
 
 

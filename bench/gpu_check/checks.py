@@ -14,7 +14,7 @@ from stripe_kernels.testing import CASES, Case, Operands, budgets, poisoned_memo
 
 PASSES = ("fprop", "dgrad", "wgrad")
 RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
-SMALL = ("lopsided", "grouped lopsided", "strided")  # for the sanitizer and the dry run
+SMALL = ("lopsided", "grouped lopsided")  # for the sanitizer, which slows kernels by a factor of tens
 _STRAND = 50  # microseconds of other work that a promise about streams is tested behind
 
 
@@ -26,7 +26,8 @@ def kernels(device: Device) -> list[str]:
 
 
 def _one(case: Case, operands: Operands, which: str, kernel: str, budget: Any) -> Iterator[str]:
-    for name, call in prepared(case, operands, which, kernel).items():
+    """What is wrong with the configuration predicted to be best; the layers' rows check the others."""
+    for name, (call, _) in list(prepared(case, operands, which, kernel).items())[:1]:
         with poisoned_memory():
             first = call(operands)
             again = call(operands)
@@ -38,7 +39,7 @@ def _one(case: Case, operands: Operands, which: str, kernel: str, budget: Any) -
 
 
 def correctness(device: Device, names: tuple[str, ...], deadline: float) -> dict[str, Any]:
-    """Kernel x case x dtype x pass, every configuration, twice. Layouts alternate between the two formats."""
+    """Kernel x case x dtype x pass, twice each. Layouts alternate between the two formats."""
     done, skipped = 0, 0
     failures: list[str] = []
     refused: set[str] = set()

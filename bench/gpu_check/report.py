@@ -6,6 +6,8 @@ from typing import Any
 
 from bench.gpu_check.rows import best
 
+SLOWER = 1.02  # times cuDNN's: what auto may take before it counts as slower
+
 
 def _line(cells: list[str], widths: list[int]) -> str:
     return "  ".join(
@@ -71,6 +73,12 @@ def _crossovers(found: list[dict[str, Any]]) -> str:
     return _table(lines)
 
 
+def _slow(row: dict[str, Any]) -> str:
+    auto, setting = row["auto"], " ".join(_layer(row)[:3])
+    ratio = f"{auto['over_cudnn']:.2f} [{auto['low']:.2f}, {auto['high']:.2f}]"
+    return f"auto slower than cuDNN: {setting}: {auto['tuned']} {ratio}"
+
+
 def _troubles(found: dict[str, Any]) -> list[str]:
     """Everything that did not go as it should, one line each."""
     checks = found["correctness"]
@@ -93,6 +101,7 @@ def _troubles(found: dict[str, Any]) -> list[str]:
         for row in found["networks"]
         for name, text in row["wrong"].items()
     ]
+    lines += [_slow(row) for row in found["layers"] if row["auto"].get("high", 1.0) < 1 / SLOWER]
     lines += [f"left out: {text}" for text in found["layers_left_out"] + found["networks_left_out"]]
     return lines
 

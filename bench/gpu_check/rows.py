@@ -10,6 +10,7 @@ from itertools import pairwise, product
 from math import log
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +21,7 @@ from bench.job import Oracle
 from bench.skeletons import iid
 from bench.timing import Ratio, Sample
 from stripe_kernels import FilterSkeleton
-from stripe_kernels.testing import Case, Operands, case, poisoned_memory, prepared
+from stripe_kernels.testing import Case, Operands, Prepared, case, poisoned_memory, prepared
 
 ROUNDS = 21
 CONFIGS = 4  # of one kernel that are measured, the best predicted first
@@ -106,14 +107,15 @@ def _dense(problem: Case, which: str, weight: Tensor) -> Callable[[Operands], Te
 
 def _contestants(
     device: Device, problem: Case, operands: Operands, which: str
-) -> tuple[dict[str, Callable[[Operands], Tensor]], dict[str, str]]:
-    """Calls by name, and the reasons of those that refuse. Weights are packed once for fprop, in every call
-    for dgrad."""
+) -> tuple[dict[str, Prepared], dict[str, str]]:
+    """Contestants by name, and the reasons of those that refuse. Weights are packed once for fprop, in
+    every call for dgrad."""
     live = torch.from_numpy(problem.skeleton.live.copy()).to(device.type)
     dense = operands.weight.new_zeros(*live.shape, problem.shape.group_c)
     dense[live] = operands.weight
     weight = dense.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    found: dict[str, Callable[[Operands], Tensor]] = {"cudnn": _dense(problem, which, weight)}
+    (_, predicted), *_ = prepared(problem, operands, which, "dense").values()
+    found = {"cudnn": Prepared(_dense(problem, which, weight), predicted)}
     refused = {}
     for kernel in kernels(device):
         if kernel == "dense" or kernel.startswith("cpu_"):
@@ -176,7 +178,7 @@ def layer_row(device: Device, setting: Setting, ceilings: Ceilings, rounds: int)
     size = operands.x.element_size() * (operands.x.numel() + operands.dy.numel())
     sets = [_fresh(operands) for _ in range(device.copies(size))]
     ready, wrong = {}, {}
-    for name, call in calls.items():
+    for name, (call, _) in calls.items():
         with poisoned_memory():
             failure = _wrong(oracle, problem, setting.which, call(operands))
         if failure:
@@ -192,8 +194,10 @@ def layer_row(device: Device, setting: Setting, ceilings: Ceilings, rounds: int)
         "roof_seconds": roof,
         "roof": limit,
         "contestants": {
-            name: _numbers(sample, samples.get("cudnn"), roof) for name, sample in samples.items()
+            name: {**_numbers(sample, samples.get("cudnn"), roof), "predicted": calls[name].predicted}
+            for name, sample in samples.items()
         },
+        "auto": _auto(samples, calls),
         "refused": refused,
         "wrong": wrong,
     }
@@ -210,6 +214,19 @@ def _numbers(sample: Sample, base: Sample | None, roof: float) -> dict[str, Any]
         ratio = Ratio.of(base, sample)
         found |= {"over_cudnn": ratio.value, "low": ratio.low, "high": ratio.high}
     return found | {"share_of_roof": roof / sample.median}
+
+
+def _auto(samples: dict[str, Sample], calls: dict[str, Prepared]) -> dict[str, Any]:
+    """What auto takes, cuDNN included: untuned the best prediction, tuned the fastest. The tuned one is
+    chosen in even rounds and compared in odd ones, so that its ratio is not that of a lucky draw."""
+    untuned = min(samples, key=lambda name: calls[name].predicted)
+    tuned = min(samples, key=lambda name: float(np.median(samples[name].seconds[::2])))
+    found: dict[str, Any] = {"untuned": untuned, "tuned": tuned}
+    if "cudnn" in samples:
+        base, other = (Sample(samples[name].seconds[1::2], 1) for name in ("cudnn", tuned))
+        ratio = Ratio.of(base, other)
+        found |= {"over_cudnn": ratio.value, "low": ratio.low, "high": ratio.high}
+    return found
 
 
 def layer_rows(
