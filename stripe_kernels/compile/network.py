@@ -94,7 +94,10 @@ class Network(nn.Module):
                 module._op.forget()
 
     def memory(self, *inputs: Tensor) -> dict[str, int]:
-        """Bytes a call on `inputs` needs: "weights" as stored, "activations" at their peak, inputs included. Kernels' scratch memory and packed copies of weights come on top."""
+        """Bytes a call on `inputs` needs: "weights" as stored, "activations" at their peak, inputs included.
+
+        Kernels' scratch memory and packed copies of weights come on top.
+        """
         watch = _Peak(self.body)
         with torch.inference_mode():
             watch.run(*inputs)

@@ -197,7 +197,8 @@ class _Watch(TorchDispatchMode):
             x, activation, settings = args[0], args[5], args[6:]
             op = ops._op(tuple(settings))
             problem = op.problem(tuple(x.shape), x.dtype, x.device, ops.is_channels_last(x))
-            x, bias, scale, residual = (t if t is None else torch.randn_like(t) for t in args[:1] + args[2:5])
+            x = torch.randn_like(x)
+            bias, scale, residual = (t if t is None else torch.randn_like(t) for t in args[2:5])
             name = self._stack[-1] if self._stack else ""
             self.sites.append(Site(name, op, problem, x, bias, scale, residual, activation))
         return func(*args, **(kwargs or {}))
