@@ -72,6 +72,14 @@ def stripe_conv2d(
     return convolve(op, x, weight, bias)
 
 
+def _autocasts(x: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():  # one question instead of five, on every call
+        return False
+    device = x.device.type
+    known = torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
+
+
 def convolve(
     op: ops.StripeOp,
     x: Tensor,
@@ -82,11 +90,11 @@ def convolve(
     activation: str = "none",
 ) -> Tensor:
     """fprop with torch's manners: [C, H, W] inputs, and autocast as F.conv2d does it."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+    if _autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        cast = [None if t is None else t.to(dtype) for t in (weight, bias, scale, residual)]
+        bias, scale, residual = (None if t is None else t.to(dtype) for t in (bias, scale, residual))
         with torch.autocast(x.device.type, enabled=False):
-            return convolve(op, x.to(dtype), cast[0], *cast[1:], activation=activation)  # type: ignore[arg-type]
+            return convolve(op, x.to(dtype), weight.to(dtype), bias, scale, residual, activation)
     if x.dim() == 3:
         one = None if residual is None else residual[None]
         return ops.fprop(op, x[None], weight, bias, scale, one, activation)[0]

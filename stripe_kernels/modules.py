@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stripe_kernels import functional, ops
+from stripe_kernels import functional, ops, snapshots
 from stripe_kernels.geometry import pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
 
@@ -71,9 +71,10 @@ class StripeConv2d(nn.Module):
             raise ValueError(f"padding_mode must be one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}")
         resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
         factory = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(live.stripes, in_channels // groups, **factory))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **factory)) if bias else None)
-        self.register_buffer("skeleton", torch.tensor(live.live, device=device))
+        with torch.inference_mode(False):  # inference tensors have no version: a change of theirs could not be seen
+            self.weight = nn.Parameter(torch.empty(live.stripes, in_channels // groups, **factory))
+            self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **factory)) if bias else None)
+            self.register_buffer("skeleton", torch.tensor(live.live, device=device))
         self._kernel = "auto"
         self._bind(live)
         self.reset_parameters()
@@ -119,7 +120,7 @@ class StripeConv2d(nn.Module):
 
     def repack(self) -> None:
         """Forgets packed copies of the weight; needed after writing through ``weight.data``."""
-        ops.drop_snapshot(self.weight)
+        snapshots.drop_snapshot(self.weight)
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, skeleton: Tensor | FilterSkeleton | None = None) -> StripeConv2d:
@@ -174,7 +175,8 @@ class StripeConv2d(nn.Module):
         if saved is not None and tuple(saved.shape) == tuple(self.skeleton.shape) and saved.dtype == torch.bool:
             live = functional.as_skeleton(saved)
             if live != self.filter_skeleton:
-                self.weight = nn.Parameter(self.weight.new_empty(live.stripes, self.weight.shape[1]))
+                with torch.inference_mode(False):
+                    self.weight = nn.Parameter(self.weight.new_empty(live.stripes, self.weight.shape[1]))
                 self._bind(live)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -190,5 +192,5 @@ class StripeConv2d(nn.Module):
         text += f", padding={self.padding}, density={self.density:.3f}"
         for name, default in (("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros"), ("kernel", "auto")):
             if getattr(self, name) != default:
-                text += f", {name}={getattr(self, name)!r}"
+                text += f", {name}={getattr(self, name)}"
         return text + (", bias=False" if self.bias is None else "")

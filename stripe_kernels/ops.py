@@ -4,39 +4,45 @@
     stripe_kernels::dgrad   dx = conv transposed(dy, weight)
     stripe_kernels::wgrad   dw = the live stripes' correlation of x and dy
 
-Schemas carry the skeleton as text, so every call is hashable, exportable and free of host reads of device tensors. `StripeOp`
-holds one layer's settings and what was derived from them; `fprop` is the front every caller uses.
+Schemas carry the skeleton as text: calls are hashable, exportable and free of host reads of device tensors.
+`StripeOp` holds one layer's settings and what was derived from them. `fprop`, `dgrad` and `wgrad` are the
+fronts that every caller uses: straight to the kernel where torch's machinery has nothing to do; through one
+Function where it only has to record a gradient (the dispatcher's costs 80 us more); else by the operator.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.autograd import forward_ad
 
 from stripe_kernels import backends
+from stripe_kernels.checks import check, check_alike, check_grad, check_weight
 from stripe_kernels.epilogue import ACTIVATIONS
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.plan import Plan, make_plan
 from stripe_kernels.registry import Pass, Problem
 from stripe_kernels.skeleton import FilterSkeleton
+from stripe_kernels.snapshots import packed_weight
 
 _RUNNERS_KEPT = 64  # shapes a layer remembers
 
 library = torch.library.Library("stripe_kernels", "DEF")
 _GEOMETRY = "str skeleton, int[2] stride, int[4] padding, int[2] dilation, int groups, str kernel"
 library.define(
-    "fprop(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, str activation, " + _GEOMETRY + ") -> Tensor"
+    "fprop(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, str activation, "
+    + _GEOMETRY
+    + ") -> Tensor"
 )
 library.define("dgrad(Tensor grad, Tensor weight, SymInt[2] input_size, " + _GEOMETRY + ") -> Tensor")
 library.define("wgrad(Tensor grad, Tensor x, " + _GEOMETRY + ") -> Tensor")
 
 
 class StripeOp:
-    """One layer's settings: skeleton, stride, padding (top, left, bottom, right), dilation, groups and kernel name.
+    """One layer's settings: skeleton, stride, padding (top, left, bottom, right), dilation, groups, kernel.
 
     Shapes seen so far keep their runner here; equal settings share one object (`StripeOp.of`).
     """
@@ -50,10 +56,26 @@ class StripeOp:
         groups: int,
         kernel: str,
     ) -> None:
-        self.skeleton = FilterSkeleton.from_text(skeleton)
+        if min(*stride, *dilation) < 1 or min(padding) < 0:
+            raise ValueError(
+                "stride and dilation must be at least 1 and padding at least 0, got "
+                f"stride {stride}, dilation {dilation}, padding {padding}"
+            )
         self.arguments = (skeleton, stride, padding, dilation, groups, kernel)
-        self.stride, self.padding, self.dilation, self.groups, self.kernel = stride, padding, dilation, groups, kernel
+        self.stride, self.padding, self.dilation, self.groups, self.kernel = (
+            stride,
+            padding,
+            dilation,
+            groups,
+            kernel,
+        )
         self._runners: dict[Any, Any] = {}
+        self._checked: dict[Any, Any] = {}  # signature of a call to the front -> its runner
+
+    @cached_property
+    def skeleton(self) -> FilterSkeleton:
+        """Read on first use: torch.compile traces the constructor."""
+        return FilterSkeleton.from_text(self.arguments[0])
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -64,7 +86,9 @@ class StripeOp:
         k, r, s = self.skeleton.shape
         return ConvShape(n, c, h, w, k, r, s, self.stride, self.padding, self.dilation, self.groups)
 
-    def problem(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Problem:
+    def problem(
+        self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool
+    ) -> Problem:
         shape = self.shape(*(int(v) for v in size))
         threads = torch.get_num_threads() if device.type == "cpu" else 1
         return Problem(shape, self.skeleton, str(dtype)[6:], device.type, channels_last, threads)
@@ -88,82 +112,31 @@ class StripeOp:
     def forget(self) -> None:
         """Drops the runners, so that the next call plans anew (after tuning)."""
         self._runners.clear()
+        self._checked.clear()
 
 
 def lane_network(threads: int) -> Any:
-    """An empty native network on batch lanes (backends/cpu_network.py); ImportError where the extension is missing."""
+    """An empty native network on batch lanes (backends/cpu_network.py); ImportError without the extension."""
     return backends.lane_network(threads)
 
 
 def is_channels_last(t: Tensor) -> bool:
-    """As torch decides the output format of a convolution: contiguous wins where both fit."""
-    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-
-
-# Packed weights of inference: weight -> ((storage, version), {runner: packed}).
-_snapshots: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def packed_weight(runner: Any, weight: Tensor) -> Any:
-    """The runner's form of a weight [A, C/groups], from a snapshot keyed by storage and version.
-
-    Inference tensors have no version and must not be written in place.
-    """
-    state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-    entry = _snapshots.get(weight)
-    if entry is None or entry[0] != state:
-        entry = (state, {})
-        _snapshots[weight] = entry
-    packed = entry[1].get(runner)
-    if packed is None:
-        if len(entry[1]) >= _RUNNERS_KEPT:
-            entry[1].clear()
-        packed = entry[1][runner] = runner.pack(weight)
-    return packed
+    """True where torch's convolution of `t` gives a channels_last output: as Tensor::suggest_memory_format,
+    from the order of the strides, so slices count."""
+    if t.dim() != 4 or t.stride(1) == 0:
+        return False
+    sizes, strides, least = t.shape, t.stride(), 0
+    for d in (1, 3, 2, 0):
+        if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
+            return False
+        least = strides[d] * max(sizes[d], 1)
+    return True
 
 
 def _pack_for_operator(runner: Any, weight: Tensor) -> Any:
-    """Below autograd nobody knows whether a gradient is wanted: a weight that could be trained is packed on every call, so
-    that optimizers which write through .data are seen."""
+    """Below autograd nobody knows whether a gradient is wanted: a weight that could be trained is packed on
+    every call, so that optimizers which write through .data are seen."""
     return runner.pack(weight) if weight.requires_grad else packed_weight(runner, weight)
-
-
-def drop_snapshot(weight: Tensor) -> None:
-    """Forgets packed copies of a weight that was changed behind torch's back (through .data)."""
-    _snapshots.pop(weight, None)
-
-
-def check(x: Tensor, weight: Tensor, op: StripeOp, extras: dict[str, Tensor | None]) -> ConvShape:
-    """Validates one call and returns its shape; every message carries the sizes. Devices come first."""
-    k, r, s = op.skeleton.shape
-    for name, t in {"weight": weight, **extras}.items():
-        if t is not None and t.device != x.device:
-            raise RuntimeError(f"x is on {x.device} but {name} is on {t.device}")
-        if t is not None and t.dtype != x.dtype:
-            raise RuntimeError(f"x is {x.dtype} but {name} is {t.dtype}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a floating point tensor, got {x.dtype}")
-    if x.dim() != 4:
-        raise RuntimeError(f"x must be [N, C, H, W], got shape {list(x.shape)}")
-    if weight.dim() != 2 or weight.shape[0] != op.skeleton.stripes:
-        raise RuntimeError(
-            f"weight must be [A, C/groups] with A={op.skeleton.stripes} live stripes of skeleton {[k, r, s]}, "
-            f"got shape {list(weight.shape)}"
-        )
-    if x.shape[1] != weight.shape[1] * op.groups:
-        raise RuntimeError(
-            f"x has {x.shape[1]} channels but weight {list(weight.shape)} with groups={op.groups} reads "
-            f"{weight.shape[1] * op.groups}: x is {list(x.shape)}"
-        )
-    shape = op.shape(*x.shape)
-    for name in ("bias", "scale"):
-        vector = extras.get(name)
-        if vector is not None and tuple(vector.shape) != (k,):
-            raise RuntimeError(f"{name} must have K={k} entries, got shape {list(vector.shape)}")
-    residual = extras.get("residual")
-    if residual is not None and tuple(residual.shape) != shape.output_size:
-        raise RuntimeError(f"residual must be {list(shape.output_size)}, got shape {list(residual.shape)}")
-    return shape
 
 
 def _fprop(x, weight, bias, scale, residual, activation, *arguments):  # type: ignore[no-untyped-def]
@@ -174,23 +147,32 @@ def _fprop(x, weight, bias, scale, residual, activation, *arguments):  # type: i
 
 
 def _dgrad(grad, weight, input_size, *arguments):  # type: ignore[no-untyped-def]
-    op = _op(arguments)
-    size = _check_grad(grad, weight.shape[1], (grad.shape[0], weight.shape[1] * op.groups, *input_size), op)
+    return _dgrad_of(_op(arguments), grad, weight, input_size)
+
+
+def _dgrad_of(op: StripeOp, grad: Tensor, weight: Tensor, input_size: Any) -> Tensor:
+    check_alike("grad", grad, {"weight": weight})
+    check_weight(op, weight)
+    if grad.dim() != 4 or len(input_size) != 2:
+        raise RuntimeError(
+            f"grad must be [N, K, P, Q] and input_size [H, W], got {list(grad.shape)}, {input_size}"
+        )
+    size = (grad.shape[0], weight.shape[1] * op.groups, *input_size)
+    check_grad(op, grad, size)
     runner = op.runner("dgrad", size, grad)
     return runner(grad, _pack_for_operator(runner, weight))
 
 
 def _wgrad(grad, x, *arguments):  # type: ignore[no-untyped-def]
-    op = _op(arguments)
-    size = _check_grad(grad, x.shape[1] // op.groups, tuple(x.shape), op)
-    return op.runner("wgrad", size, x)(grad, x)
+    return _wgrad_of(_op(arguments), grad, x)
 
 
-def _check_grad(grad: Tensor, group_c: int, size: tuple[int, ...], op: StripeOp) -> tuple[int, ...]:
-    expected = op.shape(*size).output_size
-    if tuple(grad.shape) != expected:
-        raise RuntimeError(f"grad must be {list(expected)} for an input of {list(size)}, got {list(grad.shape)}")
-    return size
+def _wgrad_of(op: StripeOp, grad: Tensor, x: Tensor) -> Tensor:
+    check_alike("grad", grad, {"x": x})
+    if x.dim() != 4:
+        raise RuntimeError(f"x must be [N, C, H, W], got shape {list(x.shape)}")
+    check_grad(op, grad, tuple(x.shape))
+    return op.runner("wgrad", tuple(x.shape), x)(grad, x)
 
 
 def _op(arguments: tuple[Any, ...]) -> StripeOp:
@@ -209,8 +191,8 @@ for _name, _implementation in (("fprop", _fprop), ("dgrad", _dgrad), ("wgrad", _
 
 
 def _like(t: Tensor, size: tuple[Any, ...]) -> Tensor:
-    last = is_channels_last(t)
-    return t.new_empty(size).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    memory_format = torch.channels_last if is_channels_last(t) else torch.contiguous_format
+    return torch.empty(size, dtype=t.dtype, device=t.device, memory_format=memory_format)
 
 
 @torch.library.register_fake("stripe_kernels::fprop", lib=library)
@@ -231,18 +213,23 @@ def _wgrad_fake(grad, x, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _fprop_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, scale, residual, ctx.activation, *ctx.arguments = inputs
+    x, weight, bias, scale, residual, ctx.activation, *arguments = inputs
+    ctx.op = _op(tuple(arguments))
     ctx.save_for_backward(x, weight, bias, scale, residual)
 
 
 def _fprop_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    return *_fprop_gradients(ctx, dy), None, *[None] * len(ctx.op.arguments)
+
+
+def _fprop_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, weight, bias, scale and residual."""
     x, weight, bias, scale, residual = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    ops, arguments = torch.ops.stripe_kernels, ctx.arguments
+    needs, op = ctx.needs_input_grad, ctx.op
     dscale = None
     if ctx.activation != "none" or needs[3]:
         # What the epilogue saw is computed again: cheaper than keeping it for every inference-shaped call.
-        conv = ops.fprop(x, weight, None, None, None, "none", *arguments)
+        conv = fprop(op, x, weight)
         if ctx.activation != "none":
             z = conv if scale is None else conv * scale[:, None, None]
             z = z if bias is None else z + bias[:, None, None]
@@ -252,9 +239,9 @@ def _fprop_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     dbias = dy.sum((0, 2, 3)) if needs[2] else None
     dresidual = dy if needs[4] else None
     dconv = dy if scale is None else dy * scale[:, None, None]
-    dx = ops.dgrad(dconv, weight, x.shape[2:], *arguments) if needs[0] else None
-    dw = ops.wgrad(dconv, x, *arguments) if needs[1] else None
-    return dx, dw, dbias, dscale, dresidual, None, *[None] * len(arguments)
+    dx = dgrad(op, dconv, weight, x.shape[2:]) if needs[0] else None
+    dw = wgrad(op, dconv, x) if needs[1] else None
+    return dx, dw, dbias, dscale, dresidual
 
 
 def _activation_slope(z: Tensor, activation: str) -> Tensor:
@@ -266,52 +253,73 @@ def _activation_slope(z: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         s = torch.sigmoid(z)
         return s * (1 + z * (1 - s))
-    inner = (z / 3 + 0.5).where((z > -3) & (z < 3), (z >= 3).to(z.dtype))
-    return inner
+    return (z / 3 + 0.5).where((z > -3) & (z < 3), (z >= 3).to(z.dtype))
 
 
 def _dgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, weight, _, *ctx.arguments = inputs
+    grad, weight, _, *arguments = inputs
+    ctx.op = _op(tuple(arguments))
     ctx.save_for_backward(grad, weight)
 
 
 def _dgrad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
     grad, weight = ctx.saved_tensors
-    ops, arguments = torch.ops.stripe_kernels, ctx.arguments
-    dgrad = ops.fprop(ddx, weight, None, None, None, "none", *arguments) if ctx.needs_input_grad[0] else None
-    dweight = ops.wgrad(grad, ddx, *arguments) if ctx.needs_input_grad[1] else None
-    return dgrad, dweight, None, *[None] * len(arguments)
+    ddy = fprop(ctx.op, ddx, weight) if ctx.needs_input_grad[0] else None
+    dw = wgrad(ctx.op, grad, ddx) if ctx.needs_input_grad[1] else None
+    return ddy, dw, None, *[None] * len(ctx.op.arguments)
 
 
 def _wgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, x, *ctx.arguments = inputs
+    grad, x, *arguments = inputs
+    ctx.op = _op(tuple(arguments))
     ctx.save_for_backward(grad, x)
 
 
 def _wgrad_backward(ctx: Any, ddw: Tensor) -> tuple[Any, ...]:
     grad, x = ctx.saved_tensors
-    ops, arguments = torch.ops.stripe_kernels, ctx.arguments
-    dgrad = ops.fprop(x, ddw, None, None, None, "none", *arguments) if ctx.needs_input_grad[0] else None
-    dx = ops.dgrad(grad, ddw, x.shape[2:], *arguments) if ctx.needs_input_grad[1] else None
-    return dgrad, dx, *[None] * len(arguments)
+    ddy = fprop(ctx.op, x, ddw) if ctx.needs_input_grad[0] else None
+    dx = dgrad(ctx.op, grad, ddw, x.shape[2:]) if ctx.needs_input_grad[1] else None
+    return ddy, dx, *[None] * len(ctx.op.arguments)
 
 
-torch.library.register_autograd("stripe_kernels::fprop", _fprop_backward, setup_context=_fprop_setup, lib=library)
-torch.library.register_autograd("stripe_kernels::dgrad", _dgrad_backward, setup_context=_dgrad_setup, lib=library)
-torch.library.register_autograd("stripe_kernels::wgrad", _wgrad_backward, setup_context=_wgrad_setup, lib=library)
+torch.library.register_autograd(
+    "stripe_kernels::fprop", _fprop_backward, setup_context=_fprop_setup, lib=library
+)
+torch.library.register_autograd(
+    "stripe_kernels::dgrad", _dgrad_backward, setup_context=_dgrad_setup, lib=library
+)
+torch.library.register_autograd(
+    "stripe_kernels::wgrad", _wgrad_backward, setup_context=_wgrad_setup, lib=library
+)
 
 
-def _plain(x: Tensor, *others: Tensor | None) -> bool:
-    """True when torch's machinery has nothing to do with this call: plain tensors, no mode, transform or gradient."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._is_torch_function_mode_enabled():
-        return False
-    grad = torch.is_grad_enabled()
-    for t in (x, *others):
-        if t is not None and ((grad and t.requires_grad) or type(t) not in (Tensor, torch.nn.Parameter)):
+def _nobody_listens() -> bool:
+    """True when no compilation, tracing, dispatch or function mode and no functional transform is active."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """True for ordinary tensors whose memory holds their values (those of a negated view are not)."""
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN_TYPES or not (t.is_cpu or t.is_cuda) or t.is_neg()):
             return False
-    return x.device.type in ("cpu", "cuda")
+    return True
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """The dispatcher would drop the tangents of an operator without a forward-mode formula, silently."""
+    for t in tensors:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError("stripe convolutions have no forward-mode derivative (jvp); use reverse mode")
 
 
 def fprop(
@@ -323,15 +331,83 @@ def fprop(
     residual: Tensor | None = None,  # [N, K, P, Q]
     activation: str = "none",
 ) -> Tensor:  # [N, K, P, Q]
-    """The front: straight to the kernel where nothing but the kernel is needed, through the dispatcher otherwise."""
-    if not _plain(x, weight, bias, scale, residual):
+    """activation(conv(x, weight) * scale[k] + bias[k] + residual); differentiable. Errors have the sizes."""
+    if forward_ad._current_level >= 0:
+        _refuse_forward_mode(x, weight, bias, scale, residual)
+    if not (_nobody_listens() and _plain(x, weight, bias, scale, residual)):
         return torch.ops.stripe_kernels.fprop(x, weight, bias, scale, residual, activation, *op.arguments)
-    key = ("fprop", tuple(x.shape), x.dtype, x.device, x.stride(), torch.get_num_threads())
-    runner = op._runners.get(key)
-    if runner is None or bias is not None or scale is not None or residual is not None:
-        check(x, weight, op, {"bias": bias, "scale": scale, "residual": residual})
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (scale is not None and scale.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _Fprop.apply(x, weight, bias, scale, residual, activation, op)
+    runner = _checked_runner(op, x, weight, bias, scale, residual, activation)
+    return runner(x, packed_weight(runner, weight), bias, scale, residual, activation)
+
+
+def _checked_runner(
+    op: StripeOp,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Any:
+    """The runner of a call. The key has all that check() and the plan look at: each is checked once."""
+    key = (
+        x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.dtype, weight.device,
+        bias is not None and (bias.shape, bias.dtype, bias.device),
+        scale is not None and (scale.shape, scale.dtype, scale.device),
+        residual is not None and (residual.shape, residual.dtype, residual.device),
+        activation, torch.get_num_threads(),
+    )  # fmt: skip
+    runner = op._checked.get(key)
     if runner is None:
+        check(x, weight, op, {"bias": bias, "scale": scale, "residual": residual})
+        _activation(activation)
         runner = op.runner("fprop", tuple(x.shape), x)
-    elif weight.dtype != x.dtype or weight.shape[0] != op.skeleton.stripes or weight.device != x.device:
-        check(x, weight, op, {})
-    return runner(x, packed_weight(runner, weight), bias, scale, residual, _activation(activation))
+        if len(op._checked) >= _RUNNERS_KEPT:
+            op._checked.clear()
+        op._checked[key] = runner
+    return runner
+
+
+class _Fprop(torch.autograd.Function):
+    """fprop for plain tensors that need a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, scale, residual, ctx.activation, ctx.op = inputs
+        ctx.save_for_backward(x, weight, bias, scale, residual)
+        runner = _checked_runner(ctx.op, x, weight, bias, scale, residual, ctx.activation)
+        return runner(x, _pack_for_operator(runner, weight), bias, scale, residual, ctx.activation)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return *_fprop_gradients(ctx, dy), None, None
+
+
+def dgrad(op: StripeOp, grad: Tensor, weight: Tensor, input_size: Any) -> Tensor:
+    """The gradient of fprop's x, [N, C, *input_size], from grad [N, K, P, Q]; differentiable."""
+    if _needs_operator(grad, weight):
+        return torch.ops.stripe_kernels.dgrad(grad, weight, input_size, *op.arguments)
+    return _dgrad_of(op, grad, weight, input_size)
+
+
+def wgrad(op: StripeOp, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of fprop's weight, [A, C/groups], from grad [N, K, P, Q]; differentiable."""
+    return (
+        torch.ops.stripe_kernels.wgrad(grad, x, *op.arguments)
+        if _needs_operator(grad, x)
+        else _wgrad_of(op, grad, x)
+    )
+
+
+def _needs_operator(a: Tensor, b: Tensor) -> bool:
+    return not (_nobody_listens() and _plain(a, b)) or (
+        torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    )

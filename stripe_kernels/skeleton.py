@@ -25,6 +25,8 @@ class FilterSkeleton:
             raise ValueError(f"a skeleton is bool [K, R, S] with no empty side, got shape {list(array.shape)}")
         self.live = array.copy(order="C")  # its own: the caller's array stays writable and may change
         self.live.setflags(write=False)
+        #: A short exact form, "KxRxS:" and the packed bits in base64. Made here: torch.compile cannot trace a lock.
+        self.text = "x".join(map(str, array.shape)) + ":" + base64.b64encode(np.packbits(self.live).tobytes()).decode()
 
     @classmethod
     def full(cls, filters: int, rows: int, columns: int) -> FilterSkeleton:
@@ -44,12 +46,6 @@ class FilterSkeleton:
         if min(filters, rows, columns) < 1 or raw.size != (count + 7) // 8:
             raise ValueError(f"skeleton {sizes} needs {(count + 7) // 8} bytes of bits, got {raw.size}")
         return FilterSkeleton(np.unpackbits(raw, count=count).astype(np.bool_).reshape(filters, rows, columns))
-
-    @cached_property
-    def text(self) -> str:
-        """A short exact form, "KxRxS:" and the packed bits in base64."""
-        bits = base64.b64encode(np.packbits(self.live)).decode()
-        return "x".join(str(n) for n in self.live.shape) + ":" + bits
 
     @cached_property
     def digest(self) -> str:

@@ -17,9 +17,9 @@ IESSP = ROOT / "python/iessp"
 # Each module may import only what stands before it, so the order is also free of cycles.
 ORDER = (
     *("version", "geometry", "skeleton", "packed", "phases", "roofline", "epilogue", "indices", "registry", "plan"),
-    *("ops", "functional", "modules", "compile"),
+    *("checks", "snapshots", "ops", "functional", "modules", "compile"),
 )
-BACKENDS_MAY_IMPORT = {*ORDER[: ORDER.index("ops")], "backends", "_cpu", "_cuda"}
+BACKENDS_MAY_IMPORT = {*ORDER[: ORDER.index("checks")], "backends", "_cpu", "_cuda"}
 ORACLE_KERNEL = PACKAGE / "backends/reference.py"  # offers the oracle as the kernel named "reference"
 NATIVE = {"_cpu": "backends/cpu.py", "_cuda": "backends/cuda.py"}
 TORCH_FREE = ("geometry", "phases", "roofline", "registry")

@@ -35,7 +35,7 @@ class _Dense:
         s = self.shape
         dense = weight.new_zeros(s.K * s.taps, s.group_c)
         dense.index_copy_(0, self.arrays.on(weight.device)["live"], weight.detach())
-        return dense.view(s.K, s.R, s.S, s.group_c).permute(0, 3, 1, 2).contiguous(memory_format=self.format)
+        return dense.view(s.K, s.R, s.S, s.group_c).permute(0, 3, 1, 2).clone(memory_format=self.format)
 
     def pad(self, x: Tensor) -> Tensor:
         return F.pad(x, self.uneven) if any(self.uneven) else x

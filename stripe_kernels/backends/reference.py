@@ -25,7 +25,7 @@ class _Reference:
         return F.pad(x, (left, right, top, bottom))
 
     def dense(self, weight: Tensor) -> Tensor:
-        return scatter_stripes(weight.detach(), self.live.to(weight.device))
+        return scatter_stripes(weight.detach(), self.live.to(weight.device)).clone(memory_format=self.format)
 
 
 class ReferenceFprop(_Reference):

@@ -1,0 +1,62 @@
+"""Packed weights of inference: a kernel's own form of a weight, kept while the weight stays as it is."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+_FORMS_KEPT = 64  # runners a weight's forms are kept for
+
+
+@dataclass
+class _Snapshot:
+    """A weight's packed forms while it stays as it is."""
+
+    weight: weakref.ref[Tensor]
+    pointer: int
+    version: int
+    forms: dict[Any, Any] = field(default_factory=dict)  # by runner
+
+    def holds(self, weight: Tensor) -> bool:
+        return self.version == weight._version and self.pointer == weight.data_ptr()
+
+
+# By id of the weight: a WeakTensorKeyDictionary takes 1.5 us, a fifth of a small convolution.
+_snapshots: dict[int, _Snapshot] = {}
+
+
+def packed_weight(runner: Any, weight: Tensor) -> Any:
+    """The runner's form of a weight [A, C/groups], from a snapshot keyed by storage and version.
+
+    Inference tensors have no version, a write to them would not be seen: they are packed on every call.
+    """
+    if weight.is_inference():
+        return runner.pack(weight)
+    found = _snapshots.get(id(weight))
+    if found is None or found.weight() is not weight or not found.holds(weight):
+        found = _Snapshot(weakref.ref(weight, _drop_dead(id(weight))), weight.data_ptr(), weight._version)
+        _snapshots[id(weight)] = found
+    packed = found.forms.get(runner)
+    if packed is None:
+        if len(found.forms) >= _FORMS_KEPT:
+            found.forms.clear()
+        packed = found.forms[runner] = runner.pack(weight)
+    return packed
+
+
+def _drop_dead(key: int) -> Callable[[weakref.ref[Tensor]], None]:
+    def drop(dead: weakref.ref[Tensor]) -> None:
+        found = _snapshots.get(key)
+        if found is not None and found.weight is dead:
+            _snapshots.pop(key, None)
+
+    return drop
+
+
+def drop_snapshot(weight: Tensor) -> None:
+    """Forgets packed copies of a weight that was changed behind torch's back (through .data)."""
+    _snapshots.pop(id(weight), None)

@@ -1,0 +1,281 @@
+"""StripeConv2d is nn.Conv2d with fewer stripes: its whole signature, its state, its manners."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stripe_kernels import FilterSkeleton, StripeConv2d, stripe_conv2d
+from stripe_kernels.testing import CASES, live_stripes
+
+C, K = 6, 8
+
+
+def pruned(conv: nn.Conv2d, density: float = 0.5, seed: int = 0) -> nn.Conv2d:
+    """The same layer with some stripes zero."""
+    k, _, r, s = conv.weight.shape
+    live = torch.from_numpy(live_stripes("random", (k, r, s), density, seed).live.copy())
+    with torch.no_grad():
+        conv.weight.mul_(live[:, None])
+    return conv
+
+
+SIGNATURES = [
+    {"kernel_size": 3},
+    {"kernel_size": (2, 3), "stride": (2, 1), "padding": (1, 0), "dilation": (2, 1)},
+    {"kernel_size": 3, "padding": "same"},
+    {"kernel_size": 4, "padding": "same"},
+    {"kernel_size": (2, 5), "padding": "same", "dilation": (3, 2)},
+    {"kernel_size": 3, "padding": "valid", "stride": 2},
+    {"kernel_size": 1, "stride": 3, "bias": False},
+    {"kernel_size": 3, "groups": 2, "padding": 1},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    {"kernel_size": (3, 2), "padding": (2, 1), "padding_mode": "replicate", "stride": 2},
+    {"kernel_size": 3, "padding": (1, 2), "padding_mode": "circular", "dilation": 2},
+    {"kernel_size": 4, "padding": "same", "padding_mode": "reflect"},
+    {"kernel_size": 3, "padding": 0, "padding_mode": "circular"},
+    {"kernel_size": [3, 3], "stride": [1, 2], "padding": [1, 1], "dilation": [1, 1]},
+]
+signatures = pytest.mark.parametrize(
+    "signature", SIGNATURES, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items())
+)
+
+
+@signatures
+def test_it_computes_what_conv2d_computes(signature) -> None:
+    conv = pruned(nn.Conv2d(C, K, **signature))
+    layer = StripeConv2d.from_conv2d(conv)
+    for x in (torch.randn(3, C, 11, 9), torch.randn(C, 11, 9), torch.randn(0, C, 11, 9)):
+        x.requires_grad_()
+        actual, expected = layer(x), conv(x)
+        torch.testing.assert_close(actual, expected)
+        dy = torch.randn_like(expected)
+        dx, *_ = torch.autograd.grad(actual, (x, *layer.parameters()), dy)
+        torch.testing.assert_close(dx, torch.autograd.grad(expected, x, dy)[0])
+
+
+@signatures
+def test_it_is_built_by_conv2ds_signature_and_shows_it(signature) -> None:
+    conv = nn.Conv2d(C, K, **signature)
+    size = conv.weight.shape
+    layer = StripeConv2d(C, K, **signature, skeleton=torch.ones(size[0], *size[2:], dtype=torch.bool))
+    assert layer.weight.shape == (size[0] * size[2] * size[3], size[1])
+    with torch.no_grad():
+        layer.weight.copy_(conv.weight.permute(0, 2, 3, 1).flatten(0, 2))
+        if conv.bias is not None:
+            layer.bias.copy_(conv.bias)
+    x = torch.randn(2, C, 11, 9)
+    torch.testing.assert_close(layer(x), conv(x))
+    for part in repr(conv)[len("Conv2d(") : -1].split(", "):
+        if part.startswith(("bias", "groups", "padding_mode")):
+            assert part in repr(layer)
+
+
+@signatures
+def test_to_conv2d_and_back_is_lossless(signature) -> None:
+    conv = pruned(nn.Conv2d(C, K, **signature)).eval()
+    layer = StripeConv2d.from_conv2d(conv)
+    back = layer.to_conv2d()
+    assert torch.equal(back.weight, conv.weight)
+    assert (conv.bias is None and back.bias is None) or torch.equal(back.bias, conv.bias)
+    assert repr(back) == repr(conv)
+    assert not back.training
+    again = StripeConv2d.from_conv2d(back)
+    assert torch.equal(again.weight, layer.weight)
+    assert again.filter_skeleton == layer.filter_skeleton
+
+
+def test_the_weight_gradient_is_conv2ds_at_the_live_stripes() -> None:
+    conv = pruned(nn.Conv2d(C, K, 3, padding=1))
+    layer = StripeConv2d.from_conv2d(conv)
+    x = torch.randn(2, C, 7, 5)
+    dy = torch.randn_like(conv(x))
+    (ours,), (theirs,) = (torch.autograd.grad(m(x), [m.weight], dy) for m in (layer, conv))
+    torch.testing.assert_close(ours, theirs.permute(0, 2, 3, 1)[layer.skeleton])
+
+
+def test_stripes_that_are_entirely_zero_are_dead() -> None:
+    conv = pruned(nn.Conv2d(C, K, 3))
+    layer = StripeConv2d.from_conv2d(conv)
+    assert torch.equal(layer.skeleton, (conv.weight != 0).any(1))
+    assert layer.density == layer.skeleton.double().mean().item()
+    assert layer.weight.shape == (layer.skeleton.sum(), C)
+
+
+def test_a_given_skeleton_decides_whatever_the_values() -> None:
+    conv = nn.Conv2d(C, K, 3)
+    live = torch.rand(K, 3, 3) < 0.4
+    with torch.no_grad():
+        conv.weight[0] = 0
+        conv.weight.permute(0, 2, 3, 1)[~live] = torch.nan
+    layer = StripeConv2d.from_conv2d(conv, live)
+    assert torch.equal(layer.skeleton, live)
+    assert layer(torch.randn(1, C, 5, 5)).isfinite().all()
+    assert torch.equal(StripeConv2d.from_conv2d(conv, FilterSkeleton(live.numpy())).weight, layer.weight)
+
+
+def test_a_frozen_weight_stays_frozen() -> None:
+    conv = nn.Conv2d(C, K, 3).requires_grad_(False)
+    assert not StripeConv2d.from_conv2d(conv).weight.requires_grad
+
+
+@pytest.mark.parametrize("kernel", ["auto", "dense", "reference"])
+def test_the_kernel_may_be_assigned(kernel: str) -> None:
+    layer = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3)))
+    x = torch.randn(1, C, 6, 6)
+    expected = layer(x)
+    layer.kernel = kernel
+    assert layer.kernel == kernel
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["contiguous", "channels_last"])
+def test_the_output_follows_the_inputs_memory_format(mode: str) -> None:
+    memory_format = torch.channels_last if mode == "channels_last" else torch.contiguous_format
+    conv = pruned(nn.Conv2d(C, K, 3, padding=1))
+    layer = StripeConv2d.from_conv2d(conv)
+    x = torch.randn(2, C, 7, 5).contiguous(memory_format=memory_format)
+    assert layer(x).stride() == conv(x).stride()
+    layer = layer.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x), conv(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    conv = pruned(nn.Conv2d(C, K, 3, dtype=dtype))
+    layer = StripeConv2d.from_conv2d(conv)
+    assert layer.weight.dtype == layer.bias.dtype == dtype
+    x = torch.randn(1, C, 6, 6).to(dtype)
+    tolerance = 1e-5 if dtype.itemsize > 2 else 2e-2
+    torch.testing.assert_close(layer(x), conv(x), atol=tolerance, rtol=tolerance)
+    moved = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3))).to(dtype)
+    assert moved(x).dtype == dtype
+    assert moved.skeleton.dtype == torch.bool
+
+
+def copies(layer: StripeConv2d) -> dict[str, StripeConv2d]:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return {
+        "deepcopy": copy.deepcopy(layer),
+        "pickle": pickle.loads(pickle.dumps(layer)),
+        "torch.save": torch.load(file, weights_only=False),
+    }
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_equal_and_independent(way: str) -> None:
+    layer = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3, padding="same", padding_mode="reflect")))
+    layer.kernel = "reference"
+    x = torch.randn(1, C, 6, 6)
+    with torch.no_grad():
+        expected = layer(x)
+        twin = copies(layer)[way]
+        assert twin.kernel == "reference"
+        assert torch.equal(twin(x), expected)
+        twin.weight.zero_()
+        twin.bias.zero_()
+        assert twin(x).count_nonzero() == 0
+        assert torch.equal(layer(x), expected)
+
+
+def test_state_dict_both_ways() -> None:
+    first, second = (StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3), seed=s)) for s in (1, 2))
+    assert list(first.state_dict()) == ["weight", "bias", "skeleton"]
+    x = torch.randn(1, C, 6, 6)
+    expected = first(x)
+    assert second.load_state_dict(first.state_dict())
+    assert torch.equal(second(x), expected)
+    assert torch.equal(second.skeleton, first.skeleton)
+    assert second.density == first.density
+    strict = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3), seed=1))
+    strict.load_state_dict(first.state_dict(), assign=True)
+    assert torch.equal(strict(x), expected)
+
+
+def test_a_state_that_does_not_fit_is_refused_with_its_sizes() -> None:
+    layer = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3)))
+    for other in (nn.Conv2d(C, K, (2, 3)), nn.Conv2d(C, K + 1, 3), nn.Conv2d(C + 1, K, 3)):
+        state = StripeConv2d.from_conv2d(other).state_dict()
+        with pytest.raises(RuntimeError, match=r"size mismatch|\["):
+            layer.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="skeleton"):
+        layer.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+
+
+def test_data_parallel_training_takes_the_same_steps() -> None:
+    """Two replicas with averaged gradients, as DDP has them, against one layer with the whole batch."""
+    conv = pruned(nn.Conv2d(C, K, 3))
+    whole, *parts = (StripeConv2d.from_conv2d(conv) for _ in range(3))
+    x = torch.randn(4, C, 6, 6)
+    whole(x).square().mean().backward()
+    for part, half in zip(parts, x.chunk(2), strict=True):
+        part(half).square().mean().backward()
+    mean = (parts[0].weight.grad + parts[1].weight.grad) / 2
+    torch.testing.assert_close(mean, whole.weight.grad)
+
+
+def test_it_learns() -> None:
+    conv = pruned(nn.Conv2d(C, K, 3))
+    layer, x = StripeConv2d.from_conv2d(conv), torch.randn(4, C, 6, 6)
+    target = pruned(nn.Conv2d(C, K, 3))(x).detach()
+    optimizer = torch.optim.SGD(layer.parameters(), 0.5)
+    losses = []
+    for _ in range(20):
+        loss = (layer(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_reset_parameters_takes_the_live_fan_in() -> None:
+    layer = StripeConv2d(64, 32, 3, skeleton=live_stripes("random", (32, 3, 3), 0.25, 0))
+    bound = (64 * layer.weight.shape[0] / 32) ** -0.5
+    assert layer.weight.abs().max() <= bound
+    assert layer.weight.abs().max() > 0.95 * bound
+
+
+def test_hooks_and_parametrizations() -> None:
+    layer = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3)))
+    x = torch.randn(1, C, 6, 6)
+    twice = layer(x) * 2
+    handle = layer.register_forward_hook(lambda module, inputs, output: output * 2)
+    torch.testing.assert_close(layer(x), twice)
+    handle.remove()
+
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * 2
+
+    with torch.no_grad():
+        layer.bias.zero_()
+        expected = layer(x) * 2
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    torch.testing.assert_close(layer(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
+def test_the_functional_form_is_the_module(case) -> None:
+    s, operands = case.shape, case.operands()
+    if s.padding[:2] != s.padding[2:]:
+        pytest.skip("the public form has this padding only as 'same'")
+    skeleton = torch.from_numpy(case.skeleton.live.copy())
+    arguments = s.stride, s.padding[:2], s.dilation, s.groups
+    layer = StripeConv2d(s.C, s.K, (s.R, s.S), *arguments, skeleton=skeleton)
+    with torch.no_grad():
+        layer.weight.copy_(operands.weight)
+        layer.bias.copy_(operands.bias)
+        expected = layer(operands.x)
+        for form in (skeleton, case.skeleton):
+            actual = stripe_conv2d(operands.x, operands.weight, form, operands.bias, *arguments)
+            assert torch.equal(actual, expected)
