@@ -21,7 +21,7 @@ from iessp.timing import Equality
 from iessp.train import Trainer
 
 BATCHES = (1, 32)
-SECONDS = 6.0  # of timing for each batch size
+SECONDS = 6.0  # of timing for each batch size, and for the layers
 
 
 def run(out: Path, recipe: Recipe) -> None:
@@ -100,7 +100,7 @@ def draw(frozen: Frozen, out: Path) -> tuple[Path, Path]:
     batch = BATCHES[-1]
     x = torch.randn(batch, *frozen.example.shape[1:], generator=torch.Generator().manual_seed(0))
     points: dict[str, list[tuple[float, float]]] = {"dense": [], "stripes": []}
-    for name, (dense, stripes) in runs.time_layers(frozen.model, x, seconds=6.0).items():
+    for name, (dense, stripes) in runs.time_layers(frozen.model, x, SECONDS).items():
         site, live = frozen.network[name], int(frozen.skeletons[name].sum())
         points["dense"].append((batch * site.macs / 1e6, dense.median))
         points["stripes"].append((batch * live * site.stripe_macs / 1e6, stripes.median))

@@ -147,7 +147,8 @@ def test_demo_compares_and_draws_and_resumes(
         said = words(capsys)
         assert ("steps done before" in said) == bool(attempt)
         assert all(
-            w in said for w in ("test errors", "convolution MACs", "ms, batch 2, optimized", "allowed")
+            w in said
+            for w in ("test errors", "convolution MACs", "ms, batch 2, optimized", "inside the error budget")
         )
     for picture in ("skeletons.png", "time-against-macs.png"):
         assert (tmp_path / picture).stat().st_size > 5000
