@@ -125,5 +125,5 @@ def test_dry_run(tmp_path: Path) -> None:
     assert found["networks"][0]["wrong"] == {}
     assert set(found["networks"][0]["contestants"]) == {"dense", "dense, BN folded", "frozen", "optimized"}
     assert "WRONG" not in result.stdout
-    assert "left out" not in result.stdout
+    assert found["layers_left_out"] == found["networks_left_out"] == []
     assert "no figure above means anything" in result.stdout

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+# Without an installation only the root is importable.
+sys.path.insert(0, str(Path(__file__).parents[2] / "python"))
+
 from bench.gpu_check import record, tools
 from bench.gpu_check.device import Device, driver
 from bench.machine import commit

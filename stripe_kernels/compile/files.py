@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 
 from stripe_kernels.compile import choices, vocabulary
@@ -46,6 +44,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises ValueError where the model has no fixed torch.fx graph or uses an operation that files do not
     carry.
     """
+    # Imported here: kernels are checked and timed on machines that have torch and nothing else.
+    from safetensors.torch import save as serialize
+
     network = trace(model)
     graph = _graph_json(network)
     tensors = _tensors(network, graph)
@@ -68,6 +69,8 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     Raises OSError where the file cannot be read, ValueError where it is corrupt, truncated, foreign, or
     written by a newer version.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
