@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from stripe_kernels import StripeConv2d
 from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.compile.network import Network
-from stripe_kernels.compile.optimize import compact
+from stripe_kernels.compile.optimize import compact, in_channels_last
 from tests.compile.zoo import NETS, lively, masked
 
 
@@ -253,3 +253,12 @@ def test_memory_counts_what_is_alive() -> None:
     floats = 2 * 64 * (4 + 1)  # the first convolution's output while its input is still held
     assert memory["activations"] == 4 * floats
     assert memory["weights"] >= 4 * (4 + 4 + 4 + 1)
+
+
+@pytest.mark.parametrize("name", ["yolo_neck", "squeeze_excite", "lopsided"])
+def test_channels_last_inside_contiguous_outside(name: str) -> None:
+    model, frozen, x = masked(name, 0.24)
+    network = in_channels_last(compact(frozen, (x,)))
+    with torch.inference_mode():
+        assert all(y.is_contiguous() for y in tree_leaves(network(x)))
+    assert_same(model, network, [x, torch.randn(5, *x.shape[1:])])
