@@ -39,7 +39,9 @@ def tree(tmp_path: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
     folder = tmp_path / "bench/records"
-    written = record.write({"sources": record.source_hash(tmp_path), "dry_run": False}, folder, "some-gpu")
+    written = record.write(
+        {"sources": record.source_hash(tmp_path), "dry_run": False, "complete": True}, folder, "some-gpu"
+    )
     written.rename(folder / "some-gpu.json")
     return tmp_path
 
@@ -56,9 +58,12 @@ def test_a_stale_record_is_named(tree: Path) -> None:
 
 def test_a_missing_record_and_a_dry_run_are_named(tree: Path) -> None:
     assert "does not exist" in record.stale_quotes("bench/records/other.json", tree)[0]
-    dry = {"sources": record.source_hash(tree), "dry_run": True}
+    dry = {"sources": record.source_hash(tree), "dry_run": True, "complete": True}
     (tree / "bench/records/dry.json").write_text(json.dumps(dry))
     assert "dry run" in record.stale_quotes("see bench/records/dry.json", tree)[0]
+    broken = {"sources": record.source_hash(tree), "dry_run": False, "complete": False}
+    (tree / "bench/records/broken.json").write_text(json.dumps(broken))
+    assert "did not finish" in record.stale_quotes("see bench/records/broken.json", tree)[0]
 
 
 def test_the_hash_covers_every_gpu_kernel() -> None:
@@ -112,6 +117,7 @@ def test_dry_run(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("dry-run-*.json")
     found = json.loads(path.read_text())
     assert found["dry_run"]
+    assert found["complete"]
     assert found["sources"] == record.source_hash()
     assert found["correctness"]["done"] > 0
     assert found["correctness"]["failures"] == []

@@ -6,7 +6,9 @@ import argparse
 import importlib.metadata
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,10 @@ def checks_only(device: Device) -> int:
     return 1 if found["failures"] else 0
 
 
-def check(device: Device, dry_run: bool, with_build: bool) -> dict[str, Any]:
-    """Every stage in turn; the record."""
+def check(
+    device: Device, dry_run: bool, with_build: bool, save: Callable[[dict[str, Any]], Path]
+) -> dict[str, Any]:
+    """Every stage in turn; the record, saved after each, so that a later failure loses no earlier result."""
     ends = {stage: _START + seconds for stage, seconds in (DRY if dry_run else DEADLINES).items()}
     found: dict[str, Any] = {
         "device": device.name,
@@ -63,6 +67,7 @@ def check(device: Device, dry_run: bool, with_build: bool) -> dict[str, Any]:
         "sources": record.source_hash(),
         "versions": _versions(),
         "driver": None if dry_run else driver(),
+        "complete": False,
     }
     if with_build:
         found["build"] = tools.build(ends["build"] - time.perf_counter())
@@ -76,6 +81,7 @@ def check(device: Device, dry_run: bool, with_build: bool) -> dict[str, Any]:
     found["kernels"] = checks.kernels(device)
     found["correctness"] = checks.correctness(device, names, ends["checks"])
     say(f"correctness: {found['correctness']['done']} done, {len(found['correctness']['failures'])} failures")
+    save(found)
     found["promises"] = checks.promises(device)
     say(f"promises: {sum(v == 'ok' for v in found['promises'].values())} of {len(found['promises'])} kept")
     if not dry_run:
@@ -84,6 +90,7 @@ def check(device: Device, dry_run: bool, with_build: bool) -> dict[str, Any]:
             "sanitizer: "
             + ", ".join(f"{row['command'].split()[0]} {row['ok']}" for row in found["sanitizer"])
         )
+    save(found)
     rounds = 3 if dry_run else rows.ROUNDS
     ceilings = rows.Ceilings.probe(device)
     found["ceilings"] = {"copy_bytes_per_second": ceilings.copy, "gemm_flops": ceilings.gemm}
@@ -92,9 +99,11 @@ def check(device: Device, dry_run: bool, with_build: bool) -> dict[str, Any]:
     )
     found["crossovers"] = rows.crossovers(found["layers"])
     say(f"layers: {len(found['layers'])} rows, {len(found['layers_left_out'])} left out")
+    save(found)
     made, left = networks.network_rows(device, ends["networks"], dry_run, rounds)
     found["networks"], found["networks_left_out"] = made, left
     say(f"networks: {len(made)} rows, {len(left)} left out")
+    found["complete"] = True
     return found
 
 
@@ -110,8 +119,9 @@ def main() -> int:
     device = Device.find(options.dry_run)
     if options.checks_only:
         return checks_only(device)
-    found = check(device, options.dry_run, not options.no_build)
-    path = record.write(found, options.out, device.slug)
+    save = partial(record.write, folder=options.out, slug=device.slug)
+    found = check(device, options.dry_run, not options.no_build, save)
+    path = save(found)
     from bench.gpu_check.report import report
 
     print(report(found))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_check.device import Device
+from bench.gpu_check.device import FAILURES, Device
 from stripe_kernels import FilterSkeleton, StripeConv2d, list_kernels
 from stripe_kernels.testing import CASES, Case, Operands, budgets, poisoned_memory, prepared
 
@@ -56,7 +56,7 @@ def correctness(device: Device, names: tuple[str, ...], deadline: float) -> dict
                     try:
                         failures += _one(case, operands, which, kernel, budget)
                         done += 1
-                    except RuntimeError as error:
+                    except FAILURES as error:
                         if "does not run" not in str(error):
                             failures.append(f"{kernel} {which} of {case.name}, {dtype}: {error}")
                         else:
@@ -160,6 +160,6 @@ def promises(device: Device) -> dict[str, str]:
         for what, test in tests.items():
             try:
                 found[f"{what}, {kernel}"] = test(kernel) or "ok"
-            except RuntimeError as error:
+            except FAILURES as error:
                 found[f"{what}, {kernel}"] = f"{type(error).__name__}: {str(error)[:300]}"
     return found

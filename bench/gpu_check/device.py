@@ -12,6 +12,13 @@ import torch
 
 from bench.timing import Sample
 
+try:
+    from triton.errors import TritonError
+except ImportError:
+    TritonError = RuntimeError
+
+FAILURES = (RuntimeError, TritonError)  # of a kernel that cannot be compiled, launched or captured
+
 
 @dataclass(frozen=True)
 class Device:

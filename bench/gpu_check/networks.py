@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from bench.gpu_check.device import Device, interleave
+from bench.gpu_check.device import FAILURES, Device, interleave
 from bench.gpu_check.rows import set_precision
 from bench.skeletons import iid
 from bench.timing import Ratio
@@ -112,6 +112,6 @@ def network_rows(
             dtype = torch.float32 if dry_run else torch.bfloat16
             try:
                 rows.append(network_row(device, name, classes, side, batch, dtype, rounds))
-            except RuntimeError as error:
+            except FAILURES as error:
                 left.append(f"{what}: {str(error)[:500]}")
     return rows, left

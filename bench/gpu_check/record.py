@@ -57,6 +57,6 @@ def stale_quotes(text: str, root: Path = ROOT) -> list[str]:
             problems.append(
                 f"bench/records/{name} measured sources {record['sources']}, the code is {source_hash(root)}"
             )
-        if record["dry_run"]:
-            problems.append(f"bench/records/{name} is a dry run")
+        if record["dry_run"] or not record["complete"]:
+            problems.append(f"bench/records/{name} is a dry run, or one that did not finish")
     return problems

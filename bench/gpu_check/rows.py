@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise, product
 from math import log
 from typing import Any
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu_check.checks import PASSES, RESULT, kernels
-from bench.gpu_check.device import Device, interleave
+from bench.gpu_check.device import FAILURES, Device, interleave
 from bench.job import Oracle
 from bench.skeletons import iid
 from bench.timing import Ratio, Sample
@@ -133,7 +133,10 @@ def _wrong(oracle: Oracle, problem: Case, which: str, result: Tensor) -> str | N
     if which == "wgrad" and result.dim() == 4:  # cuDNN's dense gradient
         live = torch.from_numpy(problem.skeleton.live.copy()).to(result.device)
         result = result.permute(0, 2, 3, 1)[live]
-    return oracle.wrong(**{RESULT[which]: result})
+    torch.backends.cudnn.benchmark = False  # trying every algorithm for float64 takes longer than any of them
+    failure = oracle.wrong(**{RESULT[which]: result})
+    torch.backends.cudnn.benchmark = True
+    return failure
 
 
 @dataclass(frozen=True)
@@ -167,24 +170,33 @@ class Ceilings:
         return (moved, "memory") if moved > math else (math, "math")
 
 
+@lru_cache(maxsize=1)
+def _inputs(problem: Case, dtype: str, device: Device) -> tuple[Operands, Oracle, list[Operands]]:
+    """What the three passes of a layer share: operands that the oracle knows, and sets to time with."""
+    operands = problem.operands(DTYPES[dtype], "channels_last", device.type)
+    size = operands.x.element_size() * (operands.x.numel() + operands.dy.numel())
+    sets = [_fresh(operands) for _ in range(device.copies(size))]
+    return operands, Oracle(problem, operands), sets
+
+
 def layer_row(device: Device, setting: Setting, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
     """One line: every contestant's median, spread and paired ratio to cuDNN; those whose result is wrong
     are not timed."""
     set_precision(setting.dtype)
     problem = setting.case()
-    operands = problem.operands(DTYPES[setting.dtype], "channels_last", device.type)
+    operands, oracle, sets = _inputs(problem, setting.dtype, device)
     calls, refused = _contestants(device, problem, operands, setting.which)
-    oracle = Oracle(problem, operands)
-    size = operands.x.element_size() * (operands.x.numel() + operands.dy.numel())
-    sets = [_fresh(operands) for _ in range(device.copies(size))]
     ready, wrong = {}, {}
     for name, (call, _) in calls.items():
-        with poisoned_memory():
-            failure = _wrong(oracle, problem, setting.which, call(operands))
-        if failure:
-            wrong[name] = failure
-        else:
-            ready[name] = device.repeated([partial(call, one) for one in sets])
+        try:
+            with poisoned_memory():
+                failure = _wrong(oracle, problem, setting.which, call(operands))
+            if failure:
+                wrong[name] = failure
+            else:
+                ready[name] = device.repeated([partial(call, one) for one in sets])
+        except FAILURES as error:
+            wrong[name] = f"{type(error).__name__}: {str(error)[:300]}"
     samples = interleave(ready, rounds)
     roof, limit = ceilings.roof(setting, problem)
     return {
