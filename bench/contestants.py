@@ -143,7 +143,7 @@ def compiled(memory_format: str, job: Job) -> Entrant:
     x = job.operands.x.contiguous(memory_format=FORMATS[memory_format])
     torch.compiler.reset()
     run = torch.no_grad()(partial(torch.compile(conv, options={"freezing": True}), x))
-    return Entrant("dense", run, _results(job, run), job.dense_macs)
+    return Entrant("dense", run, lambda: job.oracle.far(run()), job.dense_macs)
 
 
 def slim_channels(c: int, k: int, density: float) -> tuple[int, int]:
@@ -224,7 +224,7 @@ def paper(job: Job) -> Entrant:
             y[:, :, p, q].index_add_(1, f, z[:, part, h, w])
         return y
 
-    return Entrant("paper", run, _results(job, run), s.N * s.H * s.W * len(filters) * s.C)
+    return Entrant("paper", run, lambda: job.oracle.far(run()), s.N * s.H * s.W * len(filters) * s.C)
 
 
 def _window(offset: int, size: int, out: int, stride: int) -> tuple[slice, slice] | None:

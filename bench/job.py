@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.layers import Layer, LayerCase
@@ -40,6 +41,13 @@ class Entrant:
 def checked_images(batch: int, most: int = 4) -> list[int]:
     """The images an oracle looks at, first and last among them: y and dx of an image depend on it alone."""
     return sorted({round(i) for i in np.linspace(0, batch - 1, most)})
+
+
+def scattered(weight: Tensor, skeleton: Tensor) -> Tensor:
+    """Live stripes [A, C/groups] as a dense filter [K, C/groups, R, S] with zeros."""
+    dense = weight.new_zeros(*skeleton.shape, weight.shape[1])
+    dense[skeleton] = weight
+    return dense.permute(0, 3, 1, 2).contiguous()
 
 
 class Oracle:
@@ -81,6 +89,30 @@ class Oracle:
         failure = None if dw is None else self._whole.dw.failure(dw)
         return f"dw {failure}" if failure else None
 
+    @cached_property
+    def _any_order(self) -> tuple[Tensor, Tensor]:
+        """y in float64, and how far from it float32 sums can be: |error| <= n u sum |x w| in any order, with n
+        products and u half a unit in the last place (Higham, Accuracy and Stability, 3.1)."""
+        o, live = self.operands, torch.from_numpy(self.case.skeleton.live.copy())
+        shape = self.case.shape
+        x, dense = o.x[self.images].double(), scattered(o.weight.double(), live)
+        sizes = (None, shape.stride, shape.padding[:2], shape.dilation, shape.groups)
+        exact = F.conv2d(x, dense, *sizes)
+        products = shape.taps * shape.group_c
+        bound = products * torch.finfo(torch.float32).eps / 2 * F.conv2d(x.abs(), dense.abs(), *sizes)
+        return exact, bound + torch.finfo(o.x.dtype).eps * exact.abs()
+
+    def far(self, y: Tensor) -> str | None:
+        """As `wrong`, for a rival's y: it has to be a convolution, in any order of summation. To turn it away for
+        missing the budget that our own kernels keep would take the fastest out of the comparison."""
+        if tuple(y.shape) != self.case.shape.output_size:
+            return f"y is {list(y.shape)}, expected {list(self.case.shape.output_size)}"
+        exact, bound = self._any_order
+        over = ((y[self.images].double() - exact).abs() / bound.clamp_min(1e-300)).max()
+        if not torch.isfinite(y).all() or not over <= 1:
+            return f"y is off by {over:.3g} times what any order of summation allows"
+        return None
+
 
 @dataclass(frozen=True)
 class Job:
@@ -110,9 +142,7 @@ class Job:
 
     @cached_property
     def dense_weight(self) -> Tensor:  # [K, C/groups, R, S], zero where dead
-        weight = self.operands.weight.new_zeros(*self.live.shape, self.operands.weight.shape[1])
-        weight[self.skeleton] = self.operands.weight
-        return weight.permute(0, 3, 1, 2).contiguous()
+        return scattered(self.operands.weight, self.skeleton)
 
     @property
     def passes(self) -> int:

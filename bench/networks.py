@@ -34,11 +34,12 @@ from stripe_kernels.testing import Budget, Operands
 DENSITY = 0.2412  # the share of VGG-16's multiply-adds that the paper keeps: its FLOPs fall by 75.88 %
 BATCHES = (1, 32, 128)
 STEP_BATCH = 64
+_RIVALS_ERROR = 1e-3  # of the largest output: what any float32 run of these networks keeps, in any order
 _NOT_COMPILED = "not asked for: --compile (it takes its time)"
 
 
 Makers = dict[str, Callable[[], Entrant]]
-Check = Callable[[Tensor], "str | None"]
+Check = Callable[..., "str | None"]
 
 
 def workloads(batches: list[int], step: bool) -> dict[str, list[int]]:
@@ -203,7 +204,7 @@ def _inference(job: NetworkJob, compiled: bool) -> tuple[Makers, Makers]:
         torch.compiler.reset()
         network = torch.compile(_laid_out(plain, fmt), options={"freezing": True})
         call = torch.no_grad()(partial(network, x.contiguous(memory_format=FORMATS[fmt])))
-        return Entrant("dense", call, lambda: budget(call()), 1.0)
+        return Entrant("dense", call, lambda: budget(call(), strict=False), 1.0)
 
     def optimized() -> Entrant:
         with TemporaryDirectory() as folder:  # the user's cache stays as it is
@@ -223,7 +224,7 @@ def _inference(job: NetworkJob, compiled: bool) -> tuple[Makers, Makers]:
             call, result = runtimes.onnxruntime_runner(exported, x, job.threads)
         else:
             call, result = runtimes.openvino_runner(exported, x, job.threads, "f32")
-        return Entrant(kind, call, lambda: check(result()), share)
+        return Entrant(kind, call, lambda: check(result(), strict=False), share)
 
     names: Makers = {}
     for fmt in FORMATS:
@@ -265,9 +266,12 @@ def _budget(plain: nn.Module, fused: nn.Module, x: Tensor) -> Check:
         ]
     budget = Budget.of(exact, *ways)
 
-    def check(y: Tensor) -> str | None:
+    def check(y: Tensor, strict: bool = True) -> str | None:
         if y.shape[0] != x.shape[0] or not torch.isfinite(y).all():
             return f"has shape {list(y.shape)} or values that are not finite"
+        error = float((y[images].double() - exact).abs().max() / exact.abs().max())
+        if not strict:
+            return None if error < _RIVALS_ERROR else f"is off by {error:.1e} of the largest output"
         return budget.failure(y[images])
 
     return check

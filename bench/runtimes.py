@@ -120,7 +120,7 @@ def onnxruntime_layer(job: Job) -> Entrant:
     if job.dtype != torch.float32:
         raise Refused(f"its CPU convolution takes float32, not {str(job.dtype)[6:]}")
     call, result = onnxruntime_runner(_layer_model("onnxruntime", job), job.operands.x, job.threads)
-    return Entrant("dense", call, lambda: job.oracle.wrong(y=result()), job.dense_macs)
+    return Entrant("dense", call, lambda: job.oracle.far(result()), job.dense_macs)
 
 
 def openvino_layer(job: Job) -> Entrant:
@@ -131,4 +131,4 @@ def openvino_layer(job: Job) -> Entrant:
     call, result = openvino_runner(
         _layer_model("openvino", job), job.operands.x.float(), job.threads, precision
     )
-    return Entrant("dense", call, lambda: job.oracle.wrong(y=result().to(job.dtype)), job.dense_macs)
+    return Entrant("dense", call, lambda: job.oracle.far(result().to(job.dtype)), job.dense_macs)

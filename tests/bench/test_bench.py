@@ -236,3 +236,14 @@ def test_a_kernel_that_cannot_run_is_refused_with_its_reason() -> None:
     kernel = next(name for name in list_kernels() if name.startswith("cpu_"))
     with pytest.raises(Refused, match="float64"):
         contestants([kernel])[kernel](one)
+
+
+def test_a_rival_needs_no_budget_but_has_to_be_a_convolution() -> None:
+    one = job(TINY[1])
+    y = contestants([], compile_=False)["auto"](one).call().clone()
+    rounded = y * (1 + 2e-7)
+    assert one.oracle.far(rounded) is None
+    assert "any order" in one.oracle.far(y.roll(1, dims=3))
+    assert "any order" in one.oracle.far(y + 1e-3)
+    y[1, 2, 3, 0] = float("nan")
+    assert "any order" in one.oracle.far(y)
