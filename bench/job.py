@@ -91,8 +91,8 @@ class Oracle:
 
     @cached_property
     def _any_order(self) -> tuple[Tensor, Tensor]:
-        """y in float64, and how far from it float32 sums can be: |error| <= n u sum |x w| in any order, with n
-        products and u half a unit in the last place (Higham, Accuracy and Stability, 3.1)."""
+        """y in float64, and how far from it float32 sums can be: |error| <= n u sum |x w| in any order, with
+        n products and u half a unit in the last place (Higham, Accuracy and Stability, 3.1)."""
         o, live = self.operands, torch.from_numpy(self.case.skeleton.live.copy())
         shape = self.case.shape
         x, dense = o.x[self.images].double(), scattered(o.weight.double(), live)
@@ -103,8 +103,8 @@ class Oracle:
         return exact, bound + torch.finfo(o.x.dtype).eps * exact.abs()
 
     def far(self, y: Tensor) -> str | None:
-        """As `wrong`, for a rival's y: it has to be a convolution, in any order of summation. To turn it away for
-        missing the budget that our own kernels keep would take the fastest out of the comparison."""
+        """As `wrong`, for a rival's y: it has to be a convolution, in any order of summation. To turn it away
+        for missing the budget that our own kernels keep would take the fastest out of the comparison."""
         if tuple(y.shape) != self.case.shape.output_size:
             return f"y is {list(y.shape)}, expected {list(self.case.shape.output_size)}"
         exact, bound = self._any_order
