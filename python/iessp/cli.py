@@ -10,6 +10,7 @@ import torch
 import typer
 
 from iessp import demo as demonstration
+from iessp import ranks
 from iessp.progress import console, train_with_bar
 from iessp.recipe import Recipe, bundled, parse_changes, read
 from iessp.reproduce import ABLATION, DEFAULT, known_methods
@@ -54,14 +55,16 @@ def train(
     threads: Threads = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = False,
 ) -> None:
-    """Train a recipe to the end, or go on where it stopped. Ctrl-C leaves a checkpoint."""
+    """Train a recipe, or go on where it stopped. Ctrl-C leaves a checkpoint; works under torchrun."""
     from iessp.runs import finish
 
     _threads(threads)
     chosen = read(recipe).but(**parse_changes(changes or []))
-    trainer = _trainer(chosen, data_dir, out or Path("runs") / chosen.name, device)
-    train_with_bar(trainer, chosen.name, tensorboard)
-    finish(trainer, console)
+    with ranks.joined(device) as device:
+        trainer = _trainer(chosen, data_dir, out or Path("runs") / chosen.name, device)
+        train_with_bar(trainer, chosen.name, tensorboard)
+        if ranks.mine() == 0:
+            finish(trainer, console)
 
 
 @app.command()

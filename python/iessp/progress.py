@@ -12,6 +12,7 @@ from types import FrameType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from iessp import ranks
 from iessp.train import Step, Trainer
 
 console = Console()
@@ -52,6 +53,10 @@ def train_with_bar(trainer: Trainer, title: str, tensorboard: bool = False) -> N
     """Run a trainer to its end with a progress bar; Ctrl-C raises Interrupted."""
     if trainer.step == trainer.steps:
         console.print(f"{title}: {trainer.steps} steps done before, in {trainer.folder}")
+        return
+    if ranks.mine() != 0:
+        with stop_on_interrupt() as stop:
+            trainer.run(stop=stop)
         return
     with progress_bar(title, every=trainer.per_epoch) as report, stop_on_interrupt() as stop:
         if not tensorboard:

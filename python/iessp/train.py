@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iessp import checkpoint
+from iessp import checkpoint, ranks
 from iessp.attach import attach, freeze, gate_parameters, gates, param_groups, skeletons
 from iessp.budget import compacted_macs_kept, macs_kept
 from iessp.data.images import Images, Splits, augment, normalise, shuffled
@@ -62,6 +62,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, splits: Splits, folder: Path, device: str = "cpu"):
         self.recipe, self.folder, self.device = recipe, folder, torch.device(device)
         self.splits = splits.to(self.device)
+        if recipe.batch % ranks.count():
+            raise ValueError(f"a batch of {recipe.batch} cannot be shared by {ranks.count()} ranks")
         self.per_epoch = max(1, len(splits.train) // recipe.batch)
         self.steps = self.per_epoch * recipe.epochs
         self.step, self.seconds = 0, 0.0
@@ -87,11 +89,12 @@ class Trainer:
                 settle=recipe.settle, kappa=recipe.kappa, adaptive=recipe.adaptive, eta=recipe.eta,
                 tolerance=recipe.tolerance, weight_decay=recipe.weight_decay,
             )  # fmt: skip
-        self._build_optimisers()
+        self._prepare()
 
-    def _build_optimisers(self) -> None:
-        """SGD for the weights, Adam for the gates: see `param_groups`."""
+    def _prepare(self) -> None:
+        """What trains the model as it is now: SGD for the weights, Adam for the gates, see `param_groups`."""
         recipe = self.recipe
+        self.parallel = ranks.parallel(self.model)
         groups = param_groups(self.model, recipe.lr, gate_lr=recipe.gate_lr, weight_decay=recipe.weight_decay)
         in_gates = {id(p) for p in gate_parameters(self.model)}
         of_gates = [group for group in groups if id(group["params"][0]) in in_gates]
@@ -113,11 +116,14 @@ class Trainer:
         if not equality.ok:
             warnings.warn(f"the frozen network differs from the masked one: {equality}", stacklevel=2)
         self.equality = asdict(equality)
-        self._build_optimisers()
+        self._prepare()
 
     # -- checkpoints
 
     def save(self) -> None:
+        """Write a checkpoint, on rank 0."""
+        if ranks.mine() != 0:
+            return
         state = {
             "recipe": self.recipe.as_dict(),
             "step": self.step,
@@ -145,7 +151,7 @@ class Trainer:
         if state["skeletons"]:
             self.skeletons, self.loss = state["skeletons"], None
             self.model = packed_from(self.model, self.skeletons)
-            self._build_optimisers()
+            self._prepare()
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
@@ -163,23 +169,22 @@ class Trainer:
         """Train to the end, saving every half minute; when `stop` says so, save and raise Interrupted."""
         self.folder.mkdir(parents=True, exist_ok=True)
         saved_at = time.monotonic()
-        with Log(self.folder / "log.csv", self.step) as log:
+        with Log(self.folder / f"log{ranks.mine() or ''}.csv", self.step) as log:
             while self.step < self.steps:
                 began = time.monotonic()
                 done = self.train_step()
                 self.seconds += time.monotonic() - began
                 log.write(done)
                 report(done)
-                if stop() or time.monotonic() - saved_at > SAVE_SECONDS:
+                stopping = ranks.any_of(stop(), self.device)
+                if stopping or time.monotonic() - saved_at > SAVE_SECONDS:
                     self.save()
                     saved_at = time.monotonic()
-                if stop() and self.step < self.steps:
+                if stopping:
                     raise Interrupted(
                         f"stopped at step {self.step} of {self.steps}; {self.folder} resumes from there"
                     )
         self.save()
-        if stop():
-            raise Interrupted(f"{self.folder} is finished")
 
     def train_step(self) -> Step:
         """One optimiser step; moves on to the packed network when the skeletons have settled."""
@@ -191,7 +196,7 @@ class Trainer:
             group["lr"] = rate
         phase, target = self.phase, self.loss.target() if self.loss else recipe.budget
         with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bfloat16):
-            task = F.cross_entropy(self.model(x), y, label_smoothing=recipe.label_smoothing)
+            task = F.cross_entropy(self.parallel(x), y, label_smoothing=recipe.label_smoothing)
         total = self.loss(task) if self.loss else task
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
@@ -222,8 +227,9 @@ class Trainer:
         images = self.splits.train.take(self._order[1][within].to(self.device))
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
         x = augment(images.x, generator, recipe.crop, self.splits.flip)
-        x = normalise(x, self.splits, size)
-        return (x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x), images.y
+        mine = slice(ranks.mine(), None, ranks.count())  # the batch is the same for any number of ranks
+        x, y = normalise(x[mine], self.splits, size), images.y[mine]
+        return (x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x), y
 
     # -- results
 

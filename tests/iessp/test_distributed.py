@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import iessp
+from iessp import checkpoint
 
 STEPS, BATCH = 24, 16
 
@@ -61,6 +64,28 @@ def worker(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.save(train(rank, 2), Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
+
+
+def test_torchrun_trains_a_recipe(tmp_path: Path) -> None:
+    """The command line under torchrun: two ranks, one log, one checkpoint, the skeletons of rank 0."""
+    arguments = (
+        "train digits --set model=resnet20 --set width=0.25 --set epochs=1 --set batch=256 --set budget=0.5"
+    )
+    arguments += " --set gate_lr=0.5 --threads 1 --out run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join([str(Path(iessp.__file__).parents[1]), *sys.path])
+    ended = subprocess.run(
+        [*torchrun, "-m", "iessp", *arguments.split(), "--set", "sizes=[[0.0, 8]]"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.count("test images right") == 1
+    assert len(checkpoint.saved(tmp_path / "run/checkpoints")) == 1
+    rows = [(tmp_path / f"run/{log}").read_text().splitlines() for log in ("log.csv", "log1.csv")]
+    columns = rows[0][0].split(",")
+    shared = [columns.index(c) for c in ("step", "phase", "pressure", "share_soft", "share_hard", "target")]
+    for first, second in zip(*rows, strict=True):
+        assert [first.split(",")[i] for i in shared] == [second.split(",")[i] for i in shared]
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
