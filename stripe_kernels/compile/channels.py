@@ -189,12 +189,11 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def norm_affine(module: Any) -> tuple[Tensor, Tensor]:
-    """factor, shift [C], float64, of a batch norm in evaluation mode: y = x * factor + shift."""
-    factor = (module.running_var.double() + module.eps).rsqrt()
-    if module.weight is not None:
-        factor = factor * module.weight.detach().double()
-    shift = -module.running_mean.double() * factor
-    return factor, shift if module.bias is None else shift + module.bias.detach().double()
+    """factor, shift [C], float64 on the CPU, of a batch norm in evaluation mode: y = x * factor + shift."""
+    tensors = (module.running_mean, module.running_var, module.weight, module.bias)
+    mean, variance, weight, bias = (None if t is None else t.detach().cpu().double() for t in tensors)
+    factor = (variance + module.eps).rsqrt() * (1.0 if weight is None else weight)
+    return factor, (0.0 if bias is None else bias) - mean * factor
 
 
 def _is_pool(node: fx.Node, size: tuple[int, ...] | None) -> bool:

@@ -54,9 +54,9 @@ def calls(node: Any, modules: Any = (), functions: Iterable[Any] = (), methods: 
     )
 
 
-def size_of(node: fx.Node) -> tuple[int, ...] | None:
+def size_of(node: Any) -> tuple[int, ...] | None:
     """The shape a tensor node had in the example run; None for what is no tensor."""
-    return node.meta.get("size")
+    return node.meta.get("size") if isinstance(node, fx.Node) else None
 
 
 def record_sizes(network: fx.GraphModule, example: tuple[Tensor, ...]) -> Any:

@@ -59,7 +59,7 @@ class FusedConv2d(StripeConv2d):
 
 
 class Filter(nn.Module):
-    """A convolution or linear layer while passes edit it: dense float64, so that nothing is rounded twice.
+    """A convolution or linear layer while passes edit it: dense float64 on the CPU, rounded once at the end.
 
     weight [K, C/groups, R, S] with zeros for dead stripes, bias [K]. A linear layer is a 1x1 filter.
     """
@@ -71,7 +71,7 @@ class Filter(nn.Module):
         self.linear = isinstance(layer, nn.Linear)
         self.stride: Any
         self.dilation: Any
-        self.weight = dense.detach().double().clone()
+        self.weight = dense.detach().cpu().double().clone()
         if isinstance(layer, nn.Linear):
             self.weight = self.weight[:, :, None, None]
             self.stride = self.dilation = (1, 1)
@@ -81,7 +81,7 @@ class Filter(nn.Module):
             self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
             self.padding, self.padding_mode = layer.padding, layer.padding_mode
         zeros = self.weight.new_zeros(self.weight.shape[0])
-        self.bias = zeros if layer.bias is None else layer.bias.detach().double().clone()
+        self.bias = zeros if layer.bias is None else layer.bias.detach().cpu().double().clone()
         self.had_bias = layer.bias is not None
         self.activation = "none"
         self.origin = layer  # calls of one module share what stays equal
@@ -109,19 +109,19 @@ class Filter(nn.Module):
         keep_bias = self.had_bias or bool(self.bias.any())
         k, c, r, s = self.weight.shape
         factory: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
-        bias = nn.Parameter(self.bias.to(self.dtype), requires_grad=False)
+        bias = nn.Parameter(self.bias.to(**factory), requires_grad=False)
         if self.linear:
             linear = nn.Linear(c, k, keep_bias, **factory).requires_grad_(False)
-            linear.weight = nn.Parameter(self.weight[:, :, 0, 0].to(self.dtype), requires_grad=False)
+            linear.weight = nn.Parameter(self.weight[:, :, 0, 0].to(**factory), requires_grad=False)
             if keep_bias:
                 linear.bias = bias
             return linear.eval()
         live = (self.weight != 0).any(1)
         layer = FusedConv2d(
             c * self.groups, k, (r, s), self.stride, self.padding, self.dilation, self.groups, keep_bias,
-            self.padding_mode, self.activation, skeleton=live.cpu(), **factory,
+            self.padding_mode, self.activation, skeleton=live, **factory,
         )  # fmt: skip
-        values = self.weight.permute(0, 2, 3, 1)[live].to(self.dtype)
+        values = self.weight.permute(0, 2, 3, 1)[live].to(**factory)
         layer.weight = nn.Parameter(values.contiguous(), requires_grad=False)
         if keep_bias:
             layer.bias = bias

@@ -46,10 +46,10 @@ class Network(nn.Module):
         self._programs: dict[Any, Program] = {}
         self._lock = threading.Lock()
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the network it was made from returns, in evaluation mode."""
-        if not _runs_itself(inputs):
-            return self.body(*inputs)
+        if named or not _runs_itself(inputs):
+            return self.body(*inputs, **named)
         key = (torch.get_num_threads(), *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
         program = self._programs.get(key)
         if program is None:
@@ -127,10 +127,11 @@ class Network(nn.Module):
 
 
 def _runs_itself(inputs: tuple[Any, ...]) -> bool:
-    """Whether only the kernels are needed: plain tensors, no gradient, no mode or compiler listening."""
+    """Whether only the kernels are needed: plain tensors; no gradient, autocast, mode or compiler."""
     if not (ops._nobody_listens() and ops._plain(*inputs)):
         return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+    grad = torch.is_grad_enabled()
+    return not any((grad and x.requires_grad) or torch.is_autocast_enabled(x.device.type) for x in inputs)
 
 
 class _Peak(fx.Interpreter):

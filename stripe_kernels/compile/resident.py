@@ -129,23 +129,21 @@ class _Translator:
             return self.average_pool(node, module)
         if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             return self.global_average(node)
-        if type(module) in _ACTIVATION_MODULES:
+        if module is not None and type(module) in _ACTIVATION_MODULES:
             return self.pointwise(node, _ACTIVATION_MODULES[type(module)], None)
         target: Any = node.target
         if target in _ACTIVATION_FUNCTIONS:
             return self.pointwise(node, _ACTIVATION_FUNCTIONS[target], None)
-        if (
-            target in _ADDS
-            and len(node.args) == 2
-            and not node.kwargs
-            and size_of(node.args[0]) == size_of(node.args[1])
-        ):  # type: ignore[arg-type]
+        sizes = [size_of(a) for a in node.args]
+        if target in _ADDS and len(sizes) == 2 and not node.kwargs and sizes[0] == sizes[1]:
             return self.pointwise(node, "none", node.args[1])
         if target is torch.flatten and tuple(node.args[1:]) == (1,):
             return self.flatten(node)
         if target is torch.cat and (node.args[1:] == (1,) or node.kwargs == {"dim": 1}):
             return self.concatenate(node)
-        if target in ("mean", torch.mean) and sorted(v % 4 for v in node.args[1]) == [2, 3]:  # type: ignore[union-attr, operator, index]
+        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        pixels = isinstance(dims, (tuple, list)) and sorted(v % 4 for v in dims) == [2, 3]
+        if target in ("mean", torch.mean) and pixels:
             return self.global_average(node)
         raise Untranslatable(
             f"{node.name} ({module.__class__.__name__ if module else target}) has no counterpart in lanes"

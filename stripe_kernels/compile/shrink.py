@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from stripe_kernels.compile.channels import NORMS, Channels, analyse, droppable
 from stripe_kernels.compile.graph import module_of
@@ -70,7 +70,8 @@ def _edit(layer: Any, node: fx.Node, found: dict[fx.Node, Channels], keeps: dict
         for name in ("weight", "bias", "running_mean", "running_var"):
             t = getattr(layer, name)
             if t is not None:
-                setattr(layer, name, type(t)(t.detach()[keep]) if name in ("weight", "bias") else t[keep])
+                kept = t.detach()[keep.to(t.device)]
+                setattr(layer, name, nn.Parameter(kept) if isinstance(t, nn.Parameter) else kept)
         layer.num_features = int(keep.sum())
         return
     if found[node].role.kind == "filter":

@@ -262,3 +262,11 @@ def test_channels_last_inside_contiguous_outside(name: str) -> None:
     with torch.inference_mode():
         assert all(y.is_contiguous() for y in tree_leaves(network(x)))
     assert_same(model, network, [x, torch.randn(5, *x.shape[1:])])
+
+
+def test_autocast_and_named_inputs(network: tuple[nn.Module, Network, Tensor]) -> None:
+    model, net, x = network
+    with torch.inference_mode():
+        assert torch.equal(net(x=x), net(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert net(x).dtype == model(x).dtype == torch.bfloat16

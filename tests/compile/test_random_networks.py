@@ -1,4 +1,4 @@
-"""Random graphs of the operations the passes know, half of all filters dead: rewriting changes no function."""
+"""Random graphs of the operations the passes know, half the filters dead: rewriting changes no function."""
 
 from __future__ import annotations
 

@@ -21,14 +21,18 @@ def prune(model: nn.Module, density: float) -> nn.Module:
             live = torch.rand(m.out_channels, 1, *m.kernel_size, generator=generator) < density
             m.weight.data *= live
         if isinstance(m, nn.BatchNorm2d):
-            for t, low, high in ((m.weight.data, 0.5, 1.5), (m.bias.data, -0.5, 0.5), (m.running_mean, -0.3, 0.3)):
+            for t, low, high in (
+                (m.weight.data, 0.5, 1.5),
+                (m.bias.data, -0.5, 0.5),
+                (m.running_mean, -0.3, 0.3),
+            ):
                 t.uniform_(low, high, generator=generator)
             m.running_var.uniform_(0.5, 2, generator=generator)
     return model.eval()
 
 
 class Zoo(nn.Module):
-    """Every kind of node lanes take: strides, pools, residuals, concatenation, groups, activations, both heads."""
+    """Every kind of node lanes take: strides, pools, residuals, concatenation, groups, activations, heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,3 +97,20 @@ def test_says_what_it_cannot_take() -> None:
     body = compact(prune(nn.Sequential(nn.Conv2d(3, 4, 3)), 0.5), (x,)).body
     with pytest.raises(Untranslatable, match="float32"):
         resident(body, (x.double(),), 1)
+
+
+class Scalars(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 + self.conv(x)).mean(dim=(2, 3)).mean()
+
+
+def test_what_lanes_cannot_take_runs_layer_by_layer() -> None:
+    model, x = Scalars().eval(), torch.randn(16, 3, 6, 5)
+    network = compact(model, (x,))
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), model(x))
+    assert any("layer by layer" in line for line in network.report)

@@ -163,6 +163,14 @@ def test_optimize_end_to_end(name: str) -> None:
         assert "times as long" in network.report[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_pass_the_check_of_exactness(dtype: torch.dtype) -> None:
+    for name in ("resnet20", "squeeze_excite"):
+        _, frozen, x = masked(name, 0.24)
+        frozen, x = frozen.to(dtype), x.to(dtype)
+        optimizer._check_exact(frozen, optimizer.compact(frozen, (x,)), (x,))
+
+
 def test_optimize_inside_inference_mode() -> None:
     model, frozen, x = masked("unet", 0.24)
     with torch.inference_mode():
