@@ -155,7 +155,7 @@ def _role(node: fx.Node, size: tuple[int, ...]) -> Role:
     if isinstance(first, fx.Node) and _is_pool(node, size_of(first)):
         return Role("pass", [first], lambda c: c)
     if calls(node, functions=(torch.flatten,)) and node.args[1:] == (1,):
-        before = size_of(first)  # type: ignore[arg-type]
+        before = size_of(first)
         return Role("expand", [first], factor=size[1] // max(before[1], 1))  # type: ignore[list-item, index]
     if calls(node, functions=(operator.getitem,)) and node.args[1] == (slice(None), slice(None), None, None):
         return Role("pass", [first], lambda c: c)  # type: ignore[list-item]
