@@ -200,10 +200,11 @@ class GemmFprop(_Gemm):
 class GemmDgrad(_Gemm):
     def __init__(self, problem: Problem, config: Config) -> None:
         super().__init__(problem, config, planar=not problem.channels_last)
+        self.whole = len(self.layout.phases) == 1  # then dx is the product, otherwise it is put together
 
     def __call__(self, dy: Tensor, packed: Tensor) -> Tensor:
         dx = torch.empty(self.shape.input_size, dtype=dy.dtype, device=dy.device, memory_format=self.format)
-        p = self.buffer(dy)
+        p, planar = self.buffer(dy), self.layout.planar
         for chunk in self.chunks():
             n = chunk.stop - chunk.start
             for i, phase in enumerate(self.layout.phases):
@@ -213,12 +214,13 @@ class GemmDgrad(_Gemm):
                     continue
                 self.gather.spread(dy[chunk], i, p)
                 product, weight = self.layout.product(p, n, i), packed[self.stripes_of[i]]
-                if self.layout.planar:
-                    found = torch.bmm(weight.t().expand(n, -1, -1), product)
-                    target.copy_(found.view(target.shape))
-                else:
-                    found = torch.mm(product, weight)
-                    target.copy_(found.view(n, phase.rows, phase.columns, -1).permute(0, 3, 1, 2))
+                left, right = (weight.t().expand(n, -1, -1), product) if planar else (product, weight)
+                if self.whole:
+                    torch.matmul(left, right, out=self.matrix(dx[chunk], phase))
+                    continue
+                found = torch.matmul(left, right)
+                image = (n, phase.rows, phase.columns, self.shape.group_c)
+                target.copy_(found.view(target.shape) if planar else found.view(image).permute(0, 3, 1, 2))
         return dx
 
 
