@@ -108,7 +108,7 @@ def _check_version(path: Path, text: str) -> None:
     try:
         graph = json.loads(text)
         version = graph["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is corrupt: its description is not what save writes ({error})") from error
     if not isinstance(version, int) or version > FORMAT:
         raise ValueError(
@@ -220,6 +220,9 @@ def _network(graph: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModul
         args, kwargs = vocabulary.decode(args, nodes), vocabulary.decode(kwargs, nodes)
         if not isinstance(args, tuple) or not isinstance(kwargs, dict):
             raise ValueError(f"node {name!r} has malformed arguments")
+        for keyword in kwargs:  # torch.fx and the flat program write names of arguments into source
+            if not isinstance(keyword, str) or not keyword.isidentifier():
+                raise ValueError(f"node {name!r} has an argument {keyword!r}, which is not a name")
         if op == "get_attr" and target not in modules:
             _attach(root, target, found[target])
         nodes[name] = built.create_node(

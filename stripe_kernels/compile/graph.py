@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -136,12 +136,20 @@ def drop_identities(network: fx.GraphModule) -> None:
             network.graph.erase_node(node)
 
 
-def own_modules(network: fx.GraphModule, layers: Any, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Gives every call of one of `layers` (classes) a module of its own, `make(module)`, free to differ."""
+def own_modules(
+    network: fx.GraphModule,
+    layers: Any,
+    make: Callable[[nn.Module], nn.Module],
+    finished: Container[type] = (),
+) -> None:
+    """Gives every call of one of `layers` (classes) a module of its own, `make(module)`, free to differ.
+
+    Layers of one of the `finished` classes stay as they are.
+    """
     taken: set[str] = set()
     called = [(node, module_of(node)) for node in network.graph.nodes]
     for node, module in called:
-        if isinstance(module, layers):
+        if isinstance(module, layers) and type(module) not in finished:
             name = str(node.target)
             while name in taken:
                 name += "_"

@@ -23,7 +23,7 @@ from stripe_kernels.compile.graph import (
     size_of,
     without_side_effects,
 )
-from stripe_kernels.compile.layers import Filter
+from stripe_kernels.compile.layers import Filter, FusedConv2d
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.shrink import shrink
 from stripe_kernels.compile.trace import trace
@@ -68,6 +68,9 @@ def optimize(
     """
     example = example_input if isinstance(example_input, tuple) else (example_input,)
     original = clone(model).eval().requires_grad_(False)
+    if isinstance(original, Network):
+        tune(original, example, folder=folder)
+        return original
     try:
         network = compact(original, example)
         tune(network, example, folder=folder)
@@ -94,7 +97,8 @@ def compact(model: nn.Module, example: tuple[Tensor, ...]) -> Network:
         without_side_effects(body)
         record_sizes(body, example)
         plain_reshapes(body)
-        own_modules(body, (nn.Conv2d, StripeConv2d, nn.Linear), Filter)  # type: ignore[arg-type]
+        filters = (nn.Conv2d, StripeConv2d, nn.Linear)
+        own_modules(body, filters, Filter, finished=(FusedConv2d,))  # type: ignore[arg-type]
         own_modules(body, NORMS, copy.deepcopy)
         folded = fold_norms(body)
         lost = shrink(body)

@@ -270,3 +270,10 @@ def test_autocast_and_named_inputs(network: tuple[nn.Module, Network, Tensor]) -
         assert torch.equal(net(x=x), net(x))
         with torch.autocast("cpu", torch.bfloat16):
             assert net(x).dtype == model(x).dtype == torch.bfloat16
+
+
+def test_what_is_optimized_already_stays(network: tuple[nn.Module, Network, Tensor]) -> None:
+    model, net, x = network
+    assert_same(model, compact(net, (x,)), [x, torch.randn(5, *x.shape[1:])])
+    before = nn.Sequential(model, nn.Softmax(1)).eval()
+    assert_same(before, compact(nn.Sequential(net, nn.Softmax(1)), (x,)), [x, torch.randn(5, *x.shape[1:])])

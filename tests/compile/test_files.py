@@ -179,6 +179,9 @@ def changes() -> dict[str, object]:
             slice(2, 4), ["getattr", {"tuple": [1, "x"]}]
         ),  # type: ignore[operator]
         "code in a placeholder": set_target("placeholder", "x=__import__('os')"),
+        "code in the name of an argument": lambda g, t: node("call_function")(g).__setitem__(
+            4, {"dict": [["a=exit(), b", 1]]}
+        ),  # type: ignore[operator]
         "a keyword as a placeholder": set_target("placeholder", "import"),
         "a module that is not there": set_target("call_module", "stem.99"),
         "an unknown kind of node": lambda g, t: g["nodes"][1].__setitem__(1, "exec"),
