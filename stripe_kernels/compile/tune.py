@@ -18,7 +18,7 @@ from stripe_kernels import ops, plan, registry
 from stripe_kernels.compile import cache
 from stripe_kernels.ops import StripeOp
 from stripe_kernels.plan import Candidate, Plan
-from stripe_kernels.registry import Problem
+from stripe_kernels.registry import PASSES, Pass, Problem
 
 _HOPELESS = 4.0  # predicted this many times slower than the best prediction: not measured
 _SLOW = 2.0  # measured this many times slower than the best at first sight: not measured further
@@ -42,9 +42,16 @@ class Site:
         parts = [n for n in ("scale", "bias", "residual") if getattr(self, n) is not None]
         return "+".join([*parts, self.activation])
 
-    def call(self, candidate: Candidate, weight: Tensor) -> Callable[[], Tensor]:
-        """A closure that runs the candidate once on tensors like the site's."""
-        runner = plan.Plan(self.problem, "fprop", candidate, ()).build()
+    def call(self, candidate: Candidate, weight: Tensor, which: Pass) -> Callable[[], Tensor]:
+        """A closure that runs the candidate once on tensors like the site's; dy is laid out as x.
+
+        dgrad packs the weight in every call, as training does.
+        """
+        runner = plan.Plan(self.problem, which, candidate, ()).build()
+        if which != "fprop":
+            dy = _like(self.x, self.problem.shape.output_size)
+            x = self.x
+            return (lambda: runner(dy, runner.pack(weight))) if which == "dgrad" else (lambda: runner(dy, x))
         packed = runner.pack(weight)
         x, bias, scale, residual, activation = self.x, self.bias, self.scale, self.residual, self.activation
         return lambda: runner(x, packed, bias, scale, residual, activation)
@@ -56,6 +63,7 @@ def tune(
     *,
     seconds: float = 0.2,
     folder: str | Path | None = None,
+    training: bool = False,
 ) -> dict[str, Plan]:
     """Measures every stripe layer's candidates, dense included, as `model` calls them on `example_input`.
 
@@ -64,16 +72,18 @@ def tune(
     this kind of machine.
 
     seconds: time a layer's measurements may take. folder: where choices are kept; default the user's cache
-    folder. Returns the plans by layer name. The model runs in inference mode and is not changed.
+    folder. training: measure dgrad and wgrad too, each for as long. Returns the plans of fprop by layer name.
+    The model runs in inference mode and is not changed.
     """
     store = cache.default_folder() if folder is None else Path(folder)
     plans: dict[str, Plan] = {}
     unwritable: OSError | None = None
     for site in sites(model, example_input):
-        try:
-            _choose(site, seconds, store)
-        except OSError as error:
-            unwritable = error
+        for which in PASSES if training else PASSES[:1]:
+            try:
+                _choose(site, seconds, store, which)
+            except OSError as error:
+                unwritable = error
         site.op.forget()
         plans[site.name] = plan.make_plan(site.problem, "fprop", site.op.kernel)
     if unwritable is None:
@@ -92,23 +102,23 @@ def sites(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> list[
     return watch.sites
 
 
-def candidates(site: Site) -> tuple[Candidate, ...]:
+def candidates(site: Site, which: Pass = "fprop") -> tuple[Candidate, ...]:
     """Everything "auto" may choose from at a site, as predicted, refusals included."""
     ops.backends.load()
     automatic = [name for name, kernel in registry.kernels().items() if kernel.automatic]
-    return plan.candidates(site.problem, "fprop", automatic)
+    return plan.candidates(site.problem, which, automatic)
 
 
-def measure(site: Site, seconds: float) -> tuple[Candidate, ...]:
+def measure(site: Site, seconds: float, which: Pass = "fprop") -> tuple[Candidate, ...]:
     """The site's candidates with medians of interleaved runs; refused and hopeless ones carry no time."""
-    every = candidates(site)
+    every = candidates(site, which)
     runnable = [c for c in every if c.refusal is None]
     best = min(c.predicted or 0.0 for c in runnable)
     tried = [c for c in runnable if c.kernel == "dense" or (c.predicted or 0.0) <= _HOPELESS * best]
     weight = torch.randn(site.op.skeleton.stripes, site.problem.shape.group_c, dtype=site.x.dtype)
     weight = weight.to(site.x.device)
     with torch.inference_mode():
-        times = interleaved([site.call(c, weight) for c in tried], seconds, device=site.x.device)
+        times = interleaved([site.call(c, weight, which) for c in tried], seconds, device=site.x.device)
     found = {id(c): replace(c, measured=t) for c, t in zip(tried, times, strict=True)}
     return tuple(found.get(id(c), c) for c in every)
 
@@ -150,19 +160,27 @@ def _sample(call: Callable[[], Any], repeats: int, device: torch.device | None) 
     return (time.perf_counter() - start) / repeats
 
 
-def _choose(site: Site, seconds: float, store: Path) -> None:
+def _like(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Random values of another size in x's dtype, device and memory format."""
+    last = ops.is_channels_last(x)
+    values = torch.randn(size, dtype=x.dtype, device=x.device)
+    return values.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _choose(site: Site, seconds: float, store: Path, which: Pass) -> None:
     """Records the site's choice, from the cache where it is there."""
     if site.op.kernel != "auto":
         return
-    runnable = [c for c in candidates(site) if c.refusal is None]
-    name = cache.key(site.problem, "fprop", site.epilogue, runnable)
+    runnable = [c for c in candidates(site, which) if c.refusal is None]
+    epilogue = site.epilogue if which == "fprop" else "none"
+    name = cache.key(site.problem, which, epilogue, runnable)
     measured = cache.read(store, name)
     if measured is not None:
-        plan.record(site.problem, "fprop", measured)
+        plan.record(site.problem, which, measured)
         return
-    measured = tuple(c for c in measure(site, seconds) if c.measured)
-    plan.record(site.problem, "fprop", measured)
-    cache.write(store, name, site.problem, "fprop", measured)
+    measured = tuple(c for c in measure(site, seconds, which) if c.measured)
+    plan.record(site.problem, which, measured)
+    cache.write(store, name, site.problem, which, measured)
 
 
 class _Watch(TorchDispatchMode):

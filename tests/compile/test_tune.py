@@ -49,6 +49,25 @@ def test_auto_takes_what_was_measured_fastest() -> None:
     assert {s.name: s.op.plan("fprop", s.problem).chosen for s in sites(model, x)} == chosen
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_tuning_for_training_chooses_the_gradients_kernels(
+    memory_format: torch.memory_format, tmp_path: Path
+) -> None:
+    model, x = small()
+    x = x.contiguous(memory_format=memory_format)
+    plan.forget()
+    tune(model, x, seconds=0.01, folder=tmp_path, training=True)
+    for site in sites(model, x):
+        for which in ("fprop", "dgrad", "wgrad"):
+            measured = plan.recorded(site.problem, which)
+            assert {"dense"} < {c.kernel for c in measured}
+            assert all(c.measured for c in measured)
+            assert plan.make_plan(site.problem, which).chosen.measured == min(c.measured for c in measured)
+    assert len(list(tmp_path.glob("*.json"))) == 6
+    model(x.requires_grad_()).sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_tuning_changes_no_output_beyond_rounding_and_no_model() -> None:
     model, x = small()
     model.train()

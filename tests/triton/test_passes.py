@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stripe_kernels import backends, ops, registry
+from stripe_kernels.backends.triton import configs
 from stripe_kernels.backends.triton.launch import INTERPRETED
 from stripe_kernels.epilogue import ACTIVATIONS, apply_epilogue
 from stripe_kernels.ops import StripeOp, is_channels_last
@@ -193,3 +194,19 @@ def test_fused_gather_epilogue_and_float64() -> None:
         with poisoned_memory():
             difference = fused(operands.x, packed, *rest) - plain(operands.x, packed, *rest)
         assert difference.abs().max() <= 8 * torch.finfo(dtype).eps * 4
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("kilobytes", [227, 99, 64])
+def test_configurations_fit_the_shared_memory_there_is(
+    which: Pass, kilobytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configs, "_shared_memory", lambda: kilobytes * 1024)
+    wide = case("wide", N=64, C=256, H=14, W=14, K=256, density=0.3)
+    operands = wide.operands(torch.bfloat16, "channels_last", "meta")
+    offered = registry.find("triton").candidates(problem_of(wide, operands, which), which)
+    assert offered
+    for rows, columns, depth, *_, stages in offered:  # every configuration begins and ends like this
+        assert stages * (rows + columns) * depth * 2 <= kilobytes * 1024
+    if kilobytes == 227:
+        assert len(offered) > 4

@@ -7,6 +7,9 @@ prediction here was compared with a measurement: tune() replaces them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
 
 from stripe_kernels.backends.triton.dgrad import DgradConfig
 from stripe_kernels.backends.triton.fprop import FpropConfig
@@ -51,6 +54,19 @@ def power_of_two(value: int) -> int:
     return max(16, 1 << max(0, value - 1).bit_length())
 
 
+@lru_cache(maxsize=1)
+def _shared_memory() -> int:
+    """Bytes a block may have on the current device; Hopper's where there is none."""
+    if not torch.cuda.is_available():
+        return 227 * 1024
+    return getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin", 99 * 1024)
+
+
+def _fits(problem: Problem, rows: int, columns: int, depth: int, stages: int) -> bool:
+    """Whether every stage's two operand tiles fit shared memory: what the compiled kernels take at most."""
+    return stages * (rows + columns) * depth * item_size(problem.dtype) <= _shared_memory()
+
+
 def _seconds(
     problem: Problem, macs: float, loaded: float, programs: int, *, launches: int = 1, extra: float = 0.0
 ) -> float:
@@ -81,6 +97,8 @@ def fprop(problem: Problem) -> Mapping[Config, float]:
         if config.block_n > power_of_two(s.group_k):
             continue
         config = config._replace(block_c=_depth(problem, config.block_c, s.group_c))
+        if not _fits(problem, config.block_m, config.block_n, config.block_c, config.stages):
+            continue
         plan = FpropSchedule.of(problem.skeleton, s, config.block_n)
         blocks = -(-s.N * s.P * s.Q // config.block_m)
         depth = -(-s.group_c // config.block_c) * config.block_c
@@ -105,6 +123,8 @@ def dgrad(problem: Problem) -> Mapping[Config, float]:
         if config.block_k > power_of_two(s.group_k):
             continue
         config = config._replace(block_n=min(config.block_n, power_of_two(s.group_c)))
+        if not _fits(problem, config.block_m, config.block_n, config.block_k, config.stages):
+            continue
         plan = DgradSchedule.of(problem.skeleton, s, config.block_k, bool(config.aligned))
         blocks = -(-s.N * -(-s.H // u) * -(-s.W // v) // config.block_m)
         c_blocks = -(-s.group_c // config.block_n)
@@ -129,6 +149,8 @@ def wgrad(problem: Problem) -> Mapping[Config, float]:
             block_n=min(config.block_n, power_of_two(s.group_c)),
             block_m=_depth(problem, config.block_m, pixels),
         )
+        if not _fits(problem, config.block_k, config.block_n, config.block_m, config.stages):
+            continue
         plan = WgradSchedule.of(problem.skeleton, s, config.block_k)
         c_blocks = -(-s.group_c // config.block_n)
         steps = -(-pixels // config.block_m)
