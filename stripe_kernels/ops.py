@@ -151,16 +151,19 @@ def _dgrad(grad, weight, input_size, *arguments):  # type: ignore[no-untyped-def
 
 
 def _dgrad_of(op: StripeOp, grad: Tensor, weight: Tensor, input_size: Any) -> Tensor:
+    size = _check_dgrad(op, grad, weight, input_size)
+    runner = op.runner("dgrad", size, grad)
+    return runner(grad, _pack_for_operator(runner, weight))
+
+
+def _check_dgrad(op: StripeOp, grad: Tensor, weight: Tensor, input_size: Any) -> tuple[int, ...]:
     check_alike("grad", grad, {"weight": weight})
     check_weight(op, weight)
     if grad.dim() != 4 or len(input_size) != 2:
-        raise RuntimeError(
-            f"grad must be [N, K, P, Q] and input_size [H, W], got {list(grad.shape)}, {input_size}"
-        )
+        raise RuntimeError(f"grad must be [N, K, P, Q], got {list(grad.shape)}, for input_size {input_size}")
     size = (grad.shape[0], weight.shape[1] * op.groups, *input_size)
     check_grad(op, grad, size)
-    runner = op.runner("dgrad", size, grad)
-    return runner(grad, _pack_for_operator(runner, weight))
+    return size
 
 
 def _wgrad(grad, x, *arguments):  # type: ignore[no-untyped-def]
@@ -168,11 +171,15 @@ def _wgrad(grad, x, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _wgrad_of(op: StripeOp, grad: Tensor, x: Tensor) -> Tensor:
+    _check_wgrad(op, grad, x)
+    return op.runner("wgrad", tuple(x.shape), x)(grad, x)
+
+
+def _check_wgrad(op: StripeOp, grad: Tensor, x: Tensor) -> None:
     check_alike("grad", grad, {"x": x})
     if x.dim() != 4:
         raise RuntimeError(f"x must be [N, C, H, W], got shape {list(x.shape)}")
     check_grad(op, grad, tuple(x.shape))
-    return op.runner("wgrad", tuple(x.shape), x)(grad, x)
 
 
 def _op(arguments: tuple[Any, ...]) -> StripeOp:
@@ -203,12 +210,13 @@ def _fprop_fake(x, weight, bias, scale, residual, activation, *arguments):  # ty
 
 @torch.library.register_fake("stripe_kernels::dgrad", lib=library)
 def _dgrad_fake(grad, weight, input_size, *arguments):  # type: ignore[no-untyped-def]
-    return _like(grad, (grad.shape[0], weight.shape[1] * _op(arguments).groups, *input_size))
+    return _like(grad, _check_dgrad(_op(arguments), grad, weight, input_size))
 
 
 @torch.library.register_fake("stripe_kernels::wgrad", lib=library)
 def _wgrad_fake(grad, x, *arguments):  # type: ignore[no-untyped-def]
     op = _op(arguments)
+    _check_wgrad(op, grad, x)
     return x.new_empty(op.skeleton.stripes, x.shape[1] // op.groups)
 
 

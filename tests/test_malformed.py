@@ -80,7 +80,9 @@ def test_wrong_tensors_of_a_gradient(requires_grad: bool) -> None:
     op = StripeOp.of(*CASES["lopsided"].arguments, "auto")
     x, weight, dy, *_ = CASES["lopsided"].operands()
     x, weight = x.requires_grad_(requires_grad), weight.requires_grad_(requires_grad)
-    for wrong in (dy[:, :-1], dy[..., :-1], dy[:-1], dy[0], dy.double(), dy.to("meta"), dy[:, :, :0]):
+    with pytest.raises(TYPED, match=r"\[3, 11, 4, 6\].*\[2, 11, 4, 6\]"):
+        ops.wgrad(op, dy[:-1], x)
+    for wrong in (dy[:, :-1], dy[..., :-1], dy[0], dy.double(), dy.to("meta"), dy[:, :, :0]):
         with pytest.raises(TYPED, match=r"\[|float|meta"):
             ops.dgrad(op, wrong, weight, x.shape[2:])
         with pytest.raises(TYPED, match=r"\[|float|meta"):

@@ -28,8 +28,10 @@ class _Dense:
         self.arrays = IndexArrays(live=np.flatnonzero(problem.skeleton.live))
         self.format = torch.channels_last if problem.channels_last else torch.contiguous_format
         top, left, bottom, right = problem.shape.padding
-        self.uneven = (0, right - left, 0, bottom - top)  # "same" with an even filter pads one side more
-        self.padding = (top, left)
+        # torch pads both sides alike; "same" with an even filter needs one pixel more on one of them.
+        self.padding = (min(top, bottom), min(left, right))
+        extra = (left - self.padding[1], right - self.padding[1], top - self.padding[0], bottom - self.padding[0])
+        self.uneven = extra  # left, right, top, bottom, as F.pad takes them
 
     def pack(self, weight: Tensor) -> Tensor:  # [A, C/groups] -> [K, C/groups, R, S]
         s = self.shape
@@ -68,7 +70,9 @@ class DenseDgrad(_Dense):
         x = torch.empty(self.shape.input_size, dtype=dy.dtype, device=dy.device, memory_format=self.format)
         padded = self.pad(x)
         dx = self.gradients(dy, padded, packed, [True, False, False])[0]
-        return dx[:, :, : self.shape.H, : self.shape.W].contiguous(memory_format=self.format)
+        left, _, top, _ = self.uneven
+        inner = dx[:, :, top : top + self.shape.H, left : left + self.shape.W]
+        return inner.contiguous(memory_format=self.format)
 
 
 class DenseWgrad(_Dense):

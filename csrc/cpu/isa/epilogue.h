@@ -5,7 +5,8 @@
 
 namespace {
 
-// exp(x) to about one ulp: 2^n * p(r), r = x - n ln 2 in two parts; Taylor to r^7/7!, |r| <= ln(2)/2.
+// exp(x) to about one ulp: 2^n * p(r), r = x - n ln 2 in two parts; Taylor to r^7/7!, |r| <= ln(2)/2. Infinite above
+// 88: a finite bound there would let silu(-1e38) through as -0.6.
 inline vf exponential(vf x) {
   const vf low = splat(-87.f), high = splat(88.f);
   const vf clamped = x < low ? low : (x > high ? high : x);
@@ -16,7 +17,7 @@ inline vf exponential(vf x) {
   vf p = splat(1.f / 5040.f);
   for (const float c : taylor) p = p * r + c;
   const vf power = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
-  return x != x ? x : p * power;
+  return x != x ? x : (x > high ? splat(__builtin_inff()) : p * power);
 }
 
 // A comparison with NaN is false: NaN passes through every one of these, as in torch.
