@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/cuda_check.h"
 #include "cuda/kernels.h"
 #include "cuda/runtime.h"
 
@@ -51,46 +52,22 @@ Layout layout_of(const Ints& v) {
   return l;
 }
 
-// Every step's chunk, patch and slab lie where the kernel's shared memory expects them.
-void check_steps(const Layout& l, const Ints& tables) {
-  const int size = static_cast<int>(tables.size());
-  int last = 0;
-  for (int section : {l.items, l.steps, l.entries, l.lists, l.classes}) {
-    require(section >= last && section <= size, "the tables' sections are in order");
-    last = section;
-  }
-  require(l.steps % 4 == 0 && l.entries % 4 == 0 && l.items % 4 == 0, "sections start at whole vectors");
-  require((l.entries - l.steps) % 8 == 0, "a step has eight integers");
-  require(size - l.classes == 2 * l.walk.classes, "a class has two integers");
-  const int steps = (l.entries - l.steps) / 8;
-  const long long items = static_cast<long long>(l.groups) * l.tiles_out * l.walk.classes * l.splits;
-  require(l.steps - l.items >= 2 * items, "an item has two integers");
-  for (long long i = 0; i < items; ++i) {
-    const int begin = tables[l.items + 2 * i], end = tables[l.items + 2 * i + 1];
-    require(0 <= begin && begin <= end && end <= steps, "an item's steps exist");
-    require(begin == end || tables[l.steps + 8 * begin + 3] == 1, "an item begins with a fresh patch");
-  }
-  for (int i = 0; i < steps; ++i) {
-    Step s;
-    std::memcpy(&s, &tables[l.steps + 8 * i], sizeof s);
-    require(0 <= s.channel && s.channel < l.group_in, "a step's channel exists");
-    require(s.entries >= 0 && s.entries <= s.entries_end, "a step's entries exist");
-    require(s.weights >= 0 && s.weight_units >= 0 && s.weight_units <= l.slab,
-            "a step's weights fit the slab");
-  }
-}
-
 struct Spec {
   const char* name;
   Launcher launch;
   int (*bytes)(const Layout&);
-  bool stepwise;  // its tables are items of steps
+  void (*check)(const TableCheck&, const Layout&);
 };
 
-constexpr Spec kSpecs[] = {
-    {"fprop_ffma", fprop_ffma, fprop_ffma_bytes, true},  {"dgrad_ffma", dgrad_ffma, dgrad_ffma_bytes, true},
-    {"wgrad_ffma", wgrad_ffma, wgrad_ffma_bytes, false}, {"fprop_mma", fprop_mma, fprop_mma_bytes, true},
-    {"dgrad_mma", dgrad_mma, dgrad_mma_bytes, true},     {"wgrad_mma", wgrad_mma, wgrad_mma_bytes, false},
+const Spec kSpecs[] = {
+    {"fprop_ffma", fprop_ffma, fprop_ffma_bytes, [](const TableCheck& t, const Layout&) { t.fprop_ffma(); }},
+    {"dgrad_ffma", dgrad_ffma, dgrad_ffma_bytes, [](const TableCheck& t, const Layout&) { t.dgrad_ffma(); }},
+    {"wgrad_ffma", wgrad_ffma, wgrad_ffma_bytes,
+     [](const TableCheck& t, const Layout& l) { t.wgrad(8, 1, 8, l.groups * l.group_out); }},
+    {"fprop_mma", fprop_mma, fprop_mma_bytes, [](const TableCheck& t, const Layout&) { t.fprop_mma(); }},
+    {"dgrad_mma", dgrad_mma, dgrad_mma_bytes, [](const TableCheck& t, const Layout&) { t.dgrad_mma(); }},
+    {"wgrad_mma", wgrad_mma, wgrad_mma_bytes,
+     [](const TableCheck& t, const Layout& l) { t.wgrad(4, 8, 8, l.slab); }},
 };
 
 const Spec& spec_of(const std::string& name) {
@@ -117,7 +94,7 @@ struct Kernel {
   Kernel(const std::string& name, int dtype, const Ints& layout, const Ints& tables) : spec(spec_of(name)) {
     params.layout = layout_of(layout);
     params.layout.dtype = dtype_of(dtype);
-    if (spec.stepwise) check_steps(params.layout, tables);
+    spec.check(TableCheck(params.layout, tables), params.layout);
   }
 
   void run(std::uintptr_t stream, std::uintptr_t tables, std::uintptr_t in, const Offsets& in_strides,

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 4) dgrad_ffma_kernel(Params params) 
 #pragma unroll
     for (int c = 0; c < kChannels; ++c)
       if (offset >= 0 && c < channels)
-        store<float>(call, work.split, first + c, offset + (first + c) * call.out_strides.c, sums[p][c]);
+        store_sum<float>(call, work.split, offset + (first + c) * call.out_strides.c, sums[p][c]);
   }
 }
 

@@ -35,14 +35,23 @@ __device__ inline T finish(const Finish& f, float sum, float scale, float shift,
 __device__ inline float scale_of(const Finish& f, int k) { return f.scale ? f.scale[k] : 1.f; }
 __device__ inline float shift_of(const Finish& f, int k) { return f.shift ? f.shift[k] : 0.f; }
 
-// Stores one sum: finished, or as this split's share of it.
+// Stores one sum as it is, or as this split's share of it.
 template <class T>
-__device__ inline void store(const Call& call, int split, int k, long long offset, float sum) {
+__device__ inline void store_sum(const Call& call, int split, long long offset, float sum) {
   if (call.partial)
     call.partial[split * call.out_count + offset] = sum;
   else
-    static_cast<T*>(call.out)[offset] =
-        finish<T>(call.finish, sum, scale_of(call.finish, k), shift_of(call.finish, k), offset);
+    narrow(sum, static_cast<T*>(call.out)[offset]);
+}
+
+// The same, finished. Not for unrolled loops: every copy of the activations costs seconds of compilation.
+template <class T>
+__device__ inline void store(const Call& call, int split, int k, long long offset, float sum) {
+  const Finish& f = call.finish;
+  if (call.partial)
+    store_sum<T>(call, split, offset, sum);
+  else
+    static_cast<T*>(call.out)[offset] = finish<T>(f, sum, scale_of(f, k), shift_of(f, k), offset);
 }
 
 }  // namespace sk::cuda

@@ -47,12 +47,23 @@ __device__ inline void load_dy(const float* dy, const Strides& s, const long lon
   }
 }
 
-// Thirty-two pixels are summed by themselves first: one running sum over a million pixels would lose digits.
+// A stripe's sum over all pixels so far, and what rounding took from it: one plain running sum over a million
+// pixels would lose digits.
+struct Total {
+  float sum, lost;
+
+  __device__ void add(float value) {
+    const float next = value - lost, total = sum + next;
+    lost = (total - sum) - next;
+    sum = total;
+  }
+};
+
 __device__ inline void execute(const float* planes, int pitch, const int* pixel_rows, const float* dy,
-                               float (&totals)[kStripes][2]) {
-  for (int first = 0; first < kPixels; first += 32) {
+                               Total (&totals)[kStripes][2]) {
+  for (int first = 0; first < kPixels; first += 64) {
     float sums[kStripes][2] = {};
-    for (int p = first; p < first + 32; p += 4) {
+    for (int p = first; p < first + 64; p += 4) {
       float x[2][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -66,7 +77,8 @@ __device__ inline void execute(const float* planes, int pitch, const int* pixel_
     }
 #pragma unroll
     for (int a = 0; a < kStripes; ++a)
-      for (int c = 0; c < 2; ++c) totals[a][c] += sums[a][c];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) totals[a][c].add(sums[a][c]);
   }
 }
 
@@ -88,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_ffma_kernel(Params params) 
   const float* in = static_cast<const float*>(call.in) + block.group * l.group_in * call.in_strides.c;
   for (int p = threadIdx.x; p < kPixels; p += kThreads) pixel_rows[p] = row_of_pixel(l.walk, p);
 
-  float sums[kStripes][2] = {};
+  Total totals[kStripes][2] = {};
   const int count = tiles(l.walk), split = blockIdx.z;
   const int begin = static_cast<int>(static_cast<long long>(count) * split / l.splits);
   const int end = static_cast<int>(static_cast<long long>(count) * (split + 1) / l.splits);
@@ -107,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_ffma_kernel(Params params) 
     copies_commit();
     copies_wait();
     barrier();
-    execute(planes + lane * l.pitch + tap, l.pitch, pixel_rows, dy + warp * kStripes * kPixelPitch, sums);
+    execute(planes + lane * l.pitch + tap, l.pitch, pixel_rows, dy + warp * kStripes * kPixelPitch, totals);
   }
 
 #pragma unroll
@@ -117,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_ffma_kernel(Params params) 
     for (int c = 0; c < 2; ++c) {
       const int at = channel + lane + 32 * c;
       if (row >= 0 && at < l.group_in)
-        store<float>(call, split, 0, static_cast<long long>(row) * l.group_in + at, sums[a][c]);
+        store_sum<float>(call, split, static_cast<long long>(row) * l.group_in + at, totals[a][c].sum);
     }
   }
 }

@@ -73,25 +73,44 @@ __device__ inline void gather(const unsigned char* dy, int pitch, std::uint32_t 
   }
 }
 
+// The columns of a warp. Live ones come first, those of one tap together; bit j of `turns`: x is read anew
+// for column j. (Comparing taps in the loop instead made ptxas take a minute for sm_100.)
+struct Columns {
+  int count, turns;
+  int tap[kColumns], filter[kColumns];
+};
+
+template <class T>
+__device__ inline Columns columns_of(const int* rows, const int* stripes, int pitch) {
+  Columns c;
+  c.count = c.turns = 0;
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    c.tap[j] = max(rows[j], 0) * pitch;
+    c.filter[j] = stripes[2 * (8 * j + threadIdx.x % 32 / 4) + 1] * int(sizeof(T));
+    c.count += rows[j] >= 0;
+    c.turns |= (j == 0 || c.tap[j] != c.tap[j - 1]) << j;
+  }
+  return c;
+}
+
 template <class T, int Tiles>
 __device__ inline void execute(const Memory& memory, const int* pixel_rows, const unsigned char* patch,
-                               const unsigned char* dy, const int (&tap)[kColumns],
-                               const int (&filter)[kColumns], float (&acc)[Tiles][kColumns][4]) {
+                               const unsigned char* dy, const Columns& columns,
+                               float (&acc)[Tiles][kColumns][4]) {
   constexpr int kUnit = 32 / sizeof(T);  // pixels
-#pragma unroll 1  // eight ways through the columns are enough code
+#pragma unroll 1
   for (int p = 0; p < kPixels; p += kUnit, dy += kUnit * memory.dy_pitch) {
-    std::uint32_t a[Tiles][4] = {};
-    int read = -1;
+    std::uint32_t a[Tiles][4];
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      if (tap[j] < 0) continue;
-      if (tap[j] != read) {
-        read = tap[j];
+      if (j >= columns.count) break;
+      if (columns.turns >> j & 1) {
 #pragma unroll
-        for (int m = 0; m < Tiles; ++m) read_x<T>(patch + read, pixel_rows + p, 16 * m, a[m]);
+        for (int m = 0; m < Tiles; ++m) read_x<T>(patch + columns.tap[j], pixel_rows + p, 16 * m, a[m]);
       }
       std::uint32_t b[2];
-      gather<T>(dy + filter[j], memory.dy_pitch, b);
+      gather<T>(dy + columns.filter[j], memory.dy_pitch, b);
 #pragma unroll
       for (int m = 0; m < Tiles; ++m) mma<T>(acc[m][j], a[m], b);
     }
@@ -130,14 +149,9 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_mma_kernel(Params params) {
   const Block block = reinterpret_cast<const Block*>(call.tables + l.items)[blockIdx.y];
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4,
             channel = blockIdx.x * 16 * Tiles;
-  const int* columns = call.tables + l.entries + (blockIdx.y * kWarps + warp) * kColumns;
-  const int* stripes = call.tables + l.lists + (blockIdx.y * kWarps + warp) * kColumns * 8 * 2;
-  int tap[kColumns], filter[kColumns];
-#pragma unroll
-  for (int j = 0; j < kColumns; ++j) {
-    tap[j] = columns[j] < 0 ? -1 : columns[j] * l.pitch;
-    filter[j] = stripes[2 * (8 * j + g) + 1] * int(sizeof(T));
-  }
+  const int first = (blockIdx.y * kWarps + warp) * kColumns;
+  const int* stripes = call.tables + l.lists + 16 * first;
+  const Columns columns = columns_of<T>(call.tables + l.entries + first, stripes, l.pitch);
   for (int m = threadIdx.x; m < kPixels; m += kThreads) pixel_rows[m] = row_of_pixel(l.walk, m) * l.pitch;
 
   float acc[Tiles][kColumns][4] = {};
@@ -154,8 +168,8 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_mma_kernel(Params params) {
     copies_wait();
     barrier();
     if (i + 1 < end) load(i + 1, half ^ 1);
-    execute<T, Tiles>(memory, pixel_rows, patch + half * memory.patch_size, dy + half * memory.dy_size, tap,
-                      filter, acc);
+    execute<T, Tiles>(memory, pixel_rows, patch + half * memory.patch_size, dy + half * memory.dy_size,
+                      columns, acc);
   }
 
 #pragma unroll
@@ -167,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_mma_kernel(Params params) {
       for (int m = 0; m < Tiles; ++m) {
         const int c = channel + 16 * m + g + i / 2 * 8;
         if (row >= 0 && c < l.group_in)
-          store<T>(call, blockIdx.z, 0, static_cast<long long>(row) * l.group_in + c, acc[m][j][i]);
+          store_sum<T>(call, blockIdx.z, static_cast<long long>(row) * l.group_in + c, acc[m][j][i]);
       }
     }
 }

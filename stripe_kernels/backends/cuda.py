@@ -1,27 +1,29 @@
-"""The native CUDA kernels (csrc/cuda): which problems they take, in which configurations, and what each should cost.
+"""The native CUDA kernels (csrc/cuda) and the problems they take.
 
-Costs are nominal H100 figures, none of them measured on a GPU yet: they order the candidates until tune() measures them.
+cuda_ffma       float32, strict; exact at one filter or stripe, any strides
+cuda_mma        bfloat16, float16 on tensor cores, channels last
+cuda_mma_tf32   float32 operands rounded to tf32 on tensor cores, channels last; only by name
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from stripe_kernels.backends import cuda_ffma
+from stripe_kernels.backends import cuda_cost, cuda_ffma, cuda_mma, cuda_mma_grad
+from stripe_kernels.backends.cuda_tables import Layout
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
 
 try:
     from stripe_kernels import _cuda
 except ImportError as error:
     raise ImportError(
-        f"the extension stripe_kernels._cuda is not built or does not load ({error}); with nvcc installed run: pip install -e ."
+        f"the extension stripe_kernels._cuda is not built or does not load ({error}); "
+        "with nvcc installed run: pip install -e ."
     ) from error
 
-MULTIPROCESSORS = 132
-LAUNCH = 4e-6  # seconds
-BYTES = 2.5e12  # a second
-FFMA = 30e12  # multiply-adds of all lanes a second, half of them useful
+_GRID = 65535  # most blocks in y and z
+_CLASSES = 1024
+_MMA = {"fprop": cuda_mma.MmaFprop, "dgrad": cuda_mma_grad.MmaDgrad, "wgrad": cuda_mma_grad.MmaWgrad}
 
 
 def _unfit(problem: Problem, dtypes: tuple[str, ...]) -> str | None:
@@ -31,52 +33,55 @@ def _unfit(problem: Problem, dtypes: tuple[str, ...]) -> str | None:
     if problem.dtype not in dtypes:
         return f"takes {', '.join(dtypes)}, not {problem.dtype}"
     s = problem.shape
-    if max(s.H, s.P) * max(s.stride) + max(s.padding) >= 2**30 or max(s.W, s.Q) * max(s.stride) >= 2**30:
-        return f"an extent of {s} exceeds 2^30"
-    if s.N * s.P * s.Q >= 2**31 or s.N * s.H * s.W >= 2**31:
-        return f"{s} has more than 2^31 pixels"
+    extents = [
+        (side + pad) * step
+        for side, pad, step in zip((s.H, s.W, s.P, s.Q), s.padding, s.stride * 2, strict=True)
+    ]
+    if max(extents) >= 2**30 or s.N * max(s.H * s.W, s.P * s.Q) >= 2**31:
+        return f"{s} has more pixels than 32 bits number"
+    if s.stride[0] * s.stride[1] > _CLASSES:
+        return f"stride {s.stride} has more than {_CLASSES} phases"
     return None
+
+
+def _too_many_blocks(layout: Layout) -> str | None:
+    blocks = layout.groups * layout.tiles_out
+    return f"{layout.groups} groups of {layout.tiles_out} blocks exceed {_GRID}" if blocks > _GRID else None
 
 
 def _refuse_ffma(problem: Problem, which: Pass) -> str | None:
     reason = _unfit(problem, ("float32",))
-    if reason:
-        return reason
-    layout = cuda_ffma.layout_of(problem, which, (cuda_ffma.PATCH, 1))
-    if layout.groups * layout.tiles_out > 65535 or layout.walk.classes > 1024:
-        return f"{layout.groups} groups of {layout.tiles_out} blocks in {layout.walk.classes} phases exceed the grid"
-    return None
+    return reason or _too_many_blocks(cuda_ffma.layout_of(problem, which, (cuda_ffma.PATCH, 1)))
 
 
-def _ffma_candidates(problem: Problem, which: Pass) -> Mapping[Config, float]:
-    s = problem.shape
-    modes = [cuda_ffma.PATCH]
-    if which == "fprop" and s.P * s.Q <= 64 and s.N >= cuda_ffma.PIXELS // 4:
-        modes.append(cuda_ffma.POSITION)
-    found = {}
-    for mode in modes:
-        layout = cuda_ffma.layout_of(problem, which, (mode, 1))
-        if which == "wgrad":
-            stripe_blocks = -(-problem.skeleton.stripes // (cuda_ffma.WARPS * cuda_ffma.STRIPES))
-            blocks, most = max(1, stripe_blocks * -(-s.group_c // 64)), layout.walk.blocks
-        else:
-            blocks = layout.walk.blocks * layout.walk.classes * s.groups * layout.tiles_out
-            most = -(-layout.group_in // layout.chunk)
-        fill = max(1, min(most, 32, 2 * MULTIPROCESSORS // max(1, blocks)))
-        for splits in dict.fromkeys((1, fill)):
-            found[mode, splits] = _ffma_seconds(problem, which, blocks * splits, splits)
-    return found
+def _refuse_mma(dtypes: tuple[str, ...]) -> Any:
+    def refuse(problem: Problem, which: Pass) -> str | None:
+        reason = _unfit(problem, dtypes)
+        if reason:
+            return reason
+        s = problem.shape
+        if not problem.channels_last and max(s.H * s.W, s.P * s.Q) > 1:
+            return "takes channels_last tensors"
+        pieces = 16 // cuda_mma.SIZES[problem.dtype]
+        if which != "dgrad" and s.group_c % pieces:
+            return f"needs C/groups in multiples of {pieces} (16 bytes), got {s.group_c}"
+        if which != "fprop" and s.group_k % pieces:
+            return f"needs K/groups in multiples of {pieces} (16 bytes), got {s.group_k}"
+        if which == "fprop":
+            return _too_many_blocks(cuda_mma.fprop_layout(problem, (cuda_mma.PATCH, 0, 1)))
+        return _too_many_blocks(cuda_mma_grad.dgrad_layout(problem, (1,))) if which == "dgrad" else None
 
-
-def _ffma_seconds(problem: Problem, which: Pass, blocks: int, splits: int) -> float:
-    s = problem.shape
-    busy = min(1.0, blocks / MULTIPROCESSORS)
-    traffic = 4 * (s.N * s.C * s.H * s.W + s.N * s.K * s.P * s.Q * (1 if splits == 1 else 2 * splits + 1))
-    return LAUNCH * (1 if splits == 1 else 2) + max(s.macs(problem.skeleton.stripes) / (FFMA * 0.5 * busy), traffic / BYTES)
+    return refuse
 
 
 def _build_ffma(problem: Problem, which: Pass, config: Config) -> Any:
     return cuda_ffma.RUNNERS[which](_cuda, problem, config)
 
 
-register(Kernel("cuda_ffma", _refuse_ffma, _ffma_candidates, _build_ffma))
+def _build_mma(problem: Problem, which: Pass, config: Config) -> Any:
+    return _MMA[which](_cuda, problem, config)
+
+
+register(Kernel("cuda_ffma", _refuse_ffma, cuda_cost.ffma, _build_ffma))
+register(Kernel("cuda_mma", _refuse_mma(("bfloat16", "float16")), cuda_cost.mma, _build_mma))
+register(Kernel("cuda_mma_tf32", _refuse_mma(("float32",)), cuda_cost.mma, _build_mma, automatic=False))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stripe_kernels.backends.cuda_runner import CudaRunner
-from stripe_kernels.backends.cuda_tables import SHARED_BYTES, Layout, Tables, pieces
+from stripe_kernels.backends.cuda_tables import Layout, Tables, pieces
 from stripe_kernels.backends.cuda_walk import Walked, dgrad_walk, fprop_walk, position_walk
 from stripe_kernels.packed import StripeIndex
 from stripe_kernels.registry import Config, Pass, Problem
@@ -41,7 +41,11 @@ def walked(problem: Problem, which: Pass, mode: int) -> Walked:
         return position_walk(problem.shape, PIXELS)
     if which == "dgrad":
         return dgrad_walk(problem.shape, PIXELS, MAX_ROWS)
-    return fprop_walk(problem.shape, WGRAD_PIXELS if which == "wgrad" else PIXELS, MAX_ROWS // 2 if which == "wgrad" else MAX_ROWS)
+    return fprop_walk(
+        problem.shape,
+        WGRAD_PIXELS if which == "wgrad" else PIXELS,
+        MAX_ROWS // 2 if which == "wgrad" else MAX_ROWS,
+    )
 
 
 def layout_of(problem: Problem, which: Pass, config: Config) -> Layout:
@@ -54,7 +58,16 @@ def layout_of(problem: Problem, which: Pass, config: Config) -> Layout:
     channels_in, channels_out = (s.group_c, s.group_k) if which == "fprop" else (s.group_k, s.group_c)
     tile = min(FILTERS, channels_out) if which == "fprop" else CHANNELS
     return Layout(
-        walk, s.groups, channels_in, channels_out, tile, -(-channels_out // tile), _chunk(channels_in), pitch, SLAB, splits
+        walk,
+        s.groups,
+        channels_in,
+        channels_out,
+        tile,
+        -(-channels_out // tile),
+        _chunk(channels_in),
+        pitch,
+        SLAB,
+        splits,
     )
 
 
@@ -67,7 +80,8 @@ class FfmaFprop(CudaRunner):
         self.layout = layout
         self.chunks = -(-s.group_c // layout.chunk)
         index = StripeIndex.of(problem.skeleton, s.groups)
-        tables, stripes = Tables(classes=[v for c in classes for v in c.offset]), []
+        tables = Tables(classes=[v for c in classes for v in c.offset])
+        stripes: list[int] = []
         seen: dict[Any, tuple[int, int, int]] = {}  # steps with like weights and entries share them
 
         for group in range(s.groups):
@@ -88,13 +102,20 @@ class FfmaFprop(CudaRunner):
                                     seen[part, chunk] = self._add_entries(tables, stripes, part, chunk)
                                 entries, entries_end, weights = seen[part, chunk]
                                 tables.add_step(
-                                    load.origin, chunk * layout.chunk, begin == 0, (entries, entries_end), weights, len(part)
+                                    load.origin,
+                                    chunk * layout.chunk,
+                                    begin == 0,
+                                    (entries, entries_end),
+                                    weights,
+                                    len(part),
                                 )
                     tables.add_item(start, layout.splits)
         self.size = s.output_size
         super().__init__(native, "fprop_ffma", problem, layout, tables, stripes=np.asarray(stripes, np.int64))
 
-    def _add_entries(self, tables: Tables, stripes: list[int], part: tuple[Any, ...], chunk: int) -> tuple[int, int, int]:
+    def _add_entries(
+        self, tables: Tables, stripes: list[int], part: tuple[Any, ...], chunk: int
+    ) -> tuple[int, int, int]:
         begin, weights = len(tables.entries) // 4, len(stripes)
         for row in dict.fromkeys(row for row, _, _ in part):
             filters = [k for r, k, _ in part if r == row]
@@ -109,24 +130,34 @@ class FfmaFprop(CudaRunner):
         return rows[self.arrays.on(weight.device)["stripes"]].contiguous()
 
     def __call__(
-        self, x: Tensor, packed: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None, act: str
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        act: str,
     ) -> Tensor:
         y = torch.empty(self.size, dtype=self.dtype, device=x.device, memory_format=self.format)
         return self.launch(x, packed, y, None, (bias, scale, residual, act), (self.shape.K, y.stride(1)))
 
 
 class FfmaDgrad(CudaRunner):
-    """A step's entries are places in the lists: for each of its stripes, where its filter and tap lie in the patch."""
+    """A step's entries are places in the lists: for each of its stripes, where its filter and tap lie in
+    the patch."""
 
     def __init__(self, native: Any, problem: Problem, config: Config) -> None:
         s, layout = problem.shape, layout_of(problem, "dgrad", config)
         _, classes = walked(problem, "dgrad", config[0])
         self.layout = layout
         index = StripeIndex.of(problem.skeleton, s.groups)
-        tables, stripes = Tables(classes=[v for c in classes for v in c.offset]), []
+        tables = Tables(classes=[v for c in classes for v in c.offset])
+        stripes: list[int] = []
         for group in range(s.groups):
-            ranges = [range(*index.tap_ptr[group * s.taps + t : group * s.taps + t + 2]) for t in range(s.taps)]
-            steps = []  # alike for every tile of channels, but for the weights
+            ranges = [
+                range(*index.tap_ptr[group * s.taps + t : group * s.taps + t + 2]) for t in range(s.taps)
+            ]
+            steps: list[list[tuple[Any, ...]]] = []  # alike for every tile of channels, but for the weights
             for pixel_class in classes:
                 steps.append([])
                 for load in pixel_class.loads:
@@ -140,7 +171,9 @@ class FfmaDgrad(CudaRunner):
                         for begin, end in pieces(len(work), SLAB):
                             at = len(tables.lists)
                             tables.lists += [where for where, _ in work[begin:end]]
-                            steps[-1].append((load.origin, k0, begin == 0, (at, at + end - begin), work[begin:end]))
+                            steps[-1].append(
+                                (load.origin, k0, begin == 0, (at, at + end - begin), work[begin:end])
+                            )
             for tile in range(layout.tiles_out):
                 for of_class in steps:
                     start = tables.step_count
@@ -174,7 +207,10 @@ class FfmaWgrad(CudaRunner):
                 warps = []
                 for tap, row in load.taps:
                     begin, end = index.tap_ptr[group * s.taps + tap : group * s.taps + tap + 2]
-                    slots = [(int(index.row[j]), group * s.group_k + int(index.filter[j])) for j in range(begin, end)]
+                    slots = [
+                        (int(index.row[j]), group * s.group_k + int(index.filter[j]))
+                        for j in range(begin, end)
+                    ]
                     warps += [(row, slots[a:b]) for a, b in pieces(len(slots), STRIPES)]
                 for a, b in pieces(len(warps), WARPS):
                     block = [*warps[a:b], *[(0, [])] * (WARPS - (b - a))]
@@ -194,7 +230,3 @@ class FfmaWgrad(CudaRunner):
 
 
 RUNNERS = {"fprop": FfmaFprop, "dgrad": FfmaDgrad, "wgrad": FfmaWgrad}
-
-
-def fits(native: Any, problem: Problem, which: Pass) -> bool:
-    return native.shared_bytes(f"{which}_ffma", 0, layout_of(problem, which, (PATCH, 1)).integers()) <= SHARED_BYTES

@@ -1,4 +1,5 @@
-"""Layouts, tables and runners of the tensor-core kernels (csrc/cuda/*_mma.cu): channels last, 16-byte pieces of channels."""
+"""Layouts, tables and runners of the tensor-core kernels (csrc/cuda/*_mma.cu): channels last, 16-byte
+pieces of channels."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stripe_kernels.backends.cuda_columns import BLOCKS, COLUMNS, ColumnTile, column_tiles
+from stripe_kernels.backends.cuda_columns import BLOCKS, COLUMNS, PARTS, ColumnTile, column_tiles
 from stripe_kernels.backends.cuda_runner import CudaRunner
 from stripe_kernels.backends.cuda_tables import SHARED_BYTES, Layout, Tables
 from stripe_kernels.backends.cuda_walk import Walked, fprop_walk, position_walk
@@ -21,7 +22,10 @@ PIXELS = 128  # of an fprop block
 UNIT = 64  # bytes of channels the tensor cores take at a time
 FRAGMENT = 512  # bytes: eight columns of one unit
 ROW_TABLE, PIXEL_TABLE = 12, 8  # bytes a row of the patch, a pixel of the tile
-PATCH, POSITION = 0, 1  # first integer of a config, then 1 where filters are split by kernel rows, then the splits of the sum
+PATCH, POSITION = (
+    0,
+    1,
+)  # first integer of a config; then how filters are cut into columns, and the splits of the sum
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -47,10 +51,10 @@ def fprop_walked(problem: Problem, mode: int) -> tuple[Walked, int]:
 
 
 def fprop_layout(problem: Problem, config: Config) -> Layout:
-    mode, split_rows, splits = config
+    mode, how, splits = config
     s, size = problem.shape, SIZES[problem.dtype]
     (walk, _), units = fprop_walked(problem, mode)
-    tiles = column_tiles(problem.skeleton, s.groups, bool(split_rows))
+    tiles = column_tiles(problem.skeleton, s.groups, how)
     width = 8 if all(len(t.columns) <= 8 for g in tiles for t in g) else 16
     pitch = units * UNIT + 16
     fixed = walk.rows * ROW_TABLE + 16 + PIXELS * PIXEL_TABLE + FRAGMENT
@@ -81,8 +85,8 @@ def empty_channels_last(size: tuple[int, int, int, int], like: Tensor) -> Tensor
 
 
 class MmaFprop(CudaRunner):
-    """An entry is one tap of a step: row of the tap, and the blocks that live there as bits. Fragments of a step lie in the order
-    they are executed: by entry, unit of channels, block."""
+    """An entry is one tap of a step: row of the tap, and the blocks that live there as bits. Fragments of a
+    step lie in the order they are executed: by entry, unit of channels, block."""
 
     def __init__(self, native: Any, problem: Problem, config: Config) -> None:
         s, layout = problem.shape, fprop_layout(problem, config)
@@ -90,7 +94,7 @@ class MmaFprop(CudaRunner):
         self.units = -(-s.group_c * SIZES[problem.dtype] // UNIT)
         pack = _FragmentOrder(problem.skeleton, self.units)
         tables = Tables(classes=[v for c in classes for v in c.offset])
-        for group, of_group in enumerate(column_tiles(problem.skeleton, s.groups, bool(config[1]))):
+        for group, of_group in enumerate(column_tiles(problem.skeleton, s.groups, config[1])):
             for tile in of_group:
                 pack.open(tile, group * s.group_k)
                 for pixel_class in classes:
@@ -102,7 +106,9 @@ class MmaFprop(CudaRunner):
                             channel = first // per_chunk * layout.chunk
                             for part in _slabs(taps, tile, len(chunk), layout.slab):
                                 entries, weights, count = pack.step(tables, tuple(part), chunk)
-                                tables.add_step(load.origin, channel, part[0] == taps[0], entries, weights, count)
+                                tables.add_step(
+                                    load.origin, channel, part[0] == taps[0], entries, weights, count
+                                )
                     tables.add_item(start, layout.splits)
                 _list_columns(tables, tile, layout)
         rows, fragments = np.asarray(pack.rows, np.int64).reshape(-1), np.asarray(pack.fragments, np.int64)
@@ -114,20 +120,31 @@ class MmaFprop(CudaRunner):
         if size == 4:
             weight = round_to_tf32(weight)
         # One row of zeros for columns without this tap, zeros behind the channels.
-        rows = torch.nn.functional.pad(weight, (0, self.units * UNIT // size - weight.shape[1], 0, 1))[arrays["rows"]]
+        rows = torch.nn.functional.pad(weight, (0, self.units * UNIT // size - weight.shape[1], 0, 1))[
+            arrays["rows"]
+        ]
         # column, unit, step of the tensor core, half of it, lane's word, value -> lane (column, word) first
         parts = rows.view(-1, COLUMNS, self.units, 2, 2, 4, 4 // size).permute(0, 2, 1, 5, 3, 4, 6)
         return parts.reshape(-1, FRAGMENT // size)[arrays["fragments"]]
 
     def __call__(
-        self, x: Tensor, packed: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None, act: str
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        act: str,
     ) -> Tensor:
         y = empty_channels_last(self.shape.output_size, x)
-        return self.launch(dense_channels_last(x), packed, y, None, (bias, scale, residual, act), (self.shape.K, 1))
+        return self.launch(
+            dense_channels_last(x), packed, y, None, (bias, scale, residual, act), (self.shape.K, 1)
+        )
 
 
 class _FragmentOrder:
-    """Which packed rows the columns of every (block, tap) hold, and in which order their fragments are executed."""
+    """Which packed rows the columns of every (block, tap) hold, and in which order their fragments are
+    executed."""
 
     def __init__(self, skeleton: FilterSkeleton, units: int) -> None:
         filters, rows, columns = skeleton.shape
@@ -140,14 +157,18 @@ class _FragmentOrder:
 
     def open(self, tile: ColumnTile, first_filter: int) -> None:
         """Goes on to a tile; its filters count from `first_filter`."""
-        self.tile, self.number, self.steps = tile, {}, {}
+        self.tile = tile
+        self.number: dict[tuple[int, int], int] = {}
+        self.steps: dict[Any, tuple[tuple[int, int], int, int]] = {}
         for b, block in enumerate(tile.columns):
             for t in np.flatnonzero(tile.unions[b]).tolist():
                 own = [int(self.row_of[first_filter + k, t]) if taps[t] else self.dead for k, taps in block]
                 self.number[b, t] = len(self.rows)
                 self.rows.append(own + [self.dead] * (COLUMNS - len(own)))
 
-    def step(self, tables: Tables, taps: tuple[tuple[int, int], ...], chunk: range) -> tuple[tuple[int, int], int, int]:
+    def step(
+        self, tables: Tables, taps: tuple[tuple[int, int], ...], chunk: range
+    ) -> tuple[tuple[int, int], int, int]:
         """Entries, first fragment and number of fragments; equal steps of several classes share them."""
         key = (taps, chunk)
         if key not in self.steps:
@@ -160,7 +181,9 @@ class _FragmentOrder:
         return self.steps[key]
 
 
-def _slabs(taps: list[tuple[int, int]], tile: ColumnTile, units: int, slab: int) -> Iterator[list[tuple[int, int]]]:
+def _slabs(
+    taps: list[tuple[int, int]], tile: ColumnTile, units: int, slab: int
+) -> Iterator[list[tuple[int, int]]]:
     """The taps of a patch in runs whose fragments fit a slab."""
     part: list[tuple[int, int]] = []
     filled = 0
@@ -175,11 +198,9 @@ def _slabs(taps: list[tuple[int, int]], tile: ColumnTile, units: int, slab: int)
 
 
 def _list_columns(tables: Tables, tile: ColumnTile, layout: Layout) -> None:
-    """Where the epilogue finds each filter; a part it does not have is the column of zeros behind the last block."""
+    """Where the epilogue finds each filter; a part it does not have is the column of zeros behind the last
+    block."""
     places = tile.places() + [[]] * (layout.tile_out - tile.count)
     tables.lists += [max(1, *(len(p) for p in places)), 0, 0, 0]
     for p in places:
-        tables.lists += [*p, *[COLUMNS * layout.width] * (3 - len(p))]
-
-
-RUNNERS = {"fprop": MmaFprop}
+        tables.lists += [*p, *[COLUMNS * layout.width] * (PARTS - len(p))]

@@ -1,8 +1,9 @@
 """What every CUDA runner does around its launches: device copies of the tables, the stream, split sums.
 
-`native` is the extension stripe_kernels._cuda, or one of the same face: tests build the kernels for the CPU and run these same
-classes on CPU tensors. A call launches one kernel, or two where a sum is split; it allocates from torch's allocator only and
-never waits, so it may be captured into a CUDA graph after one call outside (which uploads the tables).
+`native` is the extension stripe_kernels._cuda, or one of the same face: tests build the kernels for the CPU
+and run these same classes on CPU tensors. A call launches one kernel, or two where a sum is split; it
+allocates from torch's allocator only and never waits, so it may be captured into a CUDA graph after one
+call outside (which uploads the tables).
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def _stream(device: torch.device) -> int:
 class CudaRunner:
     """One kernel with its layout and tables; `launch` is a call of it."""
 
-    def __init__(self, native: Any, name: str, problem: Problem, layout: Layout, tables: Tables, **arrays: Any) -> None:
+    def __init__(
+        self, native: Any, name: str, problem: Problem, layout: Layout, tables: Tables, **arrays: Any
+    ) -> None:
         flat: Int32Array
         flat, sections = tables.flat()
         self.native, self.name, self.layout = native, name, layout
@@ -71,17 +74,29 @@ class CudaRunner:
         bias, scale = (None if t is None else t.float().contiguous() for t in (bias, scale))
         if residual is not None and residual.stride() != out.stride():
             residual = torch.empty_like(out).copy_(residual)
-        finish = (*(0 if t is None else t.data_ptr() for t in (scale, bias, residual)), _ACTIVATIONS[activation])
+        finish = (
+            *(0 if t is None else t.data_ptr() for t in (scale, bias, residual)),
+            _ACTIVATIONS[activation],
+        )
         split = self.splits > 1
-        partial = torch.empty(self.splits * out.numel(), dtype=torch.float32, device=device) if split else None
+        partial = (
+            torch.empty(self.splits * out.numel(), dtype=torch.float32, device=device) if split else None
+        )
         stream = _stream(device)
         self.kernel.run(
-            stream, self.arrays.on(device)["tables"].data_ptr(), inp.data_ptr(), inp.stride(), weights.data_ptr(),
-            out.data_ptr(), strides or out.stride(), 0 if partial is None else partial.data_ptr(), out.numel(),
-            *((0, 0, 0, 0) if split else finish),
+            stream, self.arrays.on(device)["tables"].data_ptr(), inp.data_ptr(), inp.stride(),
+            weights.data_ptr(), out.data_ptr(), strides or out.stride(),
+            0 if partial is None else partial.data_ptr(), out.numel(), *((0, 0, 0, 0) if split else finish),
         )  # fmt: skip
         if partial is not None:
             self.native.reduce(
-                stream, partial.data_ptr(), self.splits, out.data_ptr(), self.code, out.numel(), *channels, *finish
+                stream,
+                partial.data_ptr(),
+                self.splits,
+                out.data_ptr(),
+                self.code,
+                out.numel(),
+                *channels,
+                *finish,
             )
         return out

@@ -1,12 +1,12 @@
-"""How the CUDA kernels walk pixels: tiles, patches and the row of every tap in them. Torch-free; csrc/cuda/params.h has the
-equations and the same fields.
+"""How the CUDA kernels walk pixels: tiles, patches and the row of every tap in them. Torch-free;
+csrc/cuda/params.h has the equations and the same fields.
 
 Three walks of fprop, one of dgrad:
 
     patch       a tile's input with its halo is loaded once; a tap is a row offset in it
     tap         every tap loads its own pixels: no halo, any stride and dilation
-    position    a class for each output position, images as the tile's pixels; taps outside the image are dropped exactly
-    dgrad       as patch or tap, a class for each phase of the stride
+    position    a class for each output position, images as the tile's pixels; taps outside the image are
+    dropped exactly dgrad       as patch or tap, a class for each phase of the stride
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ Walked = tuple[Walk, tuple[PixelClass, ...]]
 
 @dataclass(frozen=True)
 class _Axis:
-    """One direction of one class: `taps` maps a filter row to the input offset it reads, pixel i reading i * step + offset."""
+    """One direction of one class: `taps` maps a filter row to the input offset it reads, pixel i reading i
+    * step + offset."""
 
     offset: int
     taps: dict[int, int]
@@ -89,7 +90,8 @@ def _position_axis(size: int, out: int, taps: int, stride: int, dilation: int, p
 
 
 def _dgrad_axis(taps: int, stride: int, dilation: int, pad: int) -> list[_Axis]:
-    """Phase f of the stride: dx[f + stride * i] reads dy[i + (f + pad - t * dilation) / stride] where that divides."""
+    """Phase f of the stride: dx[f + stride * i] reads dy[i + (f + pad - t * dilation) / stride] where that
+    divides."""
     found = []
     for phase in range(stride):
         reads = {t: phase + pad - t * dilation for t in range(taps)}
@@ -110,7 +112,9 @@ def _spread(axes: list[_Axis]) -> int:
     return max((max(a.taps.values()) - min(a.taps.values()) for a in axes if a.taps), default=0)
 
 
-def _classes(vertical: list[_Axis], horizontal: list[_Axis], columns: int, patch_w: int, per_tap: bool) -> Iterator[PixelClass]:
+def _classes(
+    vertical: list[_Axis], horizontal: list[_Axis], columns: int, patch_w: int, per_tap: bool
+) -> Iterator[PixelClass]:
     for v in vertical:
         for h in horizontal:
             top, left = min(v.taps.values(), default=0), min(h.taps.values(), default=0)
@@ -133,7 +137,8 @@ def _walk(
     pixels: int,
     max_rows: int,
 ) -> Walked:
-    """The cheapest tile in the cheaper of the two ways of loading: rows moved, and pixels computed that do not exist."""
+    """The cheapest tile in the cheaper of the two ways of loading: rows moved, and pixels computed that do
+    not exist."""
     rows, columns = -(-out[0] // out_step[0]), -(-out[1] // out_step[1])
     taps = max(len(v.taps) * len(h.taps) for v in axes[0] for h in axes[1])
     best: tuple[float, tuple[int, int, int], IntPair, bool] | None = None
@@ -148,8 +153,9 @@ def _walk(
     assert best is not None, "a tile of one pixel loaded tap by tap always fits"
     _, tile, patch, per_tap = best
     walk = Walk(
-        s.N, tile, (-(-s.N // tile[0]), -(-rows // tile[1]), -(-columns // tile[2])), out, out_step, inp, in_step, patch,
-        in_step if per_tap else (1, 1), (1, 1) if per_tap else in_step, len(axes[0]) * len(axes[1]),
+        s.N, tile, (-(-s.N // tile[0]), -(-rows // tile[1]), -(-columns // tile[2])), out, out_step,
+        inp, in_step, patch, in_step if per_tap else (1, 1), (1, 1) if per_tap else in_step,
+        len(axes[0]) * len(axes[1]),
     )  # fmt: skip
     return walk, tuple(_classes(*axes, s.S, patch[1], per_tap))
 
@@ -168,8 +174,8 @@ def position_walk(s: ConvShape, pixels: int) -> Walked:
     )
     images = max(1, min(s.N, pixels))
     walk = Walk(
-        s.N, (images, 1, 1), (-(-s.N // images), 1, 1), (s.P, s.Q), (1, 1), (s.H, s.W), (1, 1), (1, 1), (1, 1), (1, 1),
-        s.P * s.Q,
+        s.N, (images, 1, 1), (-(-s.N // images), 1, 1), (s.P, s.Q), (1, 1), (s.H, s.W), (1, 1),
+        (1, 1), (1, 1), (1, 1), s.P * s.Q,
     )  # fmt: skip
     return walk, tuple(_classes(*axes, s.S, 1, True))
 

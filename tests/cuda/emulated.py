@@ -1,4 +1,5 @@
-"""The kernels of csrc/cuda as an extension for the CPU: g++ compiles the .cu files against the headers in emulate/."""
+"""The kernels of csrc/cuda as an extension for the CPU: g++ compiles the .cu files against the headers in
+emulate/."""
 
 from __future__ import annotations
 
@@ -31,16 +32,16 @@ def hash_of(*texts: str) -> str:
     folders = (ROOT / "csrc/cuda", ROOT / "csrc/core", EMULATE)
     files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
     digest = hashlib.sha256("\0".join(texts).encode())
-    for path in sorted([*files, ROOT / "csrc/bindings/cuda.cpp"]):
+    for path in sorted([*files, *(ROOT / "csrc/bindings").glob("cuda*")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 @contextmanager
-def built_once(folder: Path) -> Iterator[None]:
+def built_once(folder: Path, name: str = "") -> Iterator[None]:
     """Workers of one test run come in one after another."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -49,13 +50,24 @@ def build(*flags: str) -> Path:
     """The extension, from build/ where these very sources were compiled before."""
     import pybind11
 
-    includes = [f"-I{p}" for p in (EMULATE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
+    includes = [
+        f"-I{p}" for p in (EMULATE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
+    ]
     options = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", *flags, *includes]
     target = BUILD / hash_of(CXX, *options) / "_cuda.so"
     with built_once(target.parent):
         if not target.exists():
             sources = [*device_sources(), ROOT / "csrc/bindings/cuda.cpp", EMULATE / "switch.cpp"]
-            command = [*shlex.split(CXX), "-shared", "-x", "c++", *options, *map(str, sources), "-o", f"{target}.new"]
+            command = [
+                *shlex.split(CXX),
+                "-shared",
+                "-x",
+                "c++",
+                *options,
+                *map(str, sources),
+                "-o",
+                f"{target}.new",
+            ]
             result = subprocess.run(command, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
             os.replace(f"{target}.new", target)

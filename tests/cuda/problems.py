@@ -39,5 +39,7 @@ def run(runner: Any, which: Pass, o: Operands) -> Tensor:
 
 def check(runner: Any, c: Case, which: Pass, dtype: torch.dtype, layout: str, what: str) -> Tensor:
     result = run(runner, which, operands_of(c, dtype, layout))
-    getattr(budgets_of(c, dtype, layout), RESULT[which]).check(result, f"{what} {which} of {c}, {dtype}, {layout}:")
+    getattr(budgets_of(c, dtype, layout), RESULT[which]).check(
+        result, f"{what} {which} of {c}, {dtype}, {layout}:"
+    )
     return result

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 
-from stripe_kernels.backends.cuda_mma import PATCH, POSITION, RUNNERS
-from stripe_kernels.registry import Pass
-from stripe_kernels.testing import Case, case
-from tests.cuda.problems import check, problem_of
+from stripe_kernels.backends.cuda_columns import BANDS, STRIPES, WHOLE
+from stripe_kernels.backends.cuda_mma import PATCH, POSITION, MmaFprop, round_to_tf32
+from stripe_kernels.backends.cuda_mma_grad import MmaDgrad, MmaWgrad
+from stripe_kernels.registry import PASSES, Pass
+from stripe_kernels.testing import Budget, Case, budgets, case
+from tests.cuda import emulated
+from tests.cuda.problems import RESULT, check, problem_of, run
 
 # Channels of a group come in pieces of 16 bytes; the rest is as lopsided as can be.
 PROBLEMS = (
@@ -33,15 +37,91 @@ PROBLEMS = (
     case("no image", N=0, C=8, H=6, W=5, K=7),
     case("one pixel", N=5, C=32, H=1, W=1, K=9),
 )
+# dgrad reads, and wgrad reads both, in 16-byte pieces of a group's filters.
+WIDE = tuple(
+    replace(c, shape=replace(c.shape, K=-(-c.shape.K // (8 * c.shape.groups)) * 8 * c.shape.groups))
+    for c in PROBLEMS
+)
+RUNNERS = {"fprop": MmaFprop, "dgrad": MmaDgrad, "wgrad": MmaWgrad}
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def check_mma(native: ModuleType, c: Case, which: Pass, dtype: torch.dtype, config: tuple[int, ...]) -> torch.Tensor:
+def check_mma(
+    native: ModuleType, c: Case, which: Pass, dtype: torch.dtype, config: tuple[int, ...]
+) -> torch.Tensor:
     runner = RUNNERS[which](native, problem_of(c, "channels_last", dtype), config)
     return check(runner, c, which, dtype, "channels_last", f"mma {config}")
 
 
 @pytest.mark.parametrize("c", PROBLEMS, ids=lambda c: c.name)
 def test_fprop_within_the_budget(native: ModuleType, c: Case) -> None:
-    for dtype, config in zip(DTYPES * 2, ((PATCH, 0, 1), (PATCH, 1, 3), (POSITION, 1, 1), (POSITION, 0, 2)), strict=True):
+    configs = ((PATCH, WHOLE, 1), (PATCH, BANDS, 3), (POSITION, STRIPES, 1), (PATCH, STRIPES, 2))
+    for dtype, config in zip(DTYPES * 2, configs, strict=True):
         check_mma(native, c, "fprop", dtype, config)
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_tf32_is_exact_on_rounded_operands(native: ModuleType, which: Pass) -> None:
+    """Products of values rounded to tf32 are exact in float32: what is left are the errors of its sums."""
+    for c in (WIDE[0], WIDE[3]):
+        o = c.operands(layout="channels_last")
+        x, weight, dy = (
+            round_to_tf32(t.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            for t in (o.x, o.weight[..., None, None], o.dy)
+        )
+        o = o._replace(x=x, weight=weight[..., 0, 0], dy=dy)
+        runner = RUNNERS[which](
+            native, problem_of(c, "channels_last"), (PATCH, BANDS, 1) if which == "fprop" else (1,)
+        )
+        getattr(budgets(c, o), RESULT[which]).check(run(runner, which, o), f"tf32 {which} of {c}:")
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_no_barrier_is_missing(native: ModuleType, which: Pass) -> None:
+    """The bits do not depend on the order in which threads run between two barriers."""
+    c = next(c for c in WIDE if c.name == "several chunks")
+    config = (PATCH, BANDS, 2) if which == "fprop" else (2,)
+    forwards = check_mma(native, c, which, torch.bfloat16, config)
+    with emulated.backwards(native):
+        assert torch.equal(check_mma(native, c, which, torch.bfloat16, config), forwards)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_epilogue(native: ModuleType, splits: int) -> None:
+    """In float32 after the sums, rounded once: against the float64 epilogue of the float32 convolution."""
+    c = case("several chunks", N=1, C=136, H=5, W=5, K=19, density=0.3)
+    o = c.operands(torch.bfloat16, "channels_last")
+    runner = MmaFprop(native, problem_of(c, "channels_last", torch.bfloat16), (PATCH, BANDS, splits))
+    packed = runner.pack(o.weight)
+    conv = budgets(c, o).y.expected
+    for bias, scale, residual, activation in (
+        (o.bias, o.scale, o.residual, "relu"),
+        (None, o.scale, None, "silu"),
+        (o.bias, None, o.residual.contiguous(), "hardswish"),
+    ):
+        z = conv if scale is None else conv * scale.double()[:, None, None]
+        z = z if bias is None else z + bias.double()[:, None, None]
+        z = getattr(torch.nn.functional, activation)(z if residual is None else z + residual.double())
+        y = runner(o.x, packed, bias, scale, residual, activation)
+        Budget.of(z, z.to(torch.bfloat16)).check(y, f"{activation}, {splits} splits")
+
+
+def test_misaligned_and_sliced_inputs_are_copied(native: ModuleType) -> None:
+    c = WIDE[0]
+    o = c.operands(torch.bfloat16, "channels_last")
+    runner = MmaFprop(native, problem_of(c, "channels_last", torch.bfloat16), (PATCH, WHOLE, 1))
+    packed = runner.pack(o.weight)
+    expected = runner(o.x, packed, None, None, None, "none")
+    n, channels, h, w = o.x.shape
+    storage = torch.empty(o.x.numel() + 1, dtype=o.x.dtype)
+    shifted = storage[1:].view(n, h, w, channels).permute(0, 3, 1, 2).copy_(o.x)
+    assert shifted.data_ptr() % 16
+    for x in (shifted, o.x.contiguous()):
+        assert torch.equal(runner(x, packed, None, None, None, "none"), expected)
+
+
+@pytest.mark.parametrize("c", WIDE, ids=lambda c: c.name)
+@pytest.mark.parametrize("which", ["dgrad", "wgrad"])
+def test_gradients_within_the_budget(native: ModuleType, which: Pass, c: Case) -> None:
+    for dtype, splits in zip(DTYPES, (1, 3), strict=True):
+        check_mma(native, c, which, dtype, (splits,))

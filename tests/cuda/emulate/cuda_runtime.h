@@ -1,9 +1,10 @@
-// Enough of CUDA to run a kernel on a CPU, for tests: every thread of a block is a fiber, blocks run one after another.
+// Enough of CUDA to run a kernel on a CPU, for tests: every thread of a block is a fiber, blocks run one
+// after another.
 //
-// A fiber runs until it waits: at a barrier for its block, in a warp instruction for its warp. Fibers run in the order of their
-// numbers or, when `backwards` is set, against it: a read of shared memory that no barrier separates from its write differs
-// between the two. Shared memory is allocated anew for every block, to the byte, and poisoned with NaN. It cannot judge
-// timing, or races inside one warp instruction.
+// A fiber runs until it waits: at a barrier for its block, in a warp instruction for its warp. Fibers run in
+// the order of their numbers or, when `backwards` is set, against it: a read of shared memory that no barrier
+// separates from its write differs between the two. Shared memory is allocated anew for every block, to the
+// byte, and poisoned with NaN. It cannot judge timing, or races inside one warp instruction.
 #pragma once
 #include <ucontext.h>
 

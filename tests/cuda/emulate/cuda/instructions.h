@@ -26,7 +26,9 @@ inline float widen(float x) { return x; }
 inline float widen(bf16 x) { return as_float(static_cast<std::uint32_t>(x.bits) << 16); }
 inline float widen(f16 x) {
   const int e = x.bits >> 10 & 31, m = x.bits & 1023;
-  const float v = e == 31 ? (m ? NAN : INFINITY) : e ? std::ldexp(1024.f + m, e - 25) : std::ldexp(float(m), -24);
+  const float v = e == 31 ? (m ? NAN : INFINITY)
+                  : e     ? std::ldexp(1024.f + m, e - 25)
+                          : std::ldexp(float(m), -24);
   return x.bits & 0x8000 ? -v : v;
 }
 
@@ -46,8 +48,11 @@ inline void narrow(float x, f16& y) {
     y.bits = sign | static_cast<std::uint16_t>(std::nearbyint(a * 0x1p24f));
   } else {
     int e;
-    std::frexp(a, &e);  // a = m * 2^e, m in [1/2, 1); a rounding up to the next power of two carries into the exponent
-    y.bits = sign | static_cast<std::uint16_t>(((e + 13) << 10) + static_cast<int>(std::nearbyint(std::ldexp(a, 11 - e))));
+    std::frexp(
+        a,
+        &e);  // a = m * 2^e, m in [1/2, 1); a rounding up to the next power of two carries into the exponent
+    y.bits = sign | static_cast<std::uint16_t>(((e + 13) << 10) +
+                                               static_cast<int>(std::nearbyint(std::ldexp(a, 11 - e))));
   }
 }
 
@@ -75,7 +80,8 @@ inline void copies_commit() {}
 
 inline void copies_wait() {
   auto& copies = emulate::block.fibers[emulate::block.running].copies;
-  for (const emulate::Copy& c : copies) c.from ? std::memcpy(c.to, c.from, c.bytes) : std::memset(c.to, 0, c.bytes);
+  for (const emulate::Copy& c : copies)
+    c.from ? std::memcpy(c.to, c.from, c.bytes) : std::memset(c.to, 0, c.bytes);
   copies.clear();
 }
 
@@ -95,15 +101,17 @@ void load_matrices_(std::uint32_t (&r)[4], const void* row) {
     std::fprintf(stderr, "emulate: a row of ldmatrix is not aligned\n");
     std::abort();
   }
-  const Words out = emulate::warp_instruction<const void*, Words>(row, [](const void* const* rows, Words* all) {
-    for (int l = 0; l < 32; ++l)
-      for (int i = 0; i < 4; ++i) {
-        const int g = l / 4, t = 2 * (l % 4);
-        const std::uint32_t low = Transposed ? half_at(rows[8 * i + t], g) : half_at(rows[8 * i + g], t);
-        const std::uint32_t high = Transposed ? half_at(rows[8 * i + t + 1], g) : half_at(rows[8 * i + g], t + 1);
-        all[l].word[i] = low | high << 16;
-      }
-  });
+  const Words out =
+      emulate::warp_instruction<const void*, Words>(row, [](const void* const* rows, Words* all) {
+        for (int l = 0; l < 32; ++l)
+          for (int i = 0; i < 4; ++i) {
+            const int g = l / 4, t = 2 * (l % 4);
+            const std::uint32_t low = Transposed ? half_at(rows[8 * i + t], g) : half_at(rows[8 * i + g], t);
+            const std::uint32_t high =
+                Transposed ? half_at(rows[8 * i + t + 1], g) : half_at(rows[8 * i + g], t + 1);
+            all[l].word[i] = low | high << 16;
+          }
+      });
   std::memcpy(r, out.word, sizeof r);
 }
 inline void load_matrices(std::uint32_t (&r)[4], const void* row) { load_matrices_<false>(r, row); }
@@ -116,7 +124,8 @@ inline int values(std::uint32_t word, float (&v)[2]) {
     v[0] = as_float(word & ~0x1fffu);
     return 1;
   } else {
-    v[0] = widen(T{static_cast<std::uint16_t>(word)}), v[1] = widen(T{static_cast<std::uint16_t>(word >> 16)});
+    v[0] = widen(T{static_cast<std::uint16_t>(word)}),
+    v[1] = widen(T{static_cast<std::uint16_t>(word >> 16)});
     return 2;
   }
 }
@@ -133,20 +142,21 @@ template <class T>
 void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
   MmaOperands in;
   std::memcpy(in.c, c, sizeof c), std::memcpy(in.a, a, sizeof a), std::memcpy(in.b, b, sizeof b);
-  const MmaSums out = emulate::warp_instruction<MmaOperands, MmaSums>(in, [](const MmaOperands* lanes, MmaSums* all) {
-    for (int l = 0; l < 32; ++l)
-      for (int i = 0; i < 4; ++i) {
-        const int row = l / 4, column = 2 * (l % 4) + i % 2;
-        float sum = lanes[l].c[i];
-        for (int word = 0; word < 8; ++word) {  // word of k: lane t of either half
-          float x[2], w[2];
-          const int n = values<T>(lanes[4 * row + word % 4].a[i / 2 + word / 4 * 2], x);
-          values<T>(lanes[4 * column + word % 4].b[word / 4], w);
-          for (int v = 0; v < n; ++v) sum += x[v] * w[v];
-        }
-        all[l].c[i] = sum;
-      }
-  });
+  const MmaSums out =
+      emulate::warp_instruction<MmaOperands, MmaSums>(in, [](const MmaOperands* lanes, MmaSums* all) {
+        for (int l = 0; l < 32; ++l)
+          for (int i = 0; i < 4; ++i) {
+            const int row = l / 4, column = 2 * (l % 4) + i % 2;
+            float sum = lanes[l].c[i];
+            for (int word = 0; word < 8; ++word) {  // word of k: lane t of either half
+              float x[2], w[2];
+              const int n = values<T>(lanes[4 * row + word % 4].a[i / 2 + word / 4 * 2], x);
+              values<T>(lanes[4 * column + word % 4].b[word / 4], w);
+              for (int v = 0; v < n; ++v) sum += x[v] * w[v];
+            }
+            all[l].c[i] = sum;
+          }
+      });
   std::memcpy(c, out.c, sizeof c);
 }
 

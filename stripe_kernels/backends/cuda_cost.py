@@ -1,0 +1,112 @@
+"""What a CUDA kernel should cost, in seconds. Torch-free.
+
+Arithmetic on nominal H100 figures; nothing here has been measured on a GPU. It orders the candidates of one
+problem until tune() replaces it.
+"""
+
+from __future__ import annotations
+
+from stripe_kernels.backends import cuda_ffma, cuda_mma, cuda_mma_grad
+from stripe_kernels.backends.cuda_columns import BANDS, STRIPES, WHOLE, column_tiles
+from stripe_kernels.backends.cuda_tables import Layout
+from stripe_kernels.registry import Config, Pass, Problem
+
+MULTIPROCESSORS = 132
+CLOCK = 1.7e9
+RESIDENT = 2  # blocks a multiprocessor holds
+LAUNCH = 4e-6  # seconds
+BYTES = 2.5e12  # a second
+
+
+def _seconds(problem: Problem, which: Pass, cycles: float, blocks: int, splits: int, size: int) -> float:
+    """`cycles` of one multiprocessor over all blocks; too few blocks leave multiprocessors idle."""
+    s = problem.shape
+    maps = size * (s.N * s.C * s.H * s.W + s.N * s.K * s.P * s.Q)
+    outputs = {
+        "fprop": s.N * s.K * s.P * s.Q,
+        "dgrad": s.N * s.C * s.H * s.W,
+        "wgrad": problem.skeleton.stripes * s.group_c,
+    }
+    shares = 8 * splits * outputs[which] if splits > 1 else 0
+    busy = min(MULTIPROCESSORS, max(1, blocks))
+    return LAUNCH * (1 + (splits > 1)) + max(cycles / (busy * CLOCK), (maps + shares) / BYTES)
+
+
+def _splits(blocks: int, most: int) -> tuple[int, ...]:
+    """None, and as many as give every multiprocessor something."""
+    fill = min(most, RESIDENT * MULTIPROCESSORS // max(1, blocks))
+    return (1, fill) if fill > 1 else (1,)
+
+
+def _blocks(layout: Layout) -> int:
+    return layout.walk.blocks * layout.walk.classes * layout.groups * layout.tiles_out
+
+
+def _modes(problem: Problem, which: Pass, pixels: int) -> list[int]:
+    """Position by position where maps are small and images many."""
+    s = problem.shape
+    positions = which == "fprop" and s.P * s.Q <= 64 and pixels <= 4 * s.N
+    return [cuda_ffma.PATCH, cuda_ffma.POSITION] if positions else [cuda_ffma.PATCH]
+
+
+def ffma(problem: Problem, which: Pass) -> dict[Config, float]:
+    """128 multiply-adds a cycle, half of them useful."""
+    s = problem.shape
+    found: dict[Config, float] = {}
+    for mode in _modes(problem, which, cuda_ffma.PIXELS):
+        walk, classes = cuda_ffma.walked(problem, which, mode)
+        layout = cuda_ffma.layout_of(problem, which, (mode, 1))
+        share = sum(len(load.taps) for c in classes for load in c.loads) / max(1, len(classes) * s.taps)
+        if which == "wgrad":
+            slots = cuda_ffma.WARPS * cuda_ffma.STRIPES
+            blocks, most = max(1, -(-problem.skeleton.stripes // slots) * -(-s.group_c // 64)), walk.blocks
+            share = 1.0
+        else:
+            blocks, most = _blocks(layout), -(-layout.group_in // layout.chunk)
+        pixels = (
+            walk.blocks * walk.classes * (cuda_ffma.WGRAD_PIXELS if which == "wgrad" else cuda_ffma.PIXELS)
+        )
+        cycles = pixels * problem.skeleton.stripes * s.group_c * share / 64
+        for splits in _splits(blocks, most):
+            found[mode, splits] = _seconds(problem, which, cycles, blocks * splits, splits, 4)
+    return found
+
+
+def mma(problem: Problem, which: Pass) -> dict[Config, float]:
+    if which == "fprop":
+        return _mma_fprop(problem)
+    s, size = problem.shape, cuda_mma.SIZES[problem.dtype]
+    if which == "dgrad":
+        layout = cuda_mma_grad.dgrad_layout(problem, (1,))
+        # A unit of stripes in a block: 256 cycles of the tensor cores, about 320 of shared memory to gather.
+        units = problem.skeleton.stripes * size / 32 / (s.stride[0] * s.stride[1])
+        blocks, most = _blocks(layout), -(-layout.group_in // layout.chunk)
+        cycles = 320.0 * units / s.groups * blocks
+    else:
+        columns = cuda_mma_grad.wgrad_blocks(problem)
+        layout = cuda_mma_grad.wgrad_layout(problem, (1,), len(columns))
+        blocks, most = max(1, len(columns)) * -(-s.group_c // layout.chunk), layout.walk.blocks
+        executed = sum(len(c) for *_, c in columns) * -(-s.group_c // layout.chunk)
+        # A column of eight stripes, 64 pixels: four tensor-core steps (tf32: eight), 2 cycles a tile.
+        cycles = 4.0 * size * layout.width * executed * layout.walk.blocks
+    return {(n,): _seconds(problem, which, cycles, blocks * n, n, size) for n in _splits(blocks, most)}
+
+
+def _mma_fprop(problem: Problem) -> dict[Config, float]:
+    s, size = problem.shape, cuda_mma.SIZES[problem.dtype]
+    found: dict[Config, float] = {}
+    units = -(-s.group_c * size // cuda_mma.UNIT)
+    for mode in _modes(problem, "fprop", cuda_mma.PIXELS):
+        (walk, classes), per_chunk = cuda_mma.fprop_walked(problem, mode)
+        share = sum(len(load.taps) for c in classes for load in c.loads) / max(1, len(classes) * s.taps)
+        for how in (WHOLE, BANDS, STRIPES) if s.R * s.S > 1 else (WHOLE,):
+            tiles = column_tiles(problem.skeleton, s.groups, how)
+            layout = cuda_mma.fprop_layout(problem, (mode, how, 1))
+            # Loading a patch: about 28 bytes a cycle from the second-level cache.
+            patch = walk.rows * cuda_mma.UNIT / 28 * max((len(c.loads) for c in classes), default=1)
+            work = sum(max(t.cycles * share, patch) for g in tiles for t in g) * units
+            blocks, most = _blocks(layout), -(-units // per_chunk)
+            for splits in _splits(blocks, most):
+                cycles = work * walk.blocks * walk.classes
+                found[mode, how, splits] = _seconds(problem, "fprop", cycles, blocks * splits, splits, size)
+    return found

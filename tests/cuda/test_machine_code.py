@@ -1,0 +1,152 @@
+"""Every kernel compiled for every architecture: no spills, bounded registers, the right instructions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from tests.cuda import emulated
+
+ROOT = emulated.ROOT
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+KERNELS = sorted(p.stem for p in (ROOT / "csrc/cuda").glob("*_*.cu"))
+
+# Registers a thread may use for the blocks an SM is meant to hold: 65536 / (threads * blocks), 255 at most.
+MOST_REGISTERS = {"ffma": 128, "mma": 255}
+TENSOR_INSTRUCTIONS = {"mma": "HMMA", "sm90": "HGMMA"}
+
+
+@dataclass(frozen=True)
+class Function:
+    """What the assembler reports of one kernel, and which instructions it consists of."""
+
+    name: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    instructions: dict[str, int]
+
+
+def disassembler() -> str | None:
+    """cuobjdump from the toolkit, or the copy that triton carries."""
+    spec = importlib.util.find_spec("triton")
+    bundled = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else None
+    return shutil.which("cuobjdump") or (shutil.which("cuobjdump", path=str(bundled)) if bundled else None)
+
+
+def compile_for(kernel: str, architecture: str) -> list[Function]:
+    """Compiled once for these sources; the findings are kept under build/."""
+    target = (
+        emulated.ROOT / "build/machine_code" / emulated.hash_of(str(NVCC)) / f"{kernel}.{architecture}.json"
+    )
+    with emulated.built_once(target.parent, target.stem):
+        if not target.exists():
+            target.write_text(
+                json.dumps([asdict(f) for f in examine(kernel, architecture, target.with_suffix(".cubin"))])
+            )
+    return [Function(**f) for f in json.loads(target.read_text())]
+
+
+def examine(kernel: str, architecture: str, cubin: Path) -> list[Function]:
+    options = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "-cubin"]
+    target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
+    source = ROOT / f"csrc/cuda/{kernel}.cu"
+    result = subprocess.run(
+        [NVCC, *options, target, str(source), "-o", str(cubin)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr, result.stderr
+    assembly = subprocess.run(
+        [disassembler(), "-sass", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    cubin.unlink()
+    code = {name: count_instructions(text) for name, text in split_functions(assembly)}
+    found = []
+    for name, text in re.findall(
+        r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", result.stderr, re.DOTALL
+    ):
+        stack, stores, loads = (
+            int(n)
+            for n in re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", text).groups()
+        )
+        registers = int(re.search(r"Used (\d+) registers", text).group(1))
+        shared = re.search(r"(\d+) bytes smem", text)
+        found.append(
+            Function(
+                name, registers, stack, stores + loads, int(shared.group(1)) if shared else 0, code[name]
+            )
+        )
+    return found
+
+
+def split_functions(assembly: str) -> list[tuple[str, str]]:
+    return re.findall(r"Function : (\w+)(.*?)(?=Function :|\Z)", assembly, re.DOTALL)
+
+
+def count_instructions(text: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for opcode in re.findall(
+        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", text, re.MULTILINE
+    ):
+        counts[opcode] = counts.get(opcode, 0) + 1
+    return counts
+
+
+@lru_cache
+def architectures_of_nvcc() -> list[str]:
+    listing = subprocess.run(
+        [NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    return [a for a in ARCHITECTURES if a.rstrip("a") in listing]
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.skipif(
+    disassembler() is None, reason="cuobjdump is not installed: it comes with CUDA, and with triton"
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_machine_code(kernel: str, architecture: str) -> None:
+    if architecture not in architectures_of_nvcc():
+        pytest.skip(f"this nvcc does not know {architecture}")
+    family = kernel.rpartition("_")[2]
+    if family == "sm90" and architecture != "sm_90a":
+        pytest.skip("written in the instructions of sm_90a")
+    functions = compile_for(kernel, architecture)
+    assert functions, "no kernel found in the assembler's report"
+    for f in functions:
+        where = f"{f.name} on {architecture}"
+        assert f.spills == 0, f"{where} spills {f.spills} bytes"
+        assert f.stack == 0, f"{where} keeps {f.stack} bytes of arrays in local memory"
+        assert f.registers <= MOST_REGISTERS[family], f"{where} uses {f.registers} registers"
+        assert f.shared <= 1024, f"{where}: shared memory is dynamic, got {f.shared} bytes of its own"
+        assert f.instructions.get("LDL", 0) == f.instructions.get("STL", 0) == 0, f"{where} uses local memory"
+        wanted = TENSOR_INSTRUCTIONS.get(family, "FFMA")
+        assert f.instructions.get(wanted, 0) >= 16, f"{where} has no {wanted}: {f.instructions}"
+        assert f.instructions.get("LDGSTS", 0) or f.instructions.get("UTMALDG", 0), (
+            f"{where} does not copy asynchronously"
+        )
+
+
+def test_extension_imports_without_a_driver() -> None:
+    """The message is the driver's when there is no GPU, and a count where there is one."""
+    if importlib.util.find_spec("stripe_kernels._cuda") is None:
+        pytest.skip("stripe_kernels._cuda is not built")
+    from stripe_kernels import _cuda
+
+    if os.path.exists("/dev/nvidia0"):
+        assert _cuda.devices() >= 1
+    else:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            _cuda.devices()
