@@ -2,7 +2,7 @@
 
 cuda_ffma       float32, strict; exact at one filter or stripe, any strides
 cuda_mma        bfloat16, float16 on tensor cores, channels last
-cuda_mma_tf32   float32 operands rounded to tf32 on tensor cores, channels last; only by name
+cuda_mma_tf32   float32 operands rounded to tf32 on tensor cores, channels last;
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def _build_mma(problem: Problem, which: Pass, config: Config) -> Any:
     return _MMA[which](_cuda, problem, config)
 
 
-register(Kernel("cuda_ffma", _refuse_ffma, cuda_cost.ffma, _build_ffma))
-register(Kernel("cuda_mma", _refuse_mma(("bfloat16", "float16")), cuda_cost.mma, _build_mma))
+# By name only until a record of a GPU says that they are right there, and how fast.
+register(Kernel("cuda_ffma", _refuse_ffma, cuda_cost.ffma, _build_ffma, automatic=False))
+register(Kernel("cuda_mma", _refuse_mma(("bfloat16", "float16")), cuda_cost.mma, _build_mma, automatic=False))
 register(Kernel("cuda_mma_tf32", _refuse_mma(("float32",)), cuda_cost.mma, _build_mma, automatic=False))

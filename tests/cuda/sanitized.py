@@ -1,4 +1,4 @@
-"""Runs every kernel over a few lopsided problems in one process, for the address sanitizer: python -m tests.cuda.sanitized SO"""
+"""Every kernel over lopsided problems in one process, for the sanitizer: python -m tests.cuda.sanitized SO"""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ import torch
 
 from stripe_kernels.backends import cuda_ffma, cuda_mma, cuda_mma_grad
 from stripe_kernels.registry import PASSES
+from stripe_kernels.testing import CASES
 from tests.cuda import emulated
 from tests.cuda.problems import check, problem_of
-from tests.cuda.test_ffma import PROBLEMS as FFMA_PROBLEMS
+from tests.cuda.test_ffma import FAR
 from tests.cuda.test_mma import WIDE
 
+# Odd everywhere, so that no row, chunk or tile ends where its memory does.
+NAMES = (
+    "lopsided", "grouped lopsided", "depthwise", "batch of a prime", "stride beyond the filter", "wide row",
+    "padding wider than the map", "uneven padding", "many channels", "empty", "one stripe",
+)  # fmt: skip
 MMA = {"fprop": cuda_mma.MmaFprop, "dgrad": cuda_mma_grad.MmaDgrad, "wgrad": cuda_mma_grad.MmaWgrad}
 
 
 def main(extension: str) -> None:
     native, count = emulated.load(Path(extension)), 0
-    for c in FFMA_PROBLEMS:
+    for c in (*(CASES[name] for name in NAMES), FAR):
         for which in PASSES:
             runner = cuda_ffma.RUNNERS[which](native, problem_of(c, "channels_last"), (0, 2))
             check(runner, c, which, torch.float32, "channels_last", "ffma")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cuda import emulated
 
-FLAGS = ("-g1", "-fsanitize=address", "-fno-omit-frame-pointer")
+FLAGS = ("-O1", "-g1", "-fsanitize=address", "-fno-omit-frame-pointer")
 
 
 def runtime() -> str | None:
