@@ -104,7 +104,7 @@ def bench(
         bool, typer.Option("--compile", help="torch.compile takes part; slow to start.")
     ] = False,
     tuned: Annotated[bool, typer.Option(help="Tune each layer and time the choice.")] = False,
-    seconds: Annotated[float, typer.Option(help="Time spent on a comparison of layers.")] = 1.0,
+    seconds: Annotated[float, typer.Option(help="Time spent on a comparison of layers.")] = 0.6,
     out: Annotated[Path | None, typer.Option(help="Write OUT.csv, .json, .png and .svg.")] = None,
     show: Annotated[bool, typer.Option("--list", help="Print the names of the layers and stop.")] = False,
 ) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 ROUNDS = (5, 200)
 MEASURE = 2e-3  # seconds a measurement lasts at least, by repeating its call
-LONG = 50e-3  # calls longer than this need no untimed call before them
+LONG = 5e-3  # calls longer than this need no untimed call before them
 RESAMPLES = 2000
 
 
@@ -100,7 +100,9 @@ def interleave(calls: Mapping[str, Callable[[], object]], seconds: float) -> dic
     once: dict[str, float] = {}
     for name in names:
         calls[name]()
-        once[name] = min(_measure(calls[name], 1, True) for _ in range(2))
+        once[name] = _measure(calls[name], 1, False)
+        if once[name] < LONG:
+            once[name] = min(once[name], _measure(calls[name], 1, True))
     repeats = {name: max(1, round(MEASURE / t)) for name, t in once.items()}
     a_round = sum(2e-3 + once[n] * (repeats[n] + (once[n] < LONG)) for n in names)
     rounds = int(np.clip(seconds / a_round, *ROUNDS))
