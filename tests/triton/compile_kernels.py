@@ -124,7 +124,7 @@ def launches(case: Case, dtype: torch.dtype, last: bool, most: int) -> Iterator[
 
 def main(capability: int) -> None:
     backends.load()
-    most = 3 if capability == 90 else 1
+    most = 2 if capability == 90 else 1
     cases = [
         (CASE, torch.bfloat16, True, most),
         (CASE, torch.float16, False, 1),
