@@ -2,7 +2,7 @@
 
 cuda_ffma       float32, strict; exact at one filter or stripe, any strides
 cuda_mma        bfloat16, float16 on tensor cores, channels last
-cuda_mma_tf32   float32 operands rounded to tf32 on tensor cores, channels last;
+cuda_mma_tf32   float32 operands rounded to tf32 on tensor cores, channels last
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ Three walks of fprop, one of dgrad:
 
     patch       a tile's input with its halo is loaded once; a tap is a row offset in it
     tap         every tap loads its own pixels: no halo, any stride and dilation
-    position    a class for each output position, images as the tile's pixels; taps outside the image are
-    dropped exactly dgrad       as patch or tap, a class for each phase of the stride
+    position    a class for each output position, images as the tile's pixels; taps outside the image
+                are dropped exactly
+    dgrad       as patch or tap, a class for each phase of the stride
 """
 
 from __future__ import annotations
