@@ -19,9 +19,9 @@ except ImportError as error:
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 _NO_STRIDES = (0, 0, 0, 0)
-# Output pixels a chunk of wgrad: both pixel-major copies stay near the core and sums are reloaded seldom. Without fused
-# multiply-adds shorter sums keep the error budget (192 there exceeds it; 96 costs AVX-512 5-12 %).
-_WGRAD_PIXELS = {"generic": 96}
+# Output pixels a chunk of wgrad: both pixel-major copies stay near the core. Chunks of 192 are 5-12 % faster, but sums that
+# long exceed the error budget (found by generated problems; without fused multiply-adds first).
+_WGRAD_PIXELS = 96
 
 
 def _float(t: Tensor | None) -> Tensor | None:
@@ -94,7 +94,7 @@ class CpuDgrad(_Runner):
 class CpuWgrad(_Runner):
     def __init__(self, problem: Problem, config: Config, isa: str) -> None:
         super().__init__(problem)
-        self.native = _cpu.Wgrad(*self.arguments, _WGRAD_PIXELS.get(isa, 192), isa)
+        self.native = _cpu.Wgrad(*self.arguments, _WGRAD_PIXELS, isa)
 
     def __call__(self, dy: Tensor, x: Tensor) -> Tensor:
         dw = torch.empty(self.stripes, self.shape.group_c, dtype=self.dtype)

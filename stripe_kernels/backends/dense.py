@@ -106,6 +106,8 @@ def predict(problem: Problem, which: Pass) -> float:
     rate = 55e9 * problem.threads * 0.92 * pixels / (pixels + 28)
     if problem.dtype == "bfloat16":
         rate *= 2  # oneDNN's dot products of bf16 pairs, where the CPU has them; where not, this errs towards dense
+    if problem.dtype == "float16" and not problem.channels_last:
+        rate /= 20  # contiguous halves fall back to plain loops: 70 times slower than the stripe kernels (measured, d = 1)
     narrow = min(1.0, s.group_c / 8) * min(1.0, s.group_k / 8)
     return 6e-6 + macs / max(rate * max(narrow, 0.02), 1.0)
 
