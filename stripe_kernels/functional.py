@@ -18,7 +18,9 @@ def as_skeleton(skeleton: Tensor | FilterSkeleton) -> FilterSkeleton:
     if isinstance(skeleton, FilterSkeleton):
         return skeleton
     if not isinstance(skeleton, Tensor):
-        raise TypeError(f"skeleton must be a bool tensor [K, R, S] or a FilterSkeleton, got {type(skeleton).__name__}")
+        raise TypeError(
+            f"skeleton must be a bool tensor [K, R, S] or a FilterSkeleton, got {type(skeleton).__name__}"
+        )
     if skeleton.dtype != torch.bool:
         raise TypeError(f"skeleton must be bool [K, R, S], got {skeleton.dtype} {list(skeleton.shape)}")
     if skeleton.is_inference():
@@ -45,9 +47,9 @@ def stripe_conv2d(
 ) -> Tensor:  # [N, K, P, Q] or [K, P, Q]
     """Convolution with the live stripes of a filter; differentiable in x, weight and bias.
 
-    Equals ``F.conv2d(x, torch.where(skeleton[:, None], dense, 0), bias, stride, padding, dilation, groups)``, where `weight`
-    holds the live stripes of `dense`: row a belongs to the a-th entry of ``skeleton.nonzero()``. All tensors have one dtype
-    (float32, bfloat16, float16, float64) and device; sums are float32 or wider. The output follows x's memory format as
+    Equals ``F.conv2d(x, torch.where(skeleton[:, None], dense, 0), bias, stride, padding, dilation, groups)``,
+    where `weight` holds the live stripes of `dense`: row a belongs to the a-th entry of ``skeleton.nonzero()``.
+    All tensors have one dtype (float32, bfloat16, float16, float64) and device; sums are float32 or wider. The output follows x's memory format as
     nn.Conv2d's does.
 
     kernel: "auto", or a name from ``list_kernels()``, which then runs or raises RuntimeError with the reason.

@@ -54,10 +54,22 @@ class ConvShape:
 
     def __post_init__(self) -> None:
         if self.groups < 1 or self.C % self.groups or self.K % self.groups:
-            raise ValueError(f"groups={self.groups} must divide C={self.C} input channels and K={self.K} filters")
+            raise ValueError(
+                f"groups={self.groups} must divide C={self.C} input channels and K={self.K} filters"
+            )
         for extent, padded, tap, name in (
-            (self.H, self.H + self.padding[0] + self.padding[2], self.dilation[0] * (self.R - 1) + 1, "height"),
-            (self.W, self.W + self.padding[1] + self.padding[3], self.dilation[1] * (self.S - 1) + 1, "width"),
+            (
+                self.H,
+                self.H + self.padding[0] + self.padding[2],
+                self.dilation[0] * (self.R - 1) + 1,
+                "height",
+            ),
+            (
+                self.W,
+                self.W + self.padding[1] + self.padding[3],
+                self.dilation[1] * (self.S - 1) + 1,
+                "width",
+            ),
         ):
             if extent and padded < tap:
                 raise RuntimeError(
@@ -65,15 +77,21 @@ class ConvShape:
                     f"(filter {self.R}x{self.S}, dilation {self.dilation})"
                 )
             if extent < 1:
-                raise RuntimeError(f"the input has {name} 0: [N, C, H, W] = {[self.N, self.C, self.H, self.W]}")
+                raise RuntimeError(
+                    f"the input has {name} 0: [N, C, H, W] = {[self.N, self.C, self.H, self.W]}"
+                )
 
     @property
     def P(self) -> int:
-        return (self.H + self.padding[0] + self.padding[2] - self.dilation[0] * (self.R - 1) - 1) // self.stride[0] + 1
+        return (
+            self.H + self.padding[0] + self.padding[2] - self.dilation[0] * (self.R - 1) - 1
+        ) // self.stride[0] + 1
 
     @property
     def Q(self) -> int:
-        return (self.W + self.padding[1] + self.padding[3] - self.dilation[1] * (self.S - 1) - 1) // self.stride[1] + 1
+        return (
+            self.W + self.padding[1] + self.padding[3] - self.dilation[1] * (self.S - 1) - 1
+        ) // self.stride[1] + 1
 
     @property
     def taps(self) -> int:

@@ -62,7 +62,9 @@ class StripeConv2d(nn.Module):
         self.padding: Any = padding if isinstance(padding, str) else pair(padding, "padding", 0)
         self.padding_mode = padding_mode
         if groups < 1 or in_channels < 1 or out_channels < 1 or in_channels % groups or out_channels % groups:
-            raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
+            raise ValueError(
+                f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}"
+            )
         if live.shape != (out_channels, *self.kernel_size):
             raise ValueError(
                 f"skeleton is {list(live.shape)} but the filter has K={out_channels} and {self.kernel_size} taps"
@@ -71,9 +73,13 @@ class StripeConv2d(nn.Module):
             raise ValueError(f"padding_mode must be one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}")
         resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
         factory = {"device": device, "dtype": dtype}
-        with torch.inference_mode(False):  # inference tensors have no version: a change of theirs could not be seen
+        with torch.inference_mode(
+            False
+        ):  # inference tensors have no version: a change of theirs could not be seen
             self.weight = nn.Parameter(torch.empty(live.stripes, in_channels // groups, **factory))
-            self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **factory)) if bias else None)
+            self.register_parameter(
+                "bias", nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
+            )
             self.register_buffer("skeleton", torch.tensor(live.live, device=device))
         self._kernel = "auto"
         self._bind(live)
@@ -84,7 +90,9 @@ class StripeConv2d(nn.Module):
         self.filter_skeleton = live
         pads = resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
         top, left, bottom, right = pads
-        self._explicit_pad = (left, right, top, bottom) if self.padding_mode != "zeros" and any(pads) else None
+        self._explicit_pad = (
+            (left, right, top, bottom) if self.padding_mode != "zeros" and any(pads) else None
+        )
         inner = (0, 0, 0, 0) if self._explicit_pad else pads
         self._op = ops.StripeOp.of(live.text, self.stride, inner, self.dilation, self.groups, self._kernel)
 
@@ -172,7 +180,11 @@ class StripeConv2d(nn.Module):
         """Takes a state with another skeleton too: the weight is resized to its live stripes."""
         self.repack()
         saved = state_dict.get(prefix + "skeleton")
-        if saved is not None and tuple(saved.shape) == tuple(self.skeleton.shape) and saved.dtype == torch.bool:
+        if (
+            saved is not None
+            and tuple(saved.shape) == tuple(self.skeleton.shape)
+            and saved.dtype == torch.bool
+        ):
             live = functional.as_skeleton(saved)
             if live != self.filter_skeleton:
                 with torch.inference_mode(False):
@@ -188,9 +200,16 @@ class StripeConv2d(nn.Module):
         self._bind(self.filter_skeleton)
 
     def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        )
         text += f", padding={self.padding}, density={self.density:.3f}"
-        for name, default in (("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros"), ("kernel", "auto")):
+        for name, default in (
+            ("dilation", (1, 1)),
+            ("groups", 1),
+            ("padding_mode", "zeros"),
+            ("kernel", "auto"),
+        ):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
         return text + (", bias=False" if self.bias is None else "")

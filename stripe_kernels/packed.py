@@ -6,8 +6,8 @@
       filter 1: . # .    ----->    row 2: stripe (1, tap 1)       tap 4: 3 ......... filters 0, 1, 2
                 . # .              ...                            filter [A], row [A]: sorted by (group, tap, filter)
 
-`values` keep the order skeleton.nonzero() gives, filter by filter, whatever a kernel does with them afterwards; the index
-arrays list the same stripes tap by tap, which is the order kernels run in. Both exist once per skeleton.
+`values` keep the order skeleton.nonzero() gives, filter by filter, whatever a kernel does with them afterwards; the
+index arrays list the same stripes tap by tap, which is the order kernels run in. Both exist once per skeleton.
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ class Candidate:
         name = f"{self.kernel}{list(self.config) if self.config else ''}"
         if self.refusal:
             return f"{name:44s} refused: {self.refusal}"
-        times = [f"{t * 1e6:10.1f} us" if t is not None else " " * 13 for t in (self.predicted, self.measured)]
+        times = [
+            f"{t * 1e6:10.1f} us" if t is not None else " " * 13 for t in (self.predicted, self.measured)
+        ]
         return f"{name:44s} predicted {times[0]}  measured {times[1]}"
 
 
@@ -107,7 +109,9 @@ def make_plan(problem: Problem, which: Pass, kernel: str = "auto") -> Plan:
         reasons = "; ".join(f"{c.kernel}: {c.refusal}" for c in every)
         raise RuntimeError(f"no kernel runs {which} of {problem.shape}: {reasons}")
     times = {(c.kernel, c.config): c.measured for c in recorded(problem, which)}
-    timed = [replace(c, measured=times[c.kernel, c.config]) for c in runnable if times.get((c.kernel, c.config))]
+    timed = [
+        replace(c, measured=times[c.kernel, c.config]) for c in runnable if times.get((c.kernel, c.config))
+    ]
     if timed:
         chosen = min(timed, key=lambda c: c.measured or 0.0)
         rest = [c for c in every if (c.kernel, c.config) not in times]

@@ -22,11 +22,17 @@ class FilterSkeleton:
         if array.dtype != np.bool_:
             raise TypeError(f"a skeleton is bool [K, R, S], got dtype {array.dtype}")
         if array.ndim != 3 or min(array.shape) < 1:
-            raise ValueError(f"a skeleton is bool [K, R, S] with no empty side, got shape {list(array.shape)}")
+            raise ValueError(
+                f"a skeleton is bool [K, R, S] with no empty side, got shape {list(array.shape)}"
+            )
         self.live = array.copy(order="C")  # its own: the caller's array stays writable and may change
         self.live.setflags(write=False)
         #: A short exact form, "KxRxS:" and the packed bits in base64. Made here: torch.compile cannot trace a lock.
-        self.text = "x".join(map(str, array.shape)) + ":" + base64.b64encode(np.packbits(self.live).tobytes()).decode()
+        self.text = (
+            "x".join(map(str, array.shape))
+            + ":"
+            + base64.b64encode(np.packbits(self.live).tobytes()).decode()
+        )
 
     @classmethod
     def full(cls, filters: int, rows: int, columns: int) -> FilterSkeleton:
@@ -45,7 +51,9 @@ class FilterSkeleton:
         count = filters * rows * columns
         if min(filters, rows, columns) < 1 or raw.size != (count + 7) // 8:
             raise ValueError(f"skeleton {sizes} needs {(count + 7) // 8} bytes of bits, got {raw.size}")
-        return FilterSkeleton(np.unpackbits(raw, count=count).astype(np.bool_).reshape(filters, rows, columns))
+        return FilterSkeleton(
+            np.unpackbits(raw, count=count).astype(np.bool_).reshape(filters, rows, columns)
+        )
 
     @cached_property
     def digest(self) -> str:

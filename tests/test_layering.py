@@ -16,7 +16,18 @@ IESSP = ROOT / "python/iessp"
 
 # Each module may import only what stands before it, so the order is also free of cycles.
 ORDER = (
-    *("version", "geometry", "skeleton", "packed", "phases", "roofline", "epilogue", "indices", "registry", "plan"),
+    *(
+        "version",
+        "geometry",
+        "skeleton",
+        "packed",
+        "phases",
+        "roofline",
+        "epilogue",
+        "indices",
+        "registry",
+        "plan",
+    ),
     *("checks", "snapshots", "ops", "functional", "modules", "compile"),
 )
 BACKENDS_MAY_IMPORT = {*ORDER[: ORDER.index("checks")], "backends", "_cpu", "_cuda"}

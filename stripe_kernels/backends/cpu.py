@@ -14,13 +14,15 @@ from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
 try:
     from stripe_kernels import _cpu
 except ImportError as error:
-    raise ImportError(f"the extension stripe_kernels._cpu is not built or does not load ({error}); run: pip install -e .") from error
+    raise ImportError(
+        f"the extension stripe_kernels._cpu is not built or does not load ({error}); run: pip install -e ."
+    ) from error
 
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 _NO_STRIDES = (0, 0, 0, 0)
-# Output pixels a chunk of wgrad: both pixel-major copies stay near the core. Chunks of 192 are 5-12 % faster, but sums that
-# long exceed the error budget (found by generated problems; without fused multiply-adds first).
+# Output pixels a chunk of wgrad: both pixel-major copies stay near the core. Chunks of 192 are 5-12 % faster, but
+# sums that long exceed the error budget (found by generated problems; without fused multiply-adds first).
 _WGRAD_PIXELS = 96
 
 
@@ -40,7 +42,21 @@ class _Runner:
         index = StripeIndex.of(problem.skeleton, s.groups)
         self.stripes = problem.skeleton.stripes
         self.shape = s
-        sizes = (s.N, s.C, s.H, s.W, s.K, s.R, s.S, s.P, s.Q, *s.stride, *s.padding[:2], *s.dilation, s.groups)
+        sizes = (
+            s.N,
+            s.C,
+            s.H,
+            s.W,
+            s.K,
+            s.R,
+            s.S,
+            s.P,
+            s.Q,
+            *s.stride,
+            *s.padding[:2],
+            *s.dilation,
+            s.groups,
+        )
         self.arguments = (list(sizes), index.tap_ptr.tolist(), index.filter.tolist(), index.row.tolist())
 
     def pack_into(self, native: object, weight: Tensor) -> Tensor:
@@ -62,7 +78,13 @@ class CpuFprop(_Runner):
         return self.pack_into(self.native, weight)
 
     def __call__(
-        self, x: Tensor, packed: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None, act: str
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        act: str,
     ) -> Tensor:
         y = torch.empty(self.size, dtype=self.dtype, memory_format=self.format)
         bias, scale = _float(bias), _float(scale)
@@ -86,7 +108,14 @@ class CpuDgrad(_Runner):
     def __call__(self, dy: Tensor, packed: Tensor) -> Tensor:
         dx = torch.empty(self.shape.input_size, dtype=self.dtype, memory_format=self.format)
         self.native.run(
-            self.threads, dy.data_ptr(), self.code, dy.stride(), packed.data_ptr(), dx.data_ptr(), self.code, dx.stride()
+            self.threads,
+            dy.data_ptr(),
+            self.code,
+            dy.stride(),
+            packed.data_ptr(),
+            dx.data_ptr(),
+            self.code,
+            dx.stride(),
         )
         return dx
 
@@ -99,7 +128,15 @@ class CpuWgrad(_Runner):
     def __call__(self, dy: Tensor, x: Tensor) -> Tensor:
         dw = torch.empty(self.stripes, self.shape.group_c, dtype=self.dtype)
         self.native.run(
-            self.threads, x.data_ptr(), self.code, x.stride(), dy.data_ptr(), self.code, dy.stride(), dw.data_ptr(), self.code
+            self.threads,
+            x.data_ptr(),
+            self.code,
+            x.stride(),
+            dy.data_ptr(),
+            self.code,
+            dy.stride(),
+            dw.data_ptr(),
+            self.code,
         )
         return dw
 

@@ -75,7 +75,9 @@ class LaneNetwork:
     def channels(self, whole: Activation, first: int, count: int) -> Activation:
         """Channels [first, first + count) of an activation, under a number of their own."""
         offset = whole.offset + first * self._native.channel_floats(whole.h, whole.w)
-        return Activation(self._native.add_activation(count, whole.h, whole.w, offset), count, whole.h, whole.w, offset)
+        return Activation(
+            self._native.add_activation(count, whole.h, whole.w, offset), count, whole.h, whole.w, offset
+        )
 
     def release(self, a: Activation) -> None:
         """Whoever comes next may use this room."""
@@ -87,7 +89,21 @@ class LaneNetwork:
     ) -> None:  # fmt: skip
         """y = activation(conv(x) + bias + residual); weight [A, C/groups] and bias [K] float32 are copied."""
         s, index = shape, StripeIndex.of(skeleton, shape.groups)
-        sizes = [s.N, s.C, s.H, s.W, s.K, s.R, s.S, s.P, s.Q, *s.stride, *s.padding[:2], *s.dilation, s.groups]
+        sizes = [
+            s.N,
+            s.C,
+            s.H,
+            s.W,
+            s.K,
+            s.R,
+            s.S,
+            s.P,
+            s.Q,
+            *s.stride,
+            *s.padding[:2],
+            *s.dilation,
+            s.groups,
+        ]
         arrays = index.tap_ptr.tolist(), index.filter.tolist(), index.row.tolist()
         weight = weight.detach().contiguous()
         shift = None if bias is None else bias.detach().contiguous()
@@ -96,7 +112,9 @@ class LaneNetwork:
             x.number, -1 if residual is None else residual.number, y.number,
         )  # fmt: skip
 
-    def pool(self, kind: str, window: tuple[int, int, int, int, int, int], x: Activation, y: Activation) -> None:
+    def pool(
+        self, kind: str, window: tuple[int, int, int, int, int, int], x: Activation, y: Activation
+    ) -> None:
         """kind is "max", "average" or "average_padded"; window is kernel, stride, padding, each (height, width)."""
         self._native.add_pool(_POOLS[kind], list(window), x.number, y.number)
 
@@ -107,7 +125,11 @@ class LaneNetwork:
         """y = activation(x * scale[c] + shift[c] + residual)."""
         pointers = [0 if t is None else t.data_ptr() for t in (scale, shift)]
         self._native.add_pointwise(
-            *pointers, _ACTIVATIONS[activation], x.number, -1 if residual is None else residual.number, y.number
+            *pointers,
+            _ACTIVATIONS[activation],
+            x.number,
+            -1 if residual is None else residual.number,
+            y.number,
         )
 
     @property
@@ -119,6 +141,15 @@ class LaneNetwork:
         """[N, C, H, W] -> [N, target.c, target.h, target.w], contiguous."""
         y = torch.empty(x.shape[0], target.c, target.h, target.w)
         self._native.run(
-            self.threads, x.data_ptr(), 0, x.stride(), x.shape[0], source.number, y.data_ptr(), 0, y.stride(), target.number
+            self.threads,
+            x.data_ptr(),
+            0,
+            x.stride(),
+            x.shape[0],
+            source.number,
+            y.data_ptr(),
+            0,
+            y.stride(),
+            target.number,
         )
         return y

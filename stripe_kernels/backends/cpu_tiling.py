@@ -1,7 +1,7 @@
 """Which blocks the CPU kernels cut a problem into, and what each should cost. Torch-free.
 
-A tiling is (mode, images, rows, filter_parts, window), see csrc/cpu/schedule.h, or (images, filter_parts) where lanes run
-along filters, see csrc/cpu/fprop_filters.h. Costs are cycles of one core divided by a
+A tiling is (mode, images, rows, filter_parts, window), see csrc/cpu/schedule.h, or (images, filter_parts) where
+lanes run along filters, see csrc/cpu/fprop_filters.h. Costs are cycles of one core divided by a
 nominal clock; only their ratios matter, and tune() replaces them by measurements.
 """
 
@@ -59,7 +59,9 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Co
     rows_all = max(1, sides.rows)
     if mode == FILTERS:
         blocks = s.N * s.groups
-        images = 1 if sides.rows * sides.cols >= 16 else max(1, min(s.N, 64 // max(1, sides.rows * sides.cols)))
+        images = (
+            1 if sides.rows * sides.cols >= 16 else max(1, min(s.N, 64 // max(1, sides.rows * sides.cols)))
+        )
         yield (images, 1 if blocks >= 4 * problem.threads * images else problem.threads)
         return
     if mode == GATHER:
@@ -69,7 +71,11 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Co
         for parts in dict.fromkeys((1 if blocks >= problem.threads else problem.threads, 1)):
             yield (GATHER, images, rows_all, parts, WINDOW)
         return
-    batches = [1] if mode == PIXELS else [lanes * b for b in (1, 2) if b == 1 or (s.N > lanes * b // 2 and sides.cols <= 4)]
+    batches = (
+        [1]
+        if mode == PIXELS
+        else [lanes * b for b in (1, 2) if b == 1 or (lanes * b // 2 < s.N and sides.cols <= 4)]
+    )
     for images in batches:
         image_blocks = -(-s.N // images)
         whole = sides.block_bytes(rows_all, images)
@@ -91,8 +97,9 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Co
 def predict(problem: Problem, which: Pass, config: Config, lanes: int) -> float:
     """Seconds: multiply-adds of live stripes over the lanes actually run, plus moving activations in and out.
 
-    Constants are cycles, measured on Zen 4: a multiply-add of a vector 1.05; the per-tap update of y 3 a vector; pixels move
-    in rows, 20 a row and 1.5 a vector, into an im2col plane for every tap; images move in transposes, 8 a vector.
+    Constants are cycles, measured on Zen 4: a multiply-add of a vector 1.05; the per-tap update of y 3 a vector;
+    pixels move in rows, 20 a row and 1.5 a vector, into an im2col plane for every tap; images move in transposes,
+    8 a vector.
     """
     if len(config) == 2:
         return _predict_filters(problem, config, lanes)

@@ -30,7 +30,12 @@ class _Dense:
         top, left, bottom, right = problem.shape.padding
         # torch pads both sides alike; "same" with an even filter needs one pixel more on one of them.
         self.padding = (min(top, bottom), min(left, right))
-        extra = (left - self.padding[1], right - self.padding[1], top - self.padding[0], bottom - self.padding[0])
+        extra = (
+            left - self.padding[1],
+            right - self.padding[1],
+            top - self.padding[0],
+            bottom - self.padding[0],
+        )
         self.uneven = extra  # left, right, top, bottom, as F.pad takes them
 
     def pack(self, weight: Tensor) -> Tensor:  # [A, C/groups] -> [K, C/groups, R, S]
@@ -107,7 +112,7 @@ def predict(problem: Problem, which: Pass) -> float:
     if problem.dtype == "bfloat16":
         rate *= 2  # oneDNN's dot products of bf16 pairs, where the CPU has them; where not, this errs towards dense
     if problem.dtype == "float16" and not problem.channels_last:
-        rate /= 20  # contiguous halves fall back to plain loops: 70 times slower than the stripe kernels (measured, d = 1)
+        rate /= 20  # contiguous halves fall back to plain loops: 70 times slower than our kernels (measured, d = 1)
     narrow = min(1.0, s.group_c / 8) * min(1.0, s.group_k / 8)
     return 6e-6 + macs / max(rate * max(narrow, 0.02), 1.0)
 

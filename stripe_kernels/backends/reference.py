@@ -30,7 +30,13 @@ class _Reference:
 
 class ReferenceFprop(_Reference):
     def __call__(
-        self, x: Tensor, packed: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None, act: str
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        act: str,
     ) -> Tensor:
         s, live = self.shape, self.live.to(x.device)
         y = masked_conv2d(self.pad(x), self.dense(packed), live, None, s.stride, 0, s.dilation, s.groups)
