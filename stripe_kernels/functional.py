@@ -49,7 +49,8 @@ def stripe_conv2d(
 
     Equals ``F.conv2d(x, torch.where(skeleton[:, None], dense, 0), bias, stride, padding, dilation, groups)``,
     where `weight` holds the live stripes of `dense`: row a belongs to the a-th entry of ``skeleton.nonzero()``.
-    All tensors have one dtype (float32, bfloat16, float16, float64) and device; sums are float32 or wider. The output follows x's memory format as
+    All tensors have one dtype (float32, bfloat16, float16, float64) and device; sums are float32 or wider.
+    The output follows x's memory format as
     nn.Conv2d's does.
 
     kernel: "auto", or a name from ``list_kernels()``, which then runs or raises RuntimeError with the reason.
