@@ -20,9 +20,8 @@ from bench.contestants import contestants, kernel_names
 from bench.job import PASSES, Job
 from bench.machine import Machine
 from bench.records import Writer
-from bench.roof import Roof
 from bench.run import missing, run_layer
-from stripe_kernels import FilterSkeleton
+from stripe_kernels import FilterSkeleton, Roof
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

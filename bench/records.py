@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from bench.machine import Machine
-from bench.roof import Roof
 from bench.timing import Ratio, Sample
+from stripe_kernels import Roof
 
 OK = "ok"
 

@@ -15,8 +15,8 @@ from bench.contestants import Contestant, stripe_layer
 from bench.job import Entrant, Job, Refused
 from bench.machine import OtherWork
 from bench.records import Row, timing_fields
-from bench.roof import Roof
 from bench.timing import Ratio, interleave
+from stripe_kernels import Roof
 
 
 def compare(

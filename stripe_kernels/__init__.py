@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-from stripe_kernels.compile import explain, freeze, load, optimize, save, tune
+from stripe_kernels.compile import explain, freeze, load, optimize, save, to_dense, tune
 from stripe_kernels.functional import stripe_conv2d
 from stripe_kernels.modules import StripeConv2d
+from stripe_kernels.roof import Roof
 from stripe_kernels.skeleton import FilterSkeleton
 from stripe_kernels.version import __version__
 
 __all__ = [
     "FilterSkeleton",
+    "Roof",
     "StripeConv2d",
     "__version__",
     "explain",
@@ -22,6 +24,7 @@ __all__ = [
     "optimize",
     "save",
     "stripe_conv2d",
+    "to_dense",
     "tune",
 ]
 

@@ -23,6 +23,7 @@ ORDER = (
         "packed",
         "phases",
         "roofline",
+        "roof",
         "epilogue",
         "indices",
         "registry",

@@ -18,11 +18,10 @@ from bench.layers import Layer, layers, select
 from bench.machine import Machine
 from bench.networks import NetworkJob, conv_macs, run_network, slim_width, wrong_layers
 from bench.records import Row, Writer, read
-from bench.roof import Roof
 from bench.run import compare, missing, run_layer
 from bench.skeletons import GENERATORS, dead, iid, learned
 from bench.timing import Ratio, Sample, interleave
-from stripe_kernels import StripeConv2d, list_kernels
+from stripe_kernels import Roof, StripeConv2d, list_kernels
 
 TINY = (
     Layer("tiny", 6, 10, 7, 5),
