@@ -57,6 +57,10 @@ class Recipe:
     tolerance: float = 0.5
     adaptive: bool = True
 
+    # What `iessp reproduce` tries for a method before its runs, and for how many epochs: method -> changes.
+    trials: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    trial_epochs: int = 0
+
     def __post_init__(self) -> None:
         for kind, given, valid in (
             ("model", self.model, MODELS),
@@ -85,6 +89,11 @@ class Recipe:
             if name not in names:
                 raise ValueError(nearest("recipe field", name, names))
         return dataclasses.replace(self, **changes)
+
+    def changed(self, changes: dict[str, Any]) -> Recipe:
+        """As `but`; options of the method are added to those that are there, not put in their place."""
+        options = {**self.options, **changes.get("options", {})}
+        return self.but(**{**changes, "options": options})
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -1,12 +1,14 @@
 """`iessp reproduce`: every method on one recipe, several seeds, one table; resumable by run and by step.
 
-A cell is a method with one seed, in a folder of its own, OUT/<method>/<seed>. Methods are written as on the
+A cell is a method with one seed, in a folder of its own, OUT/<method>/<seed>. Before its cells a method has
+its trials (the recipe's `trials`), in OUT/trials, chosen from on the held-out images. Methods are written as on the
 command line: "iem", "magnitude" or, with a part taken away, "iem(message=false)".
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import re
 import statistics
 from pathlib import Path
@@ -21,7 +23,8 @@ from iessp.data.images import Splits
 from iessp.progress import console, train_with_bar
 from iessp.recipe import UNPRUNED, Recipe, parse_changes
 from iessp.report import draw_curves, draw_skeletons, table
-from iessp.train import Trainer, write_results
+from iessp.timing import busy
+from iessp.train import Trainer, count_errors, write_results
 
 DEFAULT = ("dense", "iem", "filter-skeleton", "magnitude", "random", "l1-filter", "slim")
 ABLATION = (
@@ -29,6 +32,7 @@ ABLATION = (
     *(f"iem({part}=false)" for part in ("module", "message", "aliveness", "statistic", "centre")),
 )
 LATENCY_SECONDS = 3.0
+TRIAL_SEED = 1000  # of no run in a table
 
 
 def with_method(recipe: Recipe, method: str) -> Recipe:
@@ -41,16 +45,29 @@ def with_method(recipe: Recipe, method: str) -> Recipe:
 
 
 def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: int, device: str) -> Path:
-    """Train the unfinished cells, write OUT/table.json, curves and skeletons; returns the table's path."""
-    rows: list[dict[str, Any]] = []
+    """Tune each method, train the unfinished cells, write OUT/table.json, curves and skeletons; returns the
+    table's path.
+
+    Where the machine is busy no latency is measured; the same command fills it in later.
+    """
+    tried = {method: tune(recipe, method, splits, out, device) for method in methods}
+    chosen = {
+        method: max(trials, key=lambda t: t["held_out_accuracy"])
+        for method, trials in tried.items()
+        if trials
+    }
+    finished: dict[tuple[str, int], Trainer] = {}
     for seed in range(seeds):
         for method in methods:
-            cell = with_method(recipe, method).but(seed=seed)
+            changes = chosen[method]["changes"] if method in chosen else {}
+            cell = with_method(recipe, method).changed(changes).but(seed=seed, trials={}, trial_epochs=0)
             trainer = Trainer(cell, splits, folder_of(out, method) / str(seed), device)
             train_with_bar(trainer, f"{method} {seed}")
-            rows.append({"method": method, "seed": seed, **row(trainer)})
-            rows.sort(key=lambda r: (methods.index(r["method"]), r["seed"]))
-            write_results(out, {"rows": rows}, "table.json")
+            finished[method, seed] = trainer
+            _write(out, recipe, splits, seeds, tried, finished)
+    for trainer in finished.values():
+        time_once(trainer)
+    rows = _write(out, recipe, splits, seeds, tried, finished)
     console.print(summary(rows, f"{recipe.name}: {recipe.model} on {splits.name}, mean ± spread"))
     logs = {method: read_log(folder_of(out, method) / "0" / "log.csv") for method in methods}
     draw_curves(logs, out / "curves.png")
@@ -61,21 +78,89 @@ def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: in
     return out / "table.json"
 
 
+def tune(recipe: Recipe, method: str, splits: Splits, out: Path, device: str) -> list[dict[str, Any]]:
+    """The method's trials, each a run of `trial_epochs` judged on the held-out images; empty without any.
+
+    Trials are listed under the method as given or under its bare name, so that "iem(message=false)" runs with
+    what was chosen for "iem".
+    """
+    base = with_method(recipe, method)
+    name = method if method in recipe.trials else base.method
+    found = []
+    for index, changes in enumerate(recipe.trials.get(name, [])):
+        short = {"seed": TRIAL_SEED, "epochs": recipe.trial_epochs, "trials": {}, "trial_epochs": 0}
+        cell = with_method(recipe, name).changed(changes).but(**short)
+        folder = folder_of(out / "trials", name) / str(index)
+        trainer = Trainer(cell, splits, folder, device)
+        train_with_bar(trainer, f"trial of {name}, {changes}")
+        path = folder / "held_out.json"
+        if not path.exists():
+            errors = count_errors(trainer.model, trainer.splits.held_out, trainer.splits)
+            write_results(folder, {"held_out_accuracy": 1 - errors / len(splits.held_out)}, path.name)
+        found.append({"method": name, "changes": changes, **json.loads(path.read_text())})
+    return found
+
+
+def _write(
+    out: Path,
+    recipe: Recipe,
+    splits: Splits,
+    seeds: int,
+    tried: dict[str, list[dict[str, Any]]],
+    finished: dict[tuple[str, int], Trainer],
+) -> list[dict[str, Any]]:
+    """OUT/table.json, a whole record of what was run and found; returns its rows."""
+    rows = [
+        {"method": method, "seed": seed, **row(finished[method, seed])}
+        for method in tried
+        for seed in range(seeds)
+        if (method, seed) in finished
+    ]
+    record = {
+        "what": f"{recipe.model} of width {recipe.width} on {splits.name}",
+        "command": " ".join(
+            [
+                "iessp reproduce",
+                recipe.name,
+                f"--seeds {seeds}",
+                *(f'--method "{method}"' for method in tried),
+            ]
+        ),
+        "images": {"train": len(splits.train), "held_out": len(splits.held_out), "test": len(splits.test)},
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "recipe": {
+            k: v for k, v in recipe.as_dict().items() if k not in ("method", "options", "seed", "trials")
+        },
+        "trials": list({str(t): t for trials in tried.values() for t in trials}.values()),
+        "rows": rows,
+    }
+    write_results(out, record, "table.json")
+    return rows
+
+
 def folder_of(out: Path, method: str) -> Path:
     """OUT/METHOD with the characters that a path had better not have replaced."""
     return out / re.sub(r"[^\w=-]+", "_", method).strip("_")
 
 
-def row(trainer: Trainer) -> dict[str, Any]:
-    """What the table says of one run, its latency included; measured once and kept in the run's folder."""
+def time_once(trainer: Trainer) -> None:
+    """Measure a finished run's latency in a quiet moment, once; the figures are kept in its results.json."""
     found = runs.results(trainer)
-    if "latency" not in found:
-        frozen = runs.load_run(trainer.folder)
-        times = runs.contest(frozen.model, 1, frozen.example, LATENCY_SECONDS, optimize=False)
-        found["latency"] = {name: timing.median for name, (timing, _) in times.items()}
-        found["threads"] = torch.get_num_threads()
-        write_results(trainer.folder, found)
+    if "latency" in found or busy() is not None:
+        return
+    frozen = runs.load_run(trainer.folder)
+    times = runs.contest(frozen.model, 1, frozen.example, LATENCY_SECONDS, optimize=False)
+    found["latency"] = {name: timing.median for name, (timing, _) in times.items()}
+    found["threads"] = torch.get_num_threads()
+    write_results(trainer.folder, found)
+
+
+def row(trainer: Trainer) -> dict[str, Any]:
+    """What the table says of one run."""
+    found = runs.results(trainer)
     recipe, tested = trainer.recipe, found["images"]["test"]
+    latency = found.get("latency", {})
     return {
         "model": recipe.model,
         "width": recipe.width,
@@ -85,9 +170,9 @@ def row(trainer: Trainer) -> dict[str, Any]:
         "held_out_accuracy": 1 - found["held_out_errors"] / found["images"]["held_out"],
         "macs_kept": found["macs_kept"],
         "macs_kept_after_compaction": found["macs_kept_after_compaction"],
-        "dense_twin_ms": found["latency"]["dense"],
-        "frozen_ms": found["latency"]["frozen"],
-        "threads": found["threads"],
+        "dense_twin_ms": latency.get("dense"),
+        "frozen_ms": latency.get("frozen"),
+        "threads": found.get("threads"),
     }
 
 
@@ -98,7 +183,9 @@ def summary(rows: list[dict[str, Any]], title: str) -> Table:
         mine = [r for r in rows if r["method"] == method]
 
         def cell(key: str, scale: float = 100.0, mine: list[dict[str, Any]] = mine) -> str:
-            values = [scale * r[key] for r in mine]
+            values = [scale * r[key] for r in mine if r[key] is not None]
+            if not values:
+                return "-"
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             return f"{statistics.mean(values):.2f} ± {spread:.2f}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from iessp.attach import nearest
@@ -25,13 +26,15 @@ DATASETS: dict[str, Callable[[Path | None], Splits]] = {
 def load(name: str, data_dir: Path | None = None) -> Splits:
     """Train, held-out and test images of a data set.
 
-    A `data_dir` with train/<class>/ and test/<class>/ is read as a folder of images, whatever the name.
+    A `data_dir` with train/<class>/ and test/<class>/ is read as a folder of images, whatever the name; the
+    splits' name then says so, for JPEG loses detail and such figures compare only with each other.
     Raises ValueError for an unknown name, FileNotFoundError for missing files.
     """
     if name not in DATASETS:
         raise ValueError(nearest("data set", name, DATASETS))
-    if name != "digits" and is_folder(data_dir):
-        return folder(data_dir)
+    if name not in ("digits", "folder") and is_folder(data_dir):
+        kind = "JPEG copies" if next(data_dir.glob("train/*/*.jpg"), None) else "image files"
+        return replace(folder(data_dir), name=f"{name} ({kind})")
     return DATASETS[name](data_dir)
 
 
