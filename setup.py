@@ -5,7 +5,8 @@
     stripe_kernels._cuda   csrc/cuda/*.cu, csrc/bindings/cuda.cpp    nvcc
 
 `_cuda` is built wherever nvcc is found, GPU or not, and is optional: when nvcc fails its message is printed
-and the install goes on without it. Everything else about the project is in pyproject.toml.
+and the install goes on without it. CXX and NVCC name other compilers, as in make; an empty NVCC builds for the
+CPU alone. Everything else about the project is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ CUDA_TARGETS = [
 
 
 def find_nvcc() -> str | None:
-    """nvcc on PATH, or where CUDA's installer leaves it without telling PATH."""
+    """NVCC of the environment, nvcc on PATH, or where CUDA's installer leaves it without telling PATH."""
+    if "NVCC" in os.environ:
+        return os.environ["NVCC"] or None
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
