@@ -46,6 +46,7 @@ def attach(
     example_input: Tensor | None = None,
     pointwise: bool = False,
     exclude: Iterable[str] = (),
+    prices: dict[str, float] | None = None,
     **options: object,
 ) -> Model:
     """Put a stripe gate on the convolutions of `model`, in place, and return it.
@@ -57,6 +58,7 @@ def attach(
         channels of the first convolution, which gives the same shares of MACs as any size the strides divide.
     pointwise: gate 1x1 convolutions too, where a stripe is a whole filter.
     exclude: names of convolutions to leave alone.
+    prices: what the budget counts for a stripe of each convolution, in place of its MACs (`iessp.latency`).
 
     The gates have parameters: build the optimiser afterwards (see `param_groups`). Raises ValueError for
     unknown names, a model without convolutions to gate, or one that has gates already.
@@ -78,7 +80,7 @@ def attach(
             raise ValueError(f"{type(model).__name__} has no nn.Conv2d")
         first = next(iter(convs.values()))
         example_input = first.weight.new_zeros(1, first.in_channels, 32, 32)
-    network = probe(model, example_input)
+    network = probe(model, example_input).priced(prices or {})
 
     for site in network.sites:
         conv = convs[site.name]

@@ -46,10 +46,10 @@ def cut(
     network: Network, scores: dict[str, Tensor], budget: float, whole_filters: bool = False
 ) -> dict[str, Tensor]:
     """Keep the stripes of highest score that fit: name -> bool [K, R, S], with at most `budget` of the
-    network's MACs.
+    network's cost, which is its MACs unless the sites are priced otherwise.
 
     One threshold for all layers, found by sorting; below it, stripes that still fit are taken in order of
-    score, so that the share of MACs kept is below `budget` by less than the cheapest stripe left out. The
+    score, so that the share kept is below `budget` by less than the cheapest stripe left out. The
     best stripe of every layer (filter, with `whole_filters`) is always kept. Raises ValueError when even
     those, with the convolutions outside `scores`, exceed the budget.
     """
@@ -80,28 +80,28 @@ class _Ranked:
 
     scores: dict[str, Tensor]
     value: Tensor  # score of each unit
-    cost: Tensor  # MACs of each unit
+    cost: Tensor  # of each unit
     keep: Tensor  # bool: the best of each layer, and what is above the threshold
     order: Tensor  # the other units, best first
     above: int  # how many of `order` are above the threshold
-    left: float  # MACs of the budget still free
+    left: float  # of the budget
 
 
 def _rank(network: Network, scores: dict[str, Tensor], budget: float, whole_filters: bool) -> _Ranked:
     if not 0 < budget <= 1:
-        raise ValueError(f"budget is a share of MACs in (0, 1], got {budget}")
+        raise ValueError(f"budget is a share of the cost, in (0, 1], got {budget}")
     scores = {site.name: scores[site.name] for site in network.sites if site.name in scores}
     units = [_units(value, whole_filters) for value in scores.values()]
     sites = [network[name] for name in scores]
-    cost = torch.cat([u.new_full(u.shape, s.macs / len(u)) for u, s in zip(units, sites, strict=True)])
+    cost = torch.cat([u.new_full(u.shape, s.cost / len(u)) for u, s in zip(units, sites, strict=True)])
     value = torch.cat(units)
     starts = torch.tensor([0, *(len(u) for u in units)])[:-1].cumsum(0)
     best = starts + torch.tensor([int(u.argmax()) for u in units])
 
-    allowance = budget * network.macs - sum(site.macs for site in network.sites if site.name not in scores)
+    allowance = budget * network.cost - sum(site.cost for site in network.sites if site.name not in scores)
     allowance -= float(cost[best].sum())
     if allowance < 0:
-        least = budget - allowance / network.macs
+        least = budget - allowance / network.cost
         raise ValueError(f"budget {budget:.4f} is out of reach: this network keeps at least {least:.4f}")
     keep = torch.zeros(len(value), dtype=torch.bool)
     keep[best] = True

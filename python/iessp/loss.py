@@ -53,8 +53,8 @@ def wanted_share(model: nn.Module) -> Tensor:
 
 def _share(model: nn.Module, kept: list[Tensor]) -> Tensor:
     network, found = network_of(model), gates(model)
-    fixed = sum(site.macs for site in network.sites if site.name not in found) / network.macs
-    parts = [n * (gate.site.stripe_macs / network.macs) for n, gate in zip(kept, found.values(), strict=True)]
+    fixed = sum(site.cost for site in network.sites if site.name not in found) / network.cost
+    parts = [n * (gate.site.stripe_cost / network.cost) for n, gate in zip(kept, found.values(), strict=True)]
     return torch.stack(parts).sum() + fixed
 
 

@@ -8,7 +8,7 @@ tracing of Python code.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class Site:
 
     positions: output positions P * Q, summed over the calls of one forward pass of one image.
     producers: names of the convolutions whose output channels are this one's input channels, one to one.
+    price: what the budget counts for one stripe, such as its time; None: its MACs.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Site:
     stripe_shape: tuple[int, int, int]  # K, R, S
     stripe_channels: int  # C / groups: the length of one stripe
     producers: tuple[str, ...]
+    price: float | None = None
 
     @property
     def stripes(self) -> int:
@@ -42,6 +44,14 @@ class Site:
     def macs(self) -> int:
         return self.stripes * self.stripe_macs
 
+    @property
+    def stripe_cost(self) -> float:
+        return self.stripe_macs if self.price is None else self.price
+
+    @property
+    def cost(self) -> float:
+        return self.stripes * self.stripe_cost
+
 
 @dataclass(frozen=True)
 class Network:
@@ -53,6 +63,15 @@ class Network:
     def macs(self) -> int:
         """Multiply-adds of all convolutions for one image; the few of the linear layers are not counted."""
         return sum(site.macs for site in self.sites)
+
+    @property
+    def cost(self) -> float:
+        """What a budget is a share of."""
+        return sum(site.cost for site in self.sites)
+
+    def priced(self, prices: dict[str, float]) -> Network:
+        """This network with other costs of a stripe, by name; the rest stays as it is."""
+        return Network(tuple(replace(s, price=prices.get(s.name, s.price)) for s in self.sites))
 
     def __getitem__(self, name: str) -> Site:
         return next(site for site in self.sites if site.name == name)

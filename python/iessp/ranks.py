@@ -7,13 +7,16 @@ Rank 0 writes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -47,6 +50,15 @@ def mine() -> int:
 def parallel(model: nn.Module) -> nn.Module:
     """The model as it is to be called in training: gradients averaged over the ranks."""
     return DistributedDataParallel(model) if count() > 1 else model
+
+
+def agreed(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every rank."""
+    if count() == 1:
+        return make()
+    box = [make() if mine() == 0 else None]
+    dist.broadcast_object_list(box)
+    return cast(T, box[0])
 
 
 def any_of(flag: bool, device: torch.device) -> bool:

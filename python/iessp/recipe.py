@@ -32,7 +32,10 @@ class Recipe:
     data: str = "digits"
     method: str = "iem"
     options: dict[str, Any] = field(default_factory=dict)  # of the method
-    budget: float = 0.2412  # share of the convolutions' MACs to keep; the paper's cut is 75.88 %
+    budget: float | str = (
+        0.2412  # share of the convolutions' MACs to keep (the paper's cut is 75.88 %), or "2.5 ms"
+    )
+    timed_batch: int = 1  # images that a budget in milliseconds is for
 
     epochs: int = 16
     batch: int = 64
@@ -71,7 +74,27 @@ class Recipe:
                 raise ValueError(nearest(kind, given, valid))
         if self.epochs < 1 or self.batch < 1:
             raise ValueError(f"epochs and batch must be at least 1, got {self.epochs} and {self.batch}")
+        if self.milliseconds and self.method in ("slim", "l1-filter"):
+            raise ValueError(
+                f"{self.method} has no budget in milliseconds, got {self.budget!r}: give a share of MACs"
+            )
         object.__setattr__(self, "sizes", tuple((float(share), int(size)) for share, size in self.sizes))
+
+    @property
+    def milliseconds(self) -> float | None:
+        """The budget in milliseconds, if that is how it is given; raises ValueError for what is no budget."""
+        if not isinstance(self.budget, str):
+            return None
+        number, unit = self.budget[:-2].strip(), self.budget[-2:]
+        try:
+            value = float(number)
+        except ValueError:
+            value = 0.0
+        if unit != "ms" or not value > 0:
+            raise ValueError(
+                f'budget is a share of MACs in (0, 1] or a time such as "2.5 ms", got {self.budget!r}'
+            )
+        return value
 
     @property
     def pruned(self) -> bool:

@@ -22,6 +22,7 @@ from iessp import checkpoint, ranks
 from iessp.attach import attach, freeze, gate_parameters, gates, param_groups, skeletons
 from iessp.budget import compacted_macs_kept, macs_kept
 from iessp.data.images import Images, Splits, augment, normalise, shuffled
+from iessp.latency import Latency, measure, priced
 from iessp.loss import StripeLoss
 from iessp.models import build
 from iessp.network import probe
@@ -83,13 +84,33 @@ class Trainer:
         self.model = assemble(recipe, len(splits.classes), self.example)
         self.network = probe(self.model, self.example)
         self.loss: StripeLoss | None = None
+        self.budget = 1.0 if recipe.milliseconds else float(recipe.budget)  # share of what it counts
         if recipe.pruned:
+            if recipe.milliseconds:
+                self.budget = self._budget_of_time(recipe.milliseconds)
             self.loss = StripeLoss(
-                self.model, budget=recipe.budget, steps=self.steps, warmup=recipe.warmup, meet=recipe.meet,
+                self.model, budget=self.budget, steps=self.steps, warmup=recipe.warmup, meet=recipe.meet,
                 settle=recipe.settle, kappa=recipe.kappa, adaptive=recipe.adaptive, eta=recipe.eta,
                 tolerance=recipe.tolerance, weight_decay=recipe.weight_decay,
             )  # fmt: skip
         self._prepare()
+
+    def _budget_of_time(self, milliseconds: float) -> float:
+        """Price the stripes in ms and return the budget's share of them; measured once a folder, on rank 0."""
+        path = self.folder / "latency.json"
+        if path.exists():
+            latency = Latency(**json.loads(path.read_text()))
+        else:
+            images = self.example.expand(self.recipe.timed_batch, -1, -1, -1)
+            latency = ranks.agreed(lambda: measure(self.model, images))
+            if ranks.mine() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_results(self.folder, latency.as_dict(), path.name)
+        share = latency.share(milliseconds, self.network)
+        network = priced(self.network, latency)
+        for gate in gates(self.model).values():
+            gate.site, gate.network = network[gate.site.name], network
+        return share
 
     def _prepare(self) -> None:
         """What trains the model as it is now: SGD for the weights, Adam for the gates, see `param_groups`."""
@@ -194,7 +215,7 @@ class Trainer:
         rate = learning_rate(recipe, (self.step + 0.5) / self.steps)
         for group in self.optimisers[0].param_groups:
             group["lr"] = rate
-        phase, target = self.phase, self.loss.target() if self.loss else recipe.budget
+        phase, target = self.phase, self.loss.target() if self.loss else self.budget
         with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bfloat16):
             task = F.cross_entropy(self.parallel(x), y, label_smoothing=recipe.label_smoothing)
         total = self.loss(task) if self.loss else task
@@ -300,7 +321,7 @@ def slim_width(recipe: Recipe, classes: int, example: Tensor) -> float:
     def macs(width: float) -> int:
         return probe(build(recipe.model, classes, example.shape[1], width), example.cpu()).macs
 
-    allowed, low, high = recipe.budget * macs(recipe.width), 0.0, recipe.width
+    allowed, low, high = float(recipe.budget) * macs(recipe.width), 0.0, recipe.width
     for _ in range(12):
         middle = (low + high) / 2
         low, high = (middle, high) if macs(middle) <= allowed else (low, middle)

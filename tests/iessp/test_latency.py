@@ -1,0 +1,128 @@
+"""A budget in milliseconds: the fit, the budget it becomes, and that dear stripes die first."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import iessp
+from iessp import latency
+from iessp.budget import cut
+from iessp.data import load
+from iessp.data.images import Images, Splits
+from iessp.latency import Latency, measure, priced
+from iessp.network import probe
+from iessp.recipe import Recipe
+from iessp.timing import Timing
+from iessp.train import Trainer
+
+STRIPE_MS = {"0": 0.004, "2": 0.001, "4": 0.0005}
+OTHERS_MS = 0.002  # of networks with other names
+FIXED_MS = 0.7
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 8, 3, padding=1, bias=False),
+    )  # fmt: skip
+
+
+def clock(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
+    """A machine whose stripes take STRIPE_MS each, 0.1 ms a layer, and FIXED_MS whatever the network."""
+    found = {}
+    for key, call in calls.items():
+        module = call.args[0]  # type: ignore[attr-defined]
+        call()
+        live = {
+            n or key.split()[-1]: m.weight.shape[0]
+            for n, m in module.named_modules()
+            if hasattr(m, "skeleton")
+        }
+        time = sum(STRIPE_MS.get(n, OTHERS_MS) * count + 0.1 for n, count in live.items())
+        found[key] = Timing(time + (FIXED_MS - 0.1 * len(live) if " " not in key else 0.0), 0.0, 0.0, 1)
+    return found
+
+
+@pytest.fixture
+def exact_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "interleave", clock)
+
+
+def test_the_fit_finds_what_each_stripe_costs(exact_clock: None) -> None:
+    model = iessp.attach(network())
+    before = copy.deepcopy(model.state_dict())
+    found = measure(model, torch.zeros(2, 3, 8, 8))
+    assert found.per_stripe == pytest.approx(STRIPE_MS)
+    assert found.fixed == pytest.approx(FIXED_MS)
+    assert found.batch == 2
+    assert all(
+        torch.equal(v, model.state_dict()[k]) for k, v in before.items() if isinstance(v, torch.Tensor)
+    )
+    half = {name: torch.rand(g.site.stripe_shape) < 0.5 for name, g in iessp.gates(model).items()}
+    expected = FIXED_MS + sum(STRIPE_MS[name] * int(s.sum()) for name, s in half.items())
+    assert found.of(half) == pytest.approx(expected)
+
+
+def test_a_share_of_time_is_cut_to_that_time() -> None:
+    times, plain = Latency(FIXED_MS, STRIPE_MS, 1, 1), probe(network(), torch.zeros(1, 3, 8, 8))
+    scores = {site.name: torch.rand(site.stripe_shape) for site in plain.sites}
+    for milliseconds in (0.8, 0.9, 1.1):
+        share = times.share(milliseconds, plain)
+        skeletons = cut(priced(plain, times), scores, share)
+        spare = milliseconds - times.of(skeletons)
+        assert -1e-9 <= spare <= min(STRIPE_MS.values()) + 1e-9
+    assert times.share(100.0, plain) == 1.0
+    with pytest.raises(
+        ValueError, match=r"0\.5 ms is out of reach: batch 1 on 1 threads takes 0\.7 ms without"
+    ):
+        times.share(0.5, plain)
+
+
+def test_a_layer_without_gain_keeps_its_place_and_a_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STRIPE_MS, "2", -0.001)  # noise can make a layer faster with more stripes
+    monkeypatch.setattr(latency, "interleave", clock)
+    found = measure(iessp.attach(network()), torch.zeros(1, 3, 8, 8))
+    assert 0 < found.per_stripe["2"] < 0.01 * found.per_stripe["4"]
+
+
+def test_prices_take_the_place_of_macs_in_the_loss() -> None:
+    model = iessp.attach(network(), "magnitude", prices={"0": 1.0, "2": 0.0, "4": 3.0})
+    for name, gate in iessp.gates(model).items():
+        gate.settle(torch.full(gate.site.stripe_shape, name != "0"))
+    stripes = {name: gate.site.stripes for name, gate in iessp.gates(model).items()}
+    expected = 3 * stripes["4"] / (stripes["0"] + 3 * stripes["4"])
+    assert float(iessp.penalty(model)) == pytest.approx(expected)
+
+
+def test_a_recipe_in_milliseconds_trains_resumes_and_keeps_to_it(exact_clock: None, tmp_path: Path) -> None:
+    whole = load("digits")
+
+    def few(images: Images) -> Images:
+        return Images(images.x[:64, :, ::4, ::4].contiguous(), images.y[:64])
+
+    parts = (few(whole.train), few(whole.held_out), few(whole.test))
+    splits = Splits("digits", *parts, whole.classes, whole.mean, whole.std, whole.flip)
+    recipe = Recipe(name="t", model="resnet20", width=0.25, epochs=4, batch=16, gate_lr=0.2, budget="2 ms")
+    trainer = Trainer(recipe, splits, tmp_path)
+    trainer.run()
+    stored = Latency(**json.loads((tmp_path / "latency.json").read_text()))
+    assert 2 - OTHERS_MS < stored.of(trainer.skeletons) <= 2 + 1e-9
+    (tmp_path / "latency.json").write_text(json.dumps({**stored.as_dict(), "fixed": 1.0}))
+    assert Trainer(recipe, splits, tmp_path).budget < trainer.budget, "read back, not measured again"
+
+
+@pytest.mark.parametrize("budget", ["2.5", "fast ms", "-1 ms", "2 s"])
+def test_what_is_no_budget_is_refused(budget: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f'or a time such as "2.5 ms", got {budget!r}')):
+        Recipe(name="t", budget=budget)
+    with pytest.raises(ValueError, match="slim has no budget in milliseconds"):
+        Recipe(name="t", method="slim", budget="2.5 ms")
