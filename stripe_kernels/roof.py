@@ -46,10 +46,6 @@ class Roof:
             torch.set_num_threads(before)
         return cls(str(dtype)[6:], threads, 2 * side**3 / mm, 2 * copied / copy)
 
-    def seconds(self, macs: float, moved: float) -> float:
-        """The least time `macs` multiply-adds and `moved` bytes can take: the roofline."""
-        return max(2 * macs / self.flops, moved / self.bandwidth)
-
     def share_of_peak(self, macs: float, seconds: float) -> float:
         return 2 * macs / (seconds * self.flops)
 

@@ -1,16 +1,20 @@
-"""explain: what every layer of a network costs, which kernel runs it, and why."""
+"""explain: what every layer of a network costs, which kernel runs it, and why; as text, as data, as a page."""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stripe_kernels.compile import page
+from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.tune import Site, sites
 from stripe_kernels.plan import Candidate, Plan
+from stripe_kernels.roof import Roof
 
 _COLUMNS = {
     "layer": ("layer", "{}"),
@@ -23,34 +27,40 @@ _COLUMNS = {
     "predicted": ("predicted ms", "{:.3f}"),
     "measured": ("measured ms", "{:.3f}"),
     "dense": ("dense ms", "{:.3f}"),
+    "share": ("of peak", "{:.0%}"),
+    "next": ("next best", "{}"),
 }
-_HEAD = (
-    "<!doctype html><meta charset='utf-8'><title>stripe_kernels</title><style>body{font:13px sans-serif}"
-    "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:2px 6px;text-align:right}</style>"
-)
 _SECONDS = ("predicted", "measured", "dense")
+_NAMES_SHOWN = 6  # in a note that holds for many layers
 
 
 @dataclass(frozen=True)
 class Explanation:
     """One row a stripe layer, in the order they run, and what `optimize` did to the network.
 
-    rows hold: layer, input [N, C, H, W], filter [K, C/groups, R, S], stride, dtype, threads, live (stripes),
-    density, macs, dense_macs, kernel, config, predicted, measured, dense (seconds; None where nothing was
-    measured; dense is predicted where it was not measured), epilogue, candidates (dicts of kernel, config,
-    predicted, measured, refusal).
+    rows hold: layer, input [N, C, H, W], filter [K, C/groups, R, S], stride, dtype, threads, live (stripes) of
+    stripes, density, taps ([R][S], the share of filters that keep each), macs, dense_macs, bytes, dense_bytes (every
+    tensor moved once), kernel, config, predicted, measured, dense (seconds; None where nothing was measured; dense
+    is predicted where it was not measured), share (of the roof's arithmetic, live stripes alone counted; None
+    without a roof or a measurement), reason (of the choice), next (the best other kernel and its time over the
+    chosen one's), epilogue, candidates (dicts of kernel, config, predicted, measured, refusal).
     """
 
     rows: list[dict[str, Any]]
     notes: list[str]
     skeletons: list[Tensor] = field(repr=False)  # bool [K, R, S], one a row
+    roof: Roof | None = None
 
     def __str__(self) -> str:
-        cells = [[title for title, _ in _COLUMNS.values()], *map(_cells, self.rows), _cells(self.total)]
+        columns = [c for c in _COLUMNS if c != "share" or self.roof is not None]
+        titles = [_COLUMNS[c][0] for c in columns]
+        cells = [titles, *(cells_of(row, columns) for row in [*self.rows, self.total])]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        left = [str.ljust] * 3 + [str.rjust] * (len(widths) - 3)
-        lines = ("  ".join(f(c, w) for f, c, w in zip(left, line, widths, strict=True)) for line in cells)
-        return "\n".join([*map(str.rstrip, lines), *self.notes])
+        words = ("layer", "input", "filter", "kernel", "next")
+        aligned = [str.ljust if c in words else str.rjust for c in columns]
+        lines = ("  ".join(f(c, w) for f, c, w in zip(aligned, line, widths, strict=True)) for line in cells)
+        roof = [] if self.roof is None else [str(self.roof)]
+        return "\n".join([*map(str.rstrip, lines), *roof, *self.summary])
 
     @property
     def total(self) -> dict[str, Any]:
@@ -62,61 +72,132 @@ class Explanation:
             sums[name] = sum(values) if values and None not in values else None
         return sums
 
-    def html(self) -> str:
-        """The table as a page of its own; every skeleton drawn as the share of filters that keep each tap."""
-        titles = [*(title for title, _ in _COLUMNS.values()), "taps", "candidates"]
-        lines = ["".join(f"<th>{html.escape(title)}</th>" for title in titles)]
-        for row, skeleton in zip(self.rows, self.skeletons, strict=True):
-            cells = [*map(html.escape, _cells(row)), _drawing(skeleton), _race(row)]
-            lines.append("".join(f"<td>{cell}</td>" for cell in cells))
-        table = "".join(f"<tr>{line}</tr>" for line in lines)
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return f"{_HEAD}<table>{table}</table><ul>{notes}</ul>"
+    @property
+    def summary(self) -> list[str]:
+        """The notes, "NAME: WHAT" with one WHAT gathered on one line."""
+        gathered: dict[str, list[str]] = {}
+        for note in self.notes:
+            name, separator, what = note.partition(": ")
+            known = separator and " " not in name
+            gathered.setdefault(what if known else note, []).extend([name] if known else [])
+        lines = []
+        for what, names in gathered.items():
+            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+            lines.append(f"{', '.join(names[:_NAMES_SHOWN])}{more}: {what}" if names else what)
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the skeletons, ready for JSON: layers, total, notes, roof."""
+        total = {k: v for k, v in self.total.items() if k in ("macs", "dense_macs", *_SECONDS)}
+        roof = None if self.roof is None else self.roof.as_dict()
+        return {"layers": self.rows, "total": total, "notes": self.notes, "roof": roof}
+
+    def html(
+        self,
+        title: str = "Stripe layers",
+        networks: Sequence[dict[str, Any]] = (),
+        runs: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
+        """One self-contained page, light or dark as the reader's system: no script, nothing from a network.
+
+        networks: timings of whole networks, dicts of network, batch, ms, low, high (quartiles).
+        runs: points of accuracy, dicts of name, accuracy (0..1), spread (or None), macs_kept (0..1), ms (or
+        None), mine (whether it is the network shown). None leaves the section out, () says how to get some.
+        """
+        return page.render(self, title, networks, runs)
 
     def _repr_html_(self) -> str:
-        return self.html()
+        frame = "width:100%;height:40em;border:0"
+        return f"<iframe style='{frame}' srcdoc='{html.escape(self.html())}'></iframe>"
 
 
-def explain(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> Explanation:
+def explain(
+    model: nn.Module, example_input: Tensor | tuple[Tensor, ...], *, roof: Roof | None = None
+) -> Explanation:
     """Prints a table of the model's stripe layers as they run on `example_input`, and returns it.
 
     Times are the planner's predictions, and measurements where `tune` or `optimize` made some; explain
-    measures nothing. Ordinary convolutions are not listed: in an optimized network every convolution is a
-    stripe layer.
+    measures nothing. roof: `Roof.probe(dtype, threads)`, to state times as shares of it. Ordinary convolutions are
+    named, not listed: in an optimized network every convolution is a stripe layer.
     """
     found = sites(model, example_input)
-    rows = [_row(site) for site in found]
-    report = getattr(model, "report", [])
-    explanation = Explanation(
-        rows, list(report), [torch.from_numpy(site.op.skeleton.live.copy()) for site in found]
-    )
+    inside = "body." if isinstance(model, Network) else ""
+    rows = [_row(site, site.name.removeprefix(inside), roof) for site in found]
+    notes = list(getattr(model, "report", []))
+    notes += [f"{name}: an ordinary convolution" for name, m in model.named_modules() if type(m) is nn.Conv2d]
+    skeletons = [torch.from_numpy(site.op.skeleton.live.copy()) for site in found]
+    explanation = Explanation(rows, notes, skeletons, roof)
     print(explanation)
     return explanation
 
 
-def _row(site: Site) -> dict[str, Any]:
+def _row(site: Site, name: str, roof: Roof | None) -> dict[str, Any]:
     plan: Plan = site.op.plan("fprop", site.problem)
     shape, skeleton, chosen = site.problem.shape, site.op.skeleton, plan.chosen
     dense = next((c for c in plan.candidates if c.kernel == "dense"), None)
+    macs, dense_macs = shape.macs(skeleton.stripes), shape.macs(shape.K * shape.taps)
+    moved, dense_moved = _moved(site, skeleton.stripes), _moved(site, shape.K * shape.taps)
+    following = _next(plan)
     return {
-        "layer": site.name,
+        "layer": name,
         "input": list(shape.input_size),
         "filter": [shape.K, shape.group_c, shape.R, shape.S],
         "stride": list(shape.stride),
         "dtype": site.problem.dtype,
         "threads": site.problem.threads,
         "live": skeleton.stripes,
+        "stripes": shape.K * shape.taps,
         "density": skeleton.density,
-        "macs": shape.macs(skeleton.stripes),
-        "dense_macs": shape.macs(shape.K * shape.taps),
+        "taps": skeleton.live.mean(0).tolist(),
+        "macs": macs,
+        "dense_macs": dense_macs,
+        "bytes": moved,
+        "dense_bytes": dense_moved,
         "kernel": chosen.kernel,
         "config": list(chosen.config),
         "predicted": chosen.predicted,
         "measured": chosen.measured,
         "dense": None if dense is None else dense.measured or dense.predicted,
+        "share": roof.share_of_peak(macs, chosen.measured) if roof and chosen.measured else None,
+        "reason": _reason(site, plan, following),
+        "next": None if following is None else f"{following[0].kernel} {following[1]:.1f}x",
         "epilogue": site.epilogue,
         "candidates": [_candidate(c) for c in plan.candidates],
     }
+
+
+def _moved(site: Site, stripes: int) -> int:
+    """Bytes of one call that moves each of its tensors once."""
+    shape = site.problem.shape
+    maps = [shape.input_size, shape.output_size, *([] if site.residual is None else [shape.output_size])]
+    values = sum(n * c * h * w for n, c, h, w in maps) + stripes * shape.group_c
+    return values * site.x.element_size()
+
+
+def _next(plan: Plan) -> tuple[Candidate, float] | None:
+    """The best candidate of another kernel, and its time over the chosen one's; both measured, or both predicted."""
+    measured = plan.chosen.measured is not None
+
+    def seconds(c: Candidate) -> float | None:
+        return c.measured if measured else c.predicted
+
+    own = seconds(plan.chosen)
+    others = [c for c in plan.candidates if c.kernel != plan.chosen.kernel and seconds(c)]
+    if not others or not own:
+        return None
+    best = min(others, key=lambda c: seconds(c) or 0.0)
+    return best, (seconds(best) or 0.0) / own
+
+
+def _reason(site: Site, plan: Plan, following: tuple[Candidate, float] | None) -> str:
+    if site.op.kernel != "auto":
+        return "named by the caller"
+    measured = [c for c in plan.candidates if c.measured]
+    runnable = [c for c in plan.candidates if c.refusal is None]
+    how = f"fastest of {len(measured)} measured" if measured else f"fastest of {len(runnable)} by prediction"
+    if following is None:
+        return how if len(runnable) > 1 else "nothing else runs here"
+    return f"{how}; {following[0].kernel} takes {following[1]:.1f} times as long"
 
 
 def _candidate(c: Candidate) -> dict[str, Any]:
@@ -129,35 +210,11 @@ def _candidate(c: Candidate) -> dict[str, Any]:
     }
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def cells_of(row: dict[str, Any], columns: Sequence[str] = tuple(_COLUMNS)) -> list[str]:
     """A row as text; times in milliseconds, an empty cell for what is not known."""
-    values = {name: row[name] for name in _COLUMNS}
+    values = {name: row[name] for name in columns}
     for name in _SECONDS:
         values[name] = None if row[name] is None else row[name] * 1e3
     for name in ("input", "filter"):
         values[name] = None if row[name] is None else "x".join(map(str, row[name]))
     return ["" if v is None else _COLUMNS[name][1].format(v) for name, v in values.items()]
-
-
-def _drawing(skeleton: Tensor) -> str:
-    """A square a tap, darker the more filters keep it."""
-    share = skeleton.float().mean(0)
-    squares = "".join(
-        f"<rect x='{8 * s}' y='{8 * r}' width='7' height='7' fill='rgb({v},{v},{v})'/>"
-        for r, line in enumerate(share.tolist())
-        for s, v in enumerate(round(235 * (1 - x)) for x in line)
-    )
-    rows, columns = share.shape
-    return f"<svg width='{8 * columns}' height='{8 * rows}'>{squares}</svg>"
-
-
-def _race(row: dict[str, Any]) -> str:
-    """Every candidate and its time, or why it did not run."""
-    lines = []
-    for c in row["candidates"]:
-        name = html.escape(f"{c['kernel']} {c['config'] or ''}".strip())
-        seconds = c["measured"] or c["predicted"]
-        what = html.escape(c["refusal"]) if c["refusal"] else f"{seconds * 1e3:.3f} ms"
-        lines.append(f"{name}: {what}{'' if c['measured'] or c['refusal'] else ' (predicted)'}")
-    summary = f"<summary>{len(lines)}</summary>"
-    return f"<details>{summary}{'<br>'.join(lines)}</details>"

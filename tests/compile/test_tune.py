@@ -257,10 +257,8 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     tune(model, x, seconds=0.01)
     tuned = explain(model, x)
     assert all(r["measured"] and r["dense"] for r in tuned.rows)
-    page = tuned.html()
-    assert page.count("<svg") == 2
-    assert page.count("<tr>") == 3
-    assert json.loads(json.dumps(tuned.rows)) == tuned.rows
+    assert "fastest of" in tuned.rows[0]["reason"]
+    assert json.loads(json.dumps(tuned.as_dict())) == tuned.as_dict()
 
 
 def test_explain_an_optimized_network() -> None:

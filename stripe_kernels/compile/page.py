@@ -1,0 +1,283 @@
+"""An explanation as one self-contained page: no script, no network, light or dark as the reader's system is.
+
+Wide and narrow windows get the same elements: grids that wrap, bars in percent, pictures of at most their own width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stripe_kernels.compile.drawing import Axis, Point, scatter, skeleton, taps
+from stripe_kernels.compile.style import STYLE
+
+if TYPE_CHECKING:
+    from stripe_kernels.compile.explain import Explanation
+
+_HOW_TO_RUN = (
+    "No accuracy is recorded for this network. Runs leave records: <code>iessp train digits --out runs/a</code>, "
+    "then <code>iessp report runs/a</code>; or <code>iessp reproduce digits</code>, every method with several seeds, "
+    "then <code>iessp report MODEL --runs runs/reproduce-digits</code>."
+)
+
+
+def render(
+    explanation: Explanation,
+    title: str,
+    networks: Sequence[dict[str, Any]],
+    runs: Sequence[dict[str, Any]] | None,
+) -> str:
+    """The page; the arguments are those of `Explanation.html`."""
+    e = explanation
+    if e.rows:
+        parts = [
+            _head(e, title),
+            _networks(networks),
+            _skeletons(e),
+            _layers(e),
+            _roofline(e),
+            _accuracy(runs),
+        ]
+        parts += [_decisions(e), _notes(e)]
+    else:
+        parts = [
+            f"<h1>{escape(title)}</h1><p>No stripe layer runs in this network.</p>",
+            _accuracy(runs),
+            _notes(e),
+        ]
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
+        f"<meta name='color-scheme' content='light dark'><title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>"
+    )
+
+
+def _section(title: str, caption: str, body: str) -> str:
+    return f"<section><h2>{title}</h2><p class='caption'>{caption}</p>{body}</section>" if body else ""
+
+
+def _head(e: Explanation, title: str) -> str:
+    """What was looked at, and the figures that sum it up."""
+    first, total = e.rows[0], e.total
+    live, stripes = (sum(row[key] for row in e.rows) for key in ("live", "stripes"))
+    figures = [
+        (
+            f"{total['macs'] / total['dense_macs']:.1%}",
+            "of the multiply-adds",
+            f"{total['macs'] / 1e6:,.1f} M a call",
+        ),
+        (f"{live / stripes:.1%}", "of the stripes", f"{live:,} of {stripes:,}"),
+    ]
+    if total["measured"] and total["dense"]:
+        ratio, times = total["dense"] / total["measured"], (total["measured"], total["dense"])
+        figures.append((f"{ratio:.2f}×", "as fast, sum of layers", "{} of {} ms".format(*map(_ms, times))))
+    shares = [(row["share"], row["measured"]) for row in e.rows if row["share"] is not None]
+    if shares:
+        mean = sum(s * t for s, t in shares) / sum(t for _, t in shares)
+        figures.append((f"{mean:.0%}", "of peak arithmetic", "mean of the layers, by time"))
+    cards = "".join(f"<div><b>{a}</b><span>{b}</span><small>{c}</small></div>" for a, b, c in figures)
+    threads = f"{first['threads']} thread{'s' if first['threads'] > 1 else ''}"
+    line = (
+        f"input {'×'.join(map(str, first['input']))}, {first['dtype']}, {threads}, torch {torch.__version__}"
+    )
+    return f"<header><h1>{escape(title)}</h1><p>{line}</p></header><div class='figures'>{cards}</div>"
+
+
+def _networks(networks: Sequence[dict[str, Any]]) -> str:
+    """Whole networks: a bar a contestant."""
+    longest = max((n["ms"] for n in networks), default=0.0)
+    rows = "".join(
+        f"<div class='pair'><span>{escape(n['network'])}</span><div>"
+        + _bar(
+            n["ms"] / longest,
+            "dense" if n["network"].startswith("dense") else "stripes",
+            f"{n['ms']:.3g} ms",
+            6,
+        )
+        + f"</div><small>{n['low']:.3g}–{n['high']:.3g}</small></div>"
+        for n in networks
+    )
+    caption = "Time of one call, median and quartiles of interleaved runs, after the outputs were compared."
+    return _section("Whole network", caption, rows)
+
+
+def _skeletons(e: Explanation) -> str:
+    cards = "".join(
+        f"<figure>{skeleton(live)}<figcaption>{_name(row)}<small>{row['density']:.0%} of {row['stripes']:,}"
+        "</small></figcaption></figure>"
+        for row, live in zip(e.rows, e.skeletons, strict=True)
+    )
+    caption = "A tile is a filter, a cell one of its taps; filled cells are stripes that live."
+    return _section("Skeletons", caption, f"<div class='skeletons'>{cards}</div>")
+
+
+def _layers(e: Explanation) -> str:
+    """Density, taps and time, one line a layer; above them the taps of all layers of one filter size."""
+    longest = max(
+        (row[key] or 0.0 for row in e.rows for key in ("dense", "measured", "predicted")), default=0.0
+    )
+    lines = []
+    for row in e.rows:
+        seconds = row["measured"] or row["predicted"]
+        pairs = [("dense", row["dense"]), ("stripes", seconds)]
+        bars = "".join(_bar(t / longest, kind, f"{_ms(t)} ms", 5) for kind, t in pairs if t and longest)
+        ratio = f"{row['dense'] / seconds:.1f}×" if row["dense"] and seconds else ""
+        lines.append(
+            f"<div class='layer'><span>{_name(row)}</span>"
+            f"<div>{_bar(row['density'], 'kept', format(row['density'], '.0%'), 3)}</div>"
+            f"<div>{taps(row['taps'], 9)}</div><div class='times'>{bars}</div><b>{ratio}</b></div>"
+        )
+    heads = "".join(f"<span>{head}</span>" for head in ("", "stripes kept", "by tap", "time"))
+    measured = all(row["measured"] for row in e.rows)
+    caption = (
+        "Stripes kept, filters that keep each tap, and the time of a call: "
+        "<i class='key dense'></i>dense above <i class='key stripes'></i>stripes, "
+        + ("measured." if measured else "predicted where no kernel was measured.")
+    )
+    return _section(
+        "Layers", caption, _all_taps(e) + f"<div class='layer head'>{heads}</div>{''.join(lines)}"
+    )
+
+
+def _all_taps(e: Explanation) -> str:
+    """Percent of the filters that keep each tap, over all layers of one filter size; 1x1 has nothing to tell."""
+    sums: dict[tuple[int, int], torch.Tensor] = {}
+    filters: dict[tuple[int, int], int] = {}
+    for live in e.skeletons:
+        k, r, s = live.shape
+        if r * s > 1:
+            sums[r, s] = sums.get((r, s), torch.zeros(r, s)) + live.sum(0)
+            filters[r, s] = filters.get((r, s), 0) + k
+    figures = "".join(
+        f"<figure>{taps((sums[r, s] / filters[r, s]).tolist(), 28, numbers=True)}"
+        f"<figcaption>all {r}×{s} layers, %<small>{filters[r, s]:,} filters</small></figcaption></figure>"
+        for r, s in sums
+    )
+    return f"<div class='skeletons'>{figures}</div>" if figures else ""
+
+
+def _roofline(e: Explanation) -> str:
+    """Rates against intensity, where a roof and measurements are there."""
+    if e.roof is None or not all(row["measured"] for row in e.rows):
+        return ""
+    pairs: list[list[Point]] = []
+    by_share = sorted(e.rows, key=lambda row: row["share"])
+    told = {id(by_share[0]): "lowest", id(by_share[-1]): "highest"}
+    for row in e.rows:
+        pair = []
+        for kind, macs, moved, t in (
+            ("dense", row["dense_macs"], row["dense_bytes"], row["dense"]),
+            ("stripes", row["macs"], row["bytes"], row["measured"]),
+        ):
+            if t and macs:
+                rate, note = 2 * macs / t / 1e9, f"{row['layer']}, {kind}: {2 * macs / t / 1e9:.3g} GFLOP/s"
+                label = f"{told[id(row)]} {row['share']:.0%}" if kind == "stripes" and id(row) in told else ""
+                pair.append(Point(2 * macs / moved, rate, kind, label, note))
+        pairs.append(pair)
+    points = [p for pair in pairs for p in pair]
+    if not points:
+        return ""
+    x, y = Axis("FLOP a byte moved", log=True), Axis("GFLOP/s", log=True)
+    low, high = x.span([p.x for p in points])
+    flops, bandwidth = e.roof.flops / 1e9, e.roof.bandwidth / 1e9
+    corners = sorted({low, min(max(flops / bandwidth, low), high), high})
+    roof = [(v, min(flops, bandwidth * v)) for v in corners]
+    links = [([(p.x, p.y) for p in pair], "link", "") for pair in pairs if len(pair) == 2]
+    plot = scatter(points, x, y, [*links, (roof, "roof", f"roof {flops:.0f} GFLOP/s")], "roofline")
+    shares = "".join(
+        f"<div class='pair'><span>{escape(row['layer'])}</span><div>"
+        f"{_bar(min(1.0, row['share']), 'kept', format(row['share'], '.0%'), 3)}</div></div>"
+        for row in e.rows
+    )
+    caption = (
+        f"<i class='key dense'></i>Dense and <i class='key stripes'></i>stripes, one mark a layer, joined: useful "
+        f"arithmetic a second. The roof is measured here: {escape(str(e.roof).partition(': ')[2])}. Operands that stay "
+        "in a cache pass its slope."
+    )
+    body = f"<div class='two'>{plot}<div><h3>Share of peak arithmetic, stripes</h3>{shares}</div></div>"
+    return _section("Roofline", caption, body)
+
+
+def _accuracy(runs: Sequence[dict[str, Any]] | None) -> str:
+    """Accuracy against multiply-adds and against milliseconds, from records of runs."""
+    if runs is None:
+        return ""
+    if not runs:
+        return f"<section><h2>Accuracy</h2><p class='caption'>{_HOW_TO_RUN}</p></section>"
+    plots, y = [], Axis("accuracy", percent=True)
+    for key, x in (
+        ("macs_kept", Axis("multiply-adds kept", percent=True)),
+        ("ms", Axis("ms a call, batch 1")),
+    ):
+        points = [
+            Point(
+                run[key], run["accuracy"], "stripes" if run["mine"] else "other", run["name"],
+                f"{run['name']}: {run['accuracy']:.2%}", run["spread"] or 0.0,
+            )
+            for run in runs
+            if run[key] is not None
+        ]  # fmt: skip
+        if points:
+            plots.append(scatter(points, x, y, name=f"accuracy against {x.title}"))
+    timed = "" if any(run["ms"] is not None for run in runs) else " No run among them was timed."
+    spread = " Lines are a standard deviation over seeds." if any(run["spread"] for run in runs) else ""
+    mine = (
+        "<i class='key stripes'></i>This network, <i class='key other'></i>others. "
+        if any(run["mine"] for run in runs)
+        else ""
+    )
+    caption = f"{mine}Test accuracy of {len(runs)} recorded runs or methods.{spread}{timed}"
+    return _section("Accuracy", caption, f"<div class='two'>{''.join(plots)}</div>")
+
+
+def _decisions(e: Explanation) -> str:
+    """The plan, layer by layer, with everything that was in the race."""
+    heads = ("layer", "kernel", "predicted, ms", "measured, ms", "dense, ms", "why")
+    body = []
+    for row in e.rows:
+        times = [_ms(row[key]) if row[key] else "" for key in ("predicted", "measured", "dense")]
+        race = f"<details><summary>{escape(row['reason'])}</summary>{_race(row['candidates'])}</details>"
+        cells = [escape(row["layer"]), f"<code>{escape(row['kernel'])}</code>", *times, race]
+        line = "".join(f"<td data-head='{h}'>{c}</td>" for h, c in zip(heads, cells, strict=True))
+        body.append(f"<tr>{line}</tr>")
+    head = "".join(f"<th>{h}</th>" for h in heads)
+    table = f"<table class='plan'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return _section("Decisions", "Which kernel runs each layer; open a reason to see every candidate.", table)
+
+
+def _race(candidates: Iterable[dict[str, Any]]) -> str:
+    lines = []
+    for c in candidates:
+        name = escape(f"{c['kernel']} {c['config'] or ''}".strip())
+        seconds = c["measured"] or c["predicted"]
+        what = escape(c["refusal"]) if c["refusal"] else f"{_ms(seconds)} ms"
+        lines.append(
+            f"<li><code>{name}</code> {what}{'' if c['measured'] or c['refusal'] else ', predicted'}</li>"
+        )
+    return f"<ul>{''.join(lines)}</ul>"
+
+
+def _notes(e: Explanation) -> str:
+    lines = "".join(f"<li>{escape(line)}</li>" for line in e.summary)
+    return _section(
+        "Rewritten", "What was folded, removed or left as it was.", f"<ul>{lines}</ul>" if lines else ""
+    )
+
+
+def _name(row: dict[str, Any]) -> str:
+    k, c, r, s = row["filter"]
+    return f"<span class='name'>{escape(row['layer'])}</span> <small>{c}→{k}, {r}×{s}</small>"
+
+
+def _bar(share: float, kind: str, label: str, room: int) -> str:
+    """A thin bar of `share` of the width that `room` em for its label leave."""
+    return f"<div class='bar {kind}' style='--share:{share:.4f};--room:{room}em'><i></i><span>{label}</span></div>"
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds with three digits."""
+    return f"{seconds * 1e3:#.3g}".rstrip(".")

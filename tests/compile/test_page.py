@@ -1,0 +1,197 @@
+"""The page of an explanation: what it draws, that it stands alone, and how a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stripe_kernels import Roof, StripeConv2d, explain, tune
+from stripe_kernels.compile import drawing
+from stripe_kernels.compile.explain import Explanation
+from stripe_kernels.testing import live_stripes
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome", "chromium-browser"))), None
+)
+RUNS = [
+    {"name": "<dense>", "accuracy": 0.98, "spread": 0.01, "macs_kept": 1.0, "ms": 9.0, "mine": False},
+    {"name": "this one", "accuracy": 0.97, "spread": None, "macs_kept": 0.3, "ms": 3.0, "mine": True},
+]
+NETWORKS = [
+    {"network": "dense", "batch": 2, "ms": 9.0, "low": 8.9, "high": 9.3},
+    {"network": "frozen", "batch": 2, "ms": 3.0, "low": 2.9, "high": 3.3},
+]
+
+
+@pytest.fixture(scope="module")
+def explained(tmp_path_factory: pytest.TempPathFactory) -> Explanation:
+    """A network of lopsided layers with one name that is long, tuned so that every section has something to say."""
+    layers: dict[str, nn.Module] = {}
+    c = 3
+    for name, k, r, s in (
+        ("stem", 24, 3, 3),
+        ("a_layer_with_quite_a_long_name_of_its_own", 64, 3, 2),
+        ("head", 130, 1, 1),
+    ):
+        layers[name] = StripeConv2d(c, k, (r, s), skeleton=live_stripes("random", (k, r, s), 0.4, seed=k))
+        c = k
+    model, x = nn.Sequential(), torch.randn(2, 3, 9, 8)
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    tune(model, x, seconds=0.01, folder=tmp_path_factory.mktemp("tune"))
+    return explain(model, x, roof=Roof("float32", 1, 1e11, 1e10))
+
+
+class Tags(HTMLParser):
+    """Every tag and its attributes; text that is shown."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_it_stands_alone_and_names_everything(explained: Explanation) -> None:
+    page = explained.html("A & B", NETWORKS, RUNS)
+    read = Tags(page)
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in read.tags}
+    assert not [a for _, a in read.tags for name in a if name in ("src", "href", "xlink:href")]
+    assert "@import" not in page
+    assert re.findall(r"url\((?!#)", page) == []
+    assert "A & B" in read.text
+    for row in explained.rows:
+        assert read.text.count(row["layer"]) >= 3
+        assert row["reason"] in read.text
+    assert "<dense>" in read.text
+    for section in ("Whole network", "Skeletons", "Layers", "Roofline", "Accuracy", "Decisions"):
+        assert section in read.text
+
+
+def test_sections_without_records_say_how_to_get_them_or_are_left_out(explained: Explanation) -> None:
+    assert "iessp train" in explained.html(runs=())
+    plain = Tags(Explanation(explained.rows, [], explained.skeletons).html()).text
+    assert not {"Accuracy", "Roofline", "Whole network", "Rewritten"} & set(plain.split())
+    assert "No stripe layer" in Explanation([], [], []).html()
+
+
+@pytest.mark.parametrize(
+    ("size", "pattern"), [((7, 3, 2), "random"), ((64, 1, 1), "random"), ((1, 5, 4), "full")]
+)
+def test_a_skeleton_is_drawn_stripe_by_stripe(size: tuple[int, int, int], pattern: str) -> None:
+    """Reads the ink back: every stretch of the path, as filters and taps."""
+    _, r, s = size
+    live = torch.from_numpy(live_stripes(pattern, size, 0.5, seed=1).live.copy())
+    svg = drawing.skeleton(live)
+    width = int(re.search(r"viewBox='0 0 (\d+) ", svg)[1])  # type: ignore[index]
+    columns = (width + 1) // (s + 1)
+    ink = re.search(r"class='live' d='([^']*)'", svg)[1]  # type: ignore[index]
+    seen = torch.zeros_like(live)
+    for x, y, n in re.findall(r"M(\d+) (\d+)\.5h(\d+)", ink):
+        for column in range(int(x), int(x) + int(n)):
+            seen[int(y) // (r + 1) * columns + column // (s + 1), int(y) % (r + 1), column % (s + 1)] = True
+    assert torch.equal(seen, live)
+
+
+def test_notes_that_say_the_same_are_one_line() -> None:
+    notes = [f"bn{i}: folded into the filter before it" for i in range(9)] + ["maps are channels_last inside"]
+    summary = Explanation([], notes, []).summary
+    assert summary == [
+        "bn0, bn1, bn2, bn3, bn4, bn5 and 3 more: folded into the filter before it",
+        "maps are channels_last inside",
+    ]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_ticks_are_round_and_inside(log: bool) -> None:
+    for low, high in ((0.3, 1.0), (2.0, 900.0), (0.94, 0.95), (1e-3, 7.0)):
+        axis = drawing.Axis("x", log=log)
+        bottom, top = axis.span([low, high])
+        ticks = axis.ticks(bottom, top)
+        assert bottom < low
+        assert top > high
+        assert all(bottom <= t <= top for t in ticks)
+        assert len(ticks) >= 2
+        assert len(ticks) == len({axis.text(t) for t in ticks}) <= 11
+
+
+def browse(page: Path, *arguments: str) -> str:
+    """Runs the browser once, without its network services."""
+    assert BROWSER is not None
+    quiet = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--hide-scrollbars",
+    )
+    home = f"--user-data-dir={page.parent / 'browser'}"
+    ran = subprocess.run(
+        [BROWSER, *quiet, home, *arguments, page.as_uri()], capture_output=True, text=True, check=True
+    )
+    return ran.stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH: apt-get install chromium")
+def test_a_browser_shows_it_without_overflow(explained: Explanation, tmp_path: Path) -> None:
+    """Asks the browser itself, in frames of both widths, whether anything is wider than the window."""
+    page = explained.html("Report", NETWORKS, RUNS)
+    frames = "".join(
+        f"<iframe width='{w}' height='600' srcdoc='{escape(page)}'></iframe>" for w in (1200, 400)
+    )
+    measure = (
+        "onload=()=>{const found=[...document.querySelectorAll('iframe')].map(f=>{const d=f.contentDocument,"
+        "e=d.documentElement;return{window:f.contentWindow.innerWidth,content:e.scrollWidth,height:e.scrollHeight,"
+        "outside:[...d.querySelectorAll('main *')].filter(n=>n.getBoundingClientRect().right>e.clientWidth+1)"
+        ".map(n=>n.tagName+'.'+n.getAttribute('class'))}});document.body.textContent=JSON.stringify(found)}"
+    )
+    framed = tmp_path / "framed.html"
+    framed.write_text(f"<!doctype html><body>{frames}<script>{measure}</script></body>")
+    body = re.search(r"<body>(.*)</body>", browse(framed, "--dump-dom"), re.DOTALL)
+    assert body is not None
+    wide, narrow = json.loads(body[1])
+    assert (wide["window"], narrow["window"]) == (1200, 400)
+    assert wide["content"] <= 1200
+    assert narrow["content"] <= 400
+    assert narrow["height"] > wide["height"] > 600
+    assert wide["outside"] == narrow["outside"] == []
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH: apt-get install chromium")
+@pytest.mark.parametrize("width", [1200, 400])
+def test_a_browser_paints_both_themes(explained: Explanation, tmp_path: Path, width: int) -> None:
+    """Light paper and dark paper, in both the ink of the stripes, spread over the page."""
+    image = pytest.importorskip("PIL.Image")
+    page = tmp_path / "report.html"
+    page.write_text(explained.html("Report", NETWORKS, RUNS))
+    paper = {"light": (255, 255, 255), "dark": (0x14, 0x17, 0x1B)}
+    stripes = {"light": (0x0B, 0x62, 0xA8), "dark": (0x63, 0xB3, 0xF1)}
+    for theme, setting in (("light", 1), ("dark", 0)):
+        shot = tmp_path / f"{theme}.png"
+        size = f"--window-size={width},1600"
+        browse(page, size, f"--blink-settings=preferredColorScheme={setting}", f"--screenshot={shot}")
+        painted = image.open(shot).convert("RGB")
+        assert painted.size == (width, 1600)
+        counts = {colour: n for n, colour in painted.getcolors(painted.width * painted.height)}
+        assert painted.getpixel((1, 1)) == paper[theme]
+        assert 0.5 < counts[paper[theme]] / (width * 1600) < 0.98
+        assert counts[stripes[theme]] > 500
+        rows = [
+            y for y in range(1600) if stripes[theme] in {painted.getpixel((x, y)) for x in range(0, width, 2)}
+        ]
+        assert max(rows) - min(rows) > 500
