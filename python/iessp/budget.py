@@ -89,7 +89,7 @@ class _Ranked:
 
 def _rank(network: Network, scores: dict[str, Tensor], budget: float, whole_filters: bool) -> _Ranked:
     if not 0 < budget <= 1:
-        raise ValueError(f"budget is a share of the cost, in (0, 1], got {budget}")
+        raise ValueError(f"budget is a share of MACs in (0, 1], got {budget}")
     scores = {site.name: scores[site.name] for site in network.sites if site.name in scores}
     units = [_units(value, whole_filters) for value in scores.values()]
     sites = [network[name] for name in scores]
