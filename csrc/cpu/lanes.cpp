@@ -27,30 +27,17 @@ char* element(const TensorView& t, const LaneMap& m, int image, int c, int row, 
   return t.at(m.n0 + image, c, (m.first_row + row) * m.step_h + m.h0, (m.first_col + col) * m.step_w + m.w0);
 }
 
-void zero_outside(const LaneMap& m, const Inside& in, int image, int count, float* lanes) {
-  for (int c = 0; c < count; ++c)
-    for (int row = 0; row < m.rows; ++row) {
-      float* p = lanes + c * m.c_stride + (static_cast<std::int64_t>(image) * m.rows + row) * m.pitch;
-      if (row < in.rows.lo || row >= in.rows.hi || in.cols.size() == 0) {
-        std::fill(p, p + m.pitch, 0.f);
-      } else {
-        std::fill(p, p + in.cols.lo, 0.f);
-        std::fill(p + in.cols.hi, p + m.pitch, 0.f);
-      }
-    }
+float* lane_row(const LaneMap& m, float* lanes, int c, int image, int row) {
+  return lanes + c * m.c_stride + (static_cast<std::int64_t>(image) * m.rows + row) * m.pitch;
 }
 
-// Calls fn(tensor element pointer, lane pointer, columns) for every row of every channel and image of a pixel map.
-template <class Lanes, class Fn>
-void each_pixel_row(const TensorView& t, const LaneMap& m, const Inside& in, int c_first, int count, Lanes* lanes,
-                    Fn fn) {
-  if (in.cols.size() == 0) return;
-  for (int c = 0; c < count; ++c)
-    for (int image = 0; image < m.images; ++image)
-      for (int row = in.rows.lo; row < in.rows.hi; ++row)
-        fn(element(t, m, image, c_first + c, row, in.cols.lo),
-           lanes + c * m.c_stride + (static_cast<std::int64_t>(image) * m.rows + row) * m.pitch + in.cols.lo,
-           in.cols.size());
+// Rows above and below the tensor; all of them where no column meets it.
+void zero_rows(const LaneMap& m, const Inside& in, float* map) {
+  const bool none = in.cols.size() == 0 || in.rows.size() == 0;
+  std::fill(map, map + (none ? m.rows : in.rows.lo) * static_cast<std::int64_t>(m.pitch), 0.f);
+  if (!none)
+    std::fill(map + in.rows.hi * static_cast<std::int64_t>(m.pitch),
+              map + m.rows * static_cast<std::int64_t>(m.pitch), 0.f);
 }
 
 // True when rows of the block follow each other without a gap in the tensor and in the lanes.
@@ -62,8 +49,8 @@ bool rows_contiguous(const TensorView& t, const LaneMap& m, const Inside& in) {
 // And whole channels likewise.
 bool channels_contiguous(const TensorView& t, const LaneMap& m, const Inside& in) {
   const std::int64_t plane = static_cast<std::int64_t>(m.tensor_h) * m.tensor_w;
-  return rows_contiguous(t, m, in) && in.rows.lo == 0 && in.rows.size() == m.tensor_h && m.rows == m.tensor_h &&
-         t.stride[1] == plane && m.c_stride == plane * m.batch;
+  return rows_contiguous(t, m, in) && in.rows.lo == 0 && in.rows.size() == m.tensor_h &&
+         m.rows == m.tensor_h && t.stride[1] == plane && m.c_stride == plane * m.batch;
 }
 
 void prefetch(const char* p, std::int64_t bytes) {
@@ -84,9 +71,11 @@ void load_batch(const IsaKernels& isa, const TensorView& x, const LaneMap& m, co
       // Each channel is a short run in every image: too short for the hardware to see sixteen streams coming.
       if (c + 1 < count)
         for (int image = 0; image < m.images; ++image)
-          prefetch(element(x, m, image, c_first + c + 1, in.rows.lo, 0), run * static_cast<std::int64_t>(size_of(x.dtype)));
-      isa.load_transposed(lanes + c * m.c_stride + static_cast<std::int64_t>(in.rows.lo) * m.pitch * m.batch, m.batch,
-                          element(x, m, 0, c_first + c, in.rows.lo, 0), x.dtype, images, m.images, run);
+          prefetch(element(x, m, image, c_first + c + 1, in.rows.lo, 0),
+                   run * static_cast<std::int64_t>(size_of(x.dtype)));
+      isa.load_transposed(lanes + c * m.c_stride + static_cast<std::int64_t>(in.rows.lo) * m.pitch * m.batch,
+                          m.batch, element(x, m, 0, c_first + c, in.rows.lo, 0), x.dtype, images, m.images,
+                          run);
     }
     return;
   }
@@ -105,8 +94,8 @@ void load_batch(const IsaKernels& isa, const TensorView& x, const LaneMap& m, co
         const int n = std::min(kStage, in.cols.hi - col);
         for (int image = 0; image < m.images; ++image)
           isa.load_row(stage + image * kStage, element(x, m, image, c_first + c, row, col), x.dtype, step, n);
-        isa.load_transposed(at_row + c * m.c_stride + static_cast<std::int64_t>(col) * m.batch, m.batch, stage,
-                            DType::f32, kStage, m.images, n);
+        isa.load_transposed(at_row + c * m.c_stride + static_cast<std::int64_t>(col) * m.batch, m.batch,
+                            stage, DType::f32, kStage, m.images, n);
       }
   }
 }
@@ -120,8 +109,8 @@ void store_batch(const IsaKernels& isa, const TensorView& y, const LaneMap& m, c
   }
   if (rows_contiguous(y, m, in)) {
     for (int c = 0; c < count; ++c)
-      isa.store_transposed(element(y, m, 0, c_first + c, 0, 0), y.dtype, images, lanes + c * m.c_stride, m.batch,
-                           static_cast<std::int64_t>(m.rows) * m.tensor_w, m.images);
+      isa.store_transposed(element(y, m, 0, c_first + c, 0, 0), y.dtype, images, lanes + c * m.c_stride,
+                           m.batch, static_cast<std::int64_t>(m.rows) * m.tensor_w, m.images);
     return;
   }
   for (int row = 0; row < m.rows; ++row) {
@@ -137,31 +126,47 @@ void store_batch(const IsaKernels& isa, const TensorView& y, const LaneMap& m, c
     for (int c = 0; c < count; ++c)
       for (int col = 0; col < m.cols; col += kStage) {
         const int n = std::min(kStage, m.cols - col);
-        isa.store_transposed(stage, DType::f32, kStage, at_row + c * m.c_stride + static_cast<std::int64_t>(col) * m.batch,
-                             m.batch, n, m.images);
+        isa.store_transposed(stage, DType::f32, kStage,
+                             at_row + c * m.c_stride + static_cast<std::int64_t>(col) * m.batch, m.batch, n,
+                             m.images);
         for (int image = 0; image < m.images; ++image)
-          isa.store_row(element(y, m, image, c_first + c, row, col), y.dtype, step, stage + image * kStage, n);
+          isa.store_row(element(y, m, image, c_first + c, row, col), y.dtype, step, stage + image * kStage,
+                        n);
       }
   }
 }
 
 }  // namespace
 
-void load_lanes(const IsaKernels& isa, const TensorView& x, const LaneMap& m, int c_first, int count, float* lanes) {
+void load_lanes(const IsaKernels& isa, const TensorView& x, const LaneMap& m, int c_first, int count,
+                float* lanes) {
   const Inside in(m);
   if (m.batch > 1) {
     if (m.images < m.batch) std::memset(lanes, 0, sizeof(float) * count * m.c_stride);
     return load_batch(isa, x, m, in, c_first, count, lanes);
   }
-  for (int image = 0; image < m.images; ++image) zero_outside(m, in, image, count, lanes);
   const std::int64_t step = m.step_w * x.stride[3];
-  if (x.stride[1] == 1 && step != 1 && count > 1) {  // channels_last: pixels x channels, transposed
-    each_pixel_row(x, m, in, c_first, 1, lanes, [&](const char* src, float* dst, int cols) {
-      isa.load_transposed(dst, m.c_stride, src, x.dtype, step, cols, count);
-    });
-  } else {
-    each_pixel_row(x, m, in, c_first, count, lanes,
-                   [&](const char* src, float* dst, int cols) { isa.load_row(dst, src, x.dtype, step, cols); });
+  const int before = in.cols.lo, cols = in.cols.size(), after = m.pitch - in.cols.hi;
+  const bool transposed = x.stride[1] == 1 && step != 1 && count > 1;  // channels_last: pixels x channels
+  for (int image = 0; image < m.images; ++image) {
+    for (int c = 0; c < count; ++c) zero_rows(m, in, lane_row(m, lanes, c, image, 0));
+    if (cols == 0) continue;
+    if (!transposed) {
+      for (int c = 0; c < count; ++c)
+        isa.load_rows(lane_row(m, lanes, c, image, in.rows.lo), m.pitch,
+                      element(x, m, image, c_first + c, in.rows.lo, before), x.dtype, m.step_h * x.stride[2],
+                      step, in.rows.size(), before, cols, after);
+      continue;
+    }
+    for (int row = in.rows.lo; row < in.rows.hi; ++row) {
+      float* const at = lane_row(m, lanes, 0, image, row);
+      for (int c = 0; c < count; ++c) {
+        std::fill(at + c * m.c_stride, at + c * m.c_stride + before, 0.f);
+        std::fill(at + c * m.c_stride + in.cols.hi, at + c * m.c_stride + m.pitch, 0.f);
+      }
+      isa.load_transposed(at + before, m.c_stride, element(x, m, image, c_first, row, before), x.dtype, step,
+                          cols, count);
+    }
   }
 }
 
@@ -170,25 +175,30 @@ void store_lanes(const IsaKernels& isa, const TensorView& y, const LaneMap& m, i
   const Inside in(m);
   if (m.batch > 1) return store_batch(isa, y, m, in, c_first, count, lanes);
   const std::int64_t step = m.step_w * y.stride[3];
-  if (y.stride[1] == 1 && step != 1 && count > 1) {
-    each_pixel_row(y, m, in, c_first, 1, lanes, [&](char* dst, const float* src, int cols) {
-      isa.store_transposed(dst, y.dtype, step, src, m.c_stride, count, cols);
-    });
-  } else {
-    each_pixel_row(y, m, in, c_first, count, lanes,
-                   [&](char* dst, const float* src, int cols) { isa.store_row(dst, y.dtype, step, src, cols); });
+  const bool transposed = y.stride[1] == 1 && step != 1 && count > 1;
+  float* const from = const_cast<float*>(lanes);
+  if (in.cols.size() == 0) return;
+  for (int image = 0; image < m.images; ++image) {
+    for (int row = in.rows.lo; transposed && row < in.rows.hi; ++row)
+      isa.store_transposed(element(y, m, image, c_first, row, in.cols.lo), y.dtype, step,
+                           lane_row(m, from, 0, image, row) + in.cols.lo, m.c_stride, count, in.cols.size());
+    for (int c = 0; !transposed && c < count; ++c)
+      isa.store_rows(element(y, m, image, c_first + c, in.rows.lo, in.cols.lo), y.dtype,
+                     m.step_h * y.stride[2], step, lane_row(m, from, c, image, in.rows.lo) + in.cols.lo,
+                     m.pitch, in.rows.size(), in.cols.size());
   }
 }
 
-void finish_lanes(const IsaKernels& isa, const Epilogue& e, const LaneMap& m, int c_first, int count, float* lanes,
-                  float* strip) {
+void finish_lanes(const IsaKernels& isa, const Epilogue& e, const LaneMap& m, int c_first, int count,
+                  float* lanes, float* strip) {
   if (e.empty()) return;
   const auto scale = [&](int c) { return e.scale ? e.scale[c] : 1.f; };
   const auto shift = [&](int c) { return e.shift ? e.shift[c] : 0.f; };
   const std::int64_t n = static_cast<std::int64_t>(m.rows) * m.pitch * (m.batch > 1 ? m.batch : m.images);
   if (!e.residual.data) {
     for (int c = 0; c < count; ++c)
-      isa.finish_row(lanes + c * m.c_stride, n, scale(c_first + c), shift(c_first + c), nullptr, e.activation);
+      isa.finish_row(lanes + c * m.c_stride, n, scale(c_first + c), shift(c_first + c), nullptr,
+                     e.activation);
     return;
   }
   for (int c0 = 0; c0 < count; c0 += kFinishStrip) {

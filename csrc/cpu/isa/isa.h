@@ -44,6 +44,12 @@ struct IsaKernels {
   void (*load_row)(float* dst, const void* src, DType type, std::int64_t step, std::int64_t n);
   // dst[i * step] = type(src[i])
   void (*store_row)(void* dst, DType type, std::int64_t step, const float* src, std::int64_t n);
+  // Rows: zeros_before zeros, then float(src[r * row_step + i * step]) for i < cols, then zeros_after zeros, at dst + r * pitch.
+  void (*load_rows)(float* dst, std::int64_t pitch, const void* src, DType type, std::int64_t row_step, std::int64_t step,
+                    std::int64_t rows, std::int64_t zeros_before, std::int64_t cols, std::int64_t zeros_after);
+  // dst[r * row_step + i * step] = type(src[r * pitch + i])
+  void (*store_rows)(void* dst, DType type, std::int64_t row_step, std::int64_t step, const float* src, std::int64_t pitch,
+                     std::int64_t rows, std::int64_t cols);
   // dst[j * dst_ld + i] = float(src[i * src_ld + j]) for i < rows, j < cols
   void (*load_transposed)(float* dst, std::int64_t dst_ld, const void* src, DType type, std::int64_t src_ld,
                           std::int64_t rows, std::int64_t cols);

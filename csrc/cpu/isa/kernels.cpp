@@ -20,6 +20,8 @@ const IsaKernels* SK_JOIN(isa_table_, SK_ISA)() {
   fill_tiles<kMaxTileFilters>(table);
   table.load_row = load_row;
   table.store_row = store_row;
+  table.load_rows = load_rows;
+  table.store_rows = store_rows;
   table.load_transposed = load_transposed;
   table.store_transposed = store_transposed;
   table.finish_row = finish_row;

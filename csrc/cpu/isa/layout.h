@@ -1,6 +1,8 @@
-// Moving activations between a tensor's own memory format and rows of float lanes. Types convert on the way, so every
-// kernel above computes in float32.
+// Moving activations between a tensor's own memory format and rows of float lanes. Types convert on the way,
+// so every kernel above computes in float32.
 #pragma once
+#include <type_traits>
+
 #include "cpu/isa/isa.h"
 #include "cpu/isa/vec.h"
 
@@ -13,42 +15,69 @@ void with_type(sk::DType type, Fn fn) {
   if (type == sk::DType::f16) fn(static_cast<f16*>(nullptr));
 }
 
-// Copies n contiguous elements in vectors; the last one overlaps its neighbour, so that rows of 7 or 14 need no scalars.
 template <class Src, class Dst>
-void convert_row(Dst* dst, const Src* src, std::int64_t n) {
-  if (n >= W) {
-    std::int64_t i = 0;
-    for (; i + W <= n; i += W) store_from_float(dst + i, load_as_float(src + i));
-    if (i < n) store_from_float(dst + n - W, load_as_float(src + n - W));
-  } else if constexpr (sizeof(Src) == 4 && sizeof(Dst) == 4) {
-    typedef float quad __attribute__((vector_size(16), aligned(4)));
-    std::int64_t i = 0;
-    for (; i + 4 <= n; i += 4) *reinterpret_cast<quad*>(dst + i) = *reinterpret_cast<const quad*>(src + i);
-    for (; i < n; ++i) dst[i] = src[i];
-  } else {
-    for (std::int64_t i = 0; i < n; ++i) dst[i] = from_float<Dst>(to_float(src[i]));
-  }
+inline void convert_row(Dst* dst, const Src* src, std::int64_t n) {
+  std::int64_t i = 0;
+  for (; i + W <= n; i += W) store_from_float(dst + i, load_as_float(src + i));
+  if (i < n) store_first(dst + i, load_first(src + i, n - i), n - i);
+}
+
+// Every second of 2n - 1 elements.
+inline vf even_lanes(vf a, vf b) {
+  vi m;
+  for (int i = 0; i < W; ++i) m[i] = 2 * i;
+  return __builtin_shuffle(a, b, m);
+}
+template <class Src>
+inline void load_every(float* dst, const Src* src, std::int64_t step, std::int64_t n) {
+  std::int64_t i = 0;
+  if (step == 2)
+    for (; i + W < n; i += W)  // not the last: its odd neighbour may lie beyond the tensor
+      store(dst + i, even_lanes(load_as_float(src + 2 * i), load_as_float(src + 2 * i + W)));
+  for (; i < n; ++i) dst[i] = to_float(src[i * step]);
+}
+
+inline void clear(float* p, std::int64_t n) {
+  std::int64_t i = 0;
+  for (; i + W <= n; i += W) store(p + i, vf{});
+  if (i < n) store_first(p + i, vf{}, n - i);
+}
+
+void load_rows(float* dst, std::int64_t pitch, const void* src, sk::DType type, std::int64_t row_step,
+               std::int64_t step, std::int64_t rows, std::int64_t zeros_before, std::int64_t cols,
+               std::int64_t zeros_after) {
+  with_type(type, [=](auto* t) {
+    const auto* s = static_cast<decltype(t)>(const_cast<void*>(src));
+    float* d = dst;
+    for (std::int64_t r = 0; r < rows; ++r, d += pitch, s += row_step) {
+      clear(d, zeros_before);
+      step == 1 ? convert_row(d + zeros_before, s, cols) : load_every(d + zeros_before, s, step, cols);
+      clear(d + zeros_before + cols, zeros_after);
+    }
+  });
+}
+
+void store_rows(void* dst, sk::DType type, std::int64_t row_step, std::int64_t step, const float* src,
+                std::int64_t pitch, std::int64_t rows, std::int64_t cols) {
+  with_type(type, [=](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    auto* d = static_cast<T*>(dst);
+    const float* s = src;
+    for (std::int64_t r = 0; r < rows; ++r, d += row_step, s += pitch) {
+      if (step == 1)
+        convert_row(d, s, cols);
+      else
+        for (std::int64_t i = 0; i < cols; ++i) d[i * step] = from_float<T>(s[i]);
+    }
+  });
 }
 
 void load_row(float* dst, const void* src, sk::DType type, std::int64_t step, std::int64_t n) {
-  with_type(type, [=](auto* t) {
-    const auto* s = static_cast<decltype(t)>(const_cast<void*>(src));
-    if (step == 1) return convert_row(dst, s, n);
-    for (std::int64_t i = 0; i < n; ++i) dst[i] = to_float(s[i * step]);
-  });
-}
-
-template <class T>
-T narrow(T*, float x) {
-  return from_float<T>(x);
+  load_rows(dst, 0, src, type, 0, step, 1, 0, n, 0);
 }
 
 void store_row(void* dst, sk::DType type, std::int64_t step, const float* src, std::int64_t n) {
-  with_type(type, [=](auto* t) {
-    auto* d = static_cast<decltype(t)>(dst);
-    if (step == 1) return convert_row(d, src, n);
-    for (std::int64_t i = 0; i < n; ++i) d[i * step] = narrow(t, src[i]);
-  });
+  store_rows(dst, type, 0, step, src, 0, 1, n);
 }
 
 // Transposes W vectors in log2(W) rounds of interleaving row i with row i + W/2.
@@ -78,28 +107,40 @@ inline __attribute__((always_inline)) void transpose_round(vf (&v)[W]) {
   }
 }
 
-// One W x W block at a time; an edge of at least W columns is done again, overlapping, rather than by scalars.
+// dst[j * dst_ld + i] = src[i * src_ld + j], one block of at most W x W at a time.
+template <bool Whole, class Src, class Dst>
+__attribute__((noinline)) void transpose_block(Dst* dst, std::int64_t dst_ld, const Src* src,
+                                               std::int64_t src_ld, std::int64_t rows, std::int64_t cols) {
+  vf v[W];
+#pragma GCC unroll 16
+  for (int a = 0; a < W; ++a) {
+    if constexpr (Whole)
+      v[a] = load_as_float(src + a * src_ld);
+    else
+      v[a] = a >= rows ? vf{}
+                       : (cols == W ? load_as_float(src + a * src_ld) : load_first(src + a * src_ld, cols));
+  }
+  transpose_round<0>(v);
+#pragma GCC unroll 16
+  for (int a = 0; a < W; ++a) {
+    if constexpr (Whole)
+      store_from_float(dst + a * dst_ld, v[a]);
+    else if (a < cols)
+      rows == W ? store_from_float(dst + a * dst_ld, v[a]) : store_first(dst + a * dst_ld, v[a], rows);
+  }
+}
+
 template <class Src, class Dst>
 void transpose(Dst* dst, std::int64_t dst_ld, const Src* src, std::int64_t src_ld, std::int64_t rows,
                std::int64_t cols) {
-  std::int64_t i = 0;
-  for (; i + W <= rows; i += W) {
-    std::int64_t j = 0;
-    while (j < cols && cols >= W) {
-      if (j + W > cols) j = cols - W;
-      vf v[W];
-#pragma GCC unroll 16
-      for (int a = 0; a < W; ++a) v[a] = load_as_float(src + (i + a) * src_ld + j);
-      transpose_round<0>(v);
-#pragma GCC unroll 16
-      for (int a = 0; a < W; ++a) store_from_float(dst + (j + a) * dst_ld + i, v[a]);
-      j += W;
+  for (std::int64_t i = 0; i < rows; i += W)
+    for (std::int64_t j = 0; j < cols; j += W) {
+      const std::int64_t r = rows - i < W ? rows - i : W, c = cols - j < W ? cols - j : W;
+      if (r == W && c == W)
+        transpose_block<true>(dst + j * dst_ld + i, dst_ld, src + i * src_ld + j, src_ld, W, W);
+      else
+        transpose_block<false>(dst + j * dst_ld + i, dst_ld, src + i * src_ld + j, src_ld, r, c);
     }
-    for (; j < cols; ++j)
-      for (int a = 0; a < W; ++a) dst[j * dst_ld + i + a] = from_float<Dst>(to_float(src[(i + a) * src_ld + j]));
-  }
-  for (; i < rows; ++i)
-    for (std::int64_t j = 0; j < cols; ++j) dst[j * dst_ld + i] = from_float<Dst>(to_float(src[i * src_ld + j]));
 }
 
 void load_transposed(float* dst, std::int64_t dst_ld, const void* src, sk::DType type, std::int64_t src_ld,
@@ -111,7 +152,8 @@ void load_transposed(float* dst, std::int64_t dst_ld, const void* src, sk::DType
 
 void store_transposed(void* dst, sk::DType type, std::int64_t dst_ld, const float* src, std::int64_t src_ld,
                       std::int64_t rows, std::int64_t cols) {
-  with_type(type, [=](auto* t) { transpose(static_cast<decltype(t)>(dst), dst_ld, src, src_ld, rows, cols); });
+  with_type(type,
+            [=](auto* t) { transpose(static_cast<decltype(t)>(dst), dst_ld, src, src_ld, rows, cols); });
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -133,5 +133,40 @@ inline void store_from_float(f16* p, vf v) {
   for (int i = 0; i < W; ++i) p[i] = from_float<f16>(v[i]);
 #endif
 }
+
+// The first n < W elements only: nothing beyond them is read or written.
+template <class T>
+inline void copy_first(T* dst, const T* src, std::int64_t n) {
+  static_assert(W <= 16, "four bits count the elements");
+  if constexpr (W > 8)
+    if (n & 8) std::memcpy(dst, src, 8 * sizeof(T)), dst += 8, src += 8;
+  if constexpr (W > 4)
+    if (n & 4) std::memcpy(dst, src, 4 * sizeof(T)), dst += 4, src += 4;
+  if (n & 2) std::memcpy(dst, src, 2 * sizeof(T)), dst += 2, src += 2;
+  if (n & 1) *dst = *src;
+}
+template <class T>
+inline vf load_first(const T* p, std::int64_t n) {
+  T whole[W] = {};
+  copy_first(whole, p, n);
+  return load_as_float(whole);
+}
+template <class T>
+inline void store_first(T* p, vf v, std::int64_t n) {
+  T whole[W];
+  store_from_float(whole, v);
+  copy_first(p, whole, n);
+}
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(std::int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+template <>
+inline vf load_first(const float* p, std::int64_t n) {
+  return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+template <>
+inline void store_first(float* p, vf v, std::int64_t n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+#endif
 
 }  // namespace
