@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from stripe_kernels.compile import explain, freeze, load, optimize, save, to_dense, tune
+from stripe_kernels.compile import Network, explain, freeze, load, optimize, save, to_dense, tune
 from stripe_kernels.functional import stripe_conv2d
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.roof import Roof
@@ -14,6 +14,7 @@ from stripe_kernels.version import __version__
 
 __all__ = [
     "FilterSkeleton",
+    "Network",
     "Roof",
     "StripeConv2d",
     "__version__",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from iessp import checkpoint
 from iessp.attach import freeze, gates, skeletons
 from iessp.network import Network, probe
 from iessp.recipe import Recipe
-from iessp.report import layer_table, table
+from iessp.report import layer_table
 from iessp.timing import EQUALITY_IMAGES, Timing, busy, compare, interleave, time_networks
 from iessp.train import Trainer, assemble, count_errors, packed_from, write_results
 
@@ -55,23 +54,20 @@ def load_run(folder: Path) -> Frozen:
 
 
 def thaw(model: nn.Module, fill: bool = False) -> nn.Module:
-    """The dense twin of a frozen network: a copy with every StripeConv2d as nn.Conv2d.
+    """The dense twin of a network: torch's own layers, dense; of an optimized one the compacted graph.
 
     fill: put random weights in place of dead stripes, not the zeros that `stripe_kernels.optimize` would find
     and skip: a dense network to be timed, not to be compared with.
     """
-    from stripe_kernels import StripeConv2d
+    import stripe_kernels
 
-    twin = copy.deepcopy(model)
+    twin = stripe_kernels.to_dense(model)
     generator = torch.Generator().manual_seed(0)
-    for name, layer in list(twin.named_modules()):
-        if isinstance(layer, StripeConv2d):
-            conv = layer.to_conv2d()
-            if fill:
-                noise = torch.randn(conv.weight.shape, generator=generator) / conv.weight[0].numel() ** 0.5
-                conv.weight.data = torch.where(layer.skeleton[:, None], conv.weight, noise)
-            parent, _, child = name.rpartition(".")
-            setattr(twin.get_submodule(parent), child, conv)
+    for conv in twin.modules() if fill else ():
+        if isinstance(conv, nn.Conv2d):
+            weight = conv.weight.data
+            noise = torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5
+            conv.weight.data = torch.where((weight != 0).any(1, keepdim=True), weight, noise.to(weight.dtype))
     return twin
 
 
@@ -113,42 +109,12 @@ def finish(trainer: Trainer, console: Console) -> None:
     console.print(f"checkpoints, log.csv and results.json are in {trainer.folder}")
 
 
-def write_frozen(folder: Path, output: Path, console: Console) -> None:
-    """`iessp freeze`."""
-    import stripe_kernels
-
-    run = load_run(folder)
-    stripe_kernels.save(run.model, output)
-    console.print(layer_table(run.network, run.skeletons))
-    console.print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB; stripe_kernels.load reads it")
-
-
-def bench_frozen(path: Path, batches: list[int], seconds: float, console: Console) -> None:
-    """`iessp bench`."""
-    import stripe_kernels
-
-    if path.is_dir():
-        run = load_run(path)
-        model, example = run.model, run.example
-    else:
-        model = stripe_kernels.load(path)
-        first = next(m for m in model.modules() if isinstance(m, (nn.Conv2d, stripe_kernels.StripeConv2d)))
-        example = torch.zeros(1, first.in_channels, 32, 32)
-    rows = []
-    for batch in batches:
-        times = contest(model, batch, example, seconds)
-        rows += contest_rows(times, batch)
-    console.print(
-        table("Inference, ms: median (quartiles)", ["network", "batch", "ms", "format", "speed-up"], rows)
-    )
-    console.print(conditions())
-
-
 def contest(
     model: nn.Module, batch: int, example: Tensor, seconds: float, optimize: bool = True
 ) -> dict[str, tuple[Timing, str]]:
-    """Dense twin and frozen network, as they are and optimized, in one interleaved run on `batch` images.
+    """Dense twin and network, as they are and optimized, in one interleaved run on `batch` images.
 
+    The network is called "frozen", or "optimized" when it is already.
     Outputs are checked first, RuntimeError when they differ: the frozen network's against the masked dense
     one's, the optimized ones' against what they were made from. `stripe_kernels.optimize` works on the dense
     network too, so that each pair has the same done to it.
@@ -156,13 +122,15 @@ def contest(
     import stripe_kernels
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, *example.shape[1:], generator=generator)
-    many = torch.randn(EQUALITY_IMAGES, *example.shape[1:], generator=generator)
-    networks = {"dense": thaw(model, fill=True), "frozen": model}
-    checks = [("frozen", model, thaw(model))]
+    x = torch.randn(batch, *example.shape[1:], generator=generator).to(example.dtype)
+    many = torch.randn(EQUALITY_IMAGES, *example.shape[1:], generator=generator).to(example.dtype)
+    given = "optimized" if isinstance(model, stripe_kernels.Network) else "frozen"
+    networks = {"dense": thaw(model, fill=True), given: model}
+    checks = [(given, model, thaw(model))]
     for name, network in list(networks.items()) if optimize else []:
-        networks[f"{name}, optimized"] = made = stripe_kernels.optimize(network, x)
-        checks.append((f"{name}, optimized", made, network))
+        if name != "optimized":
+            networks[f"{name}, optimized"] = made = stripe_kernels.optimize(network, x)
+            checks.append((f"{name}, optimized", made, network))
     for name, network, origin in checks:
         equality = compare(network, origin, many)
         if not equality.ok:

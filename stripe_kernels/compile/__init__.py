@@ -6,7 +6,8 @@ from stripe_kernels.compile.explain import explain
 from stripe_kernels.compile.export import export_onnx, to_dense
 from stripe_kernels.compile.files import load, save
 from stripe_kernels.compile.freeze import freeze
+from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.optimize import optimize
 from stripe_kernels.compile.tune import tune
 
-__all__ = ["explain", "export_onnx", "freeze", "load", "optimize", "save", "to_dense", "tune"]
+__all__ = ["Network", "explain", "export_onnx", "freeze", "load", "optimize", "save", "to_dense", "tune"]
