@@ -5,7 +5,19 @@
 
 from __future__ import annotations
 
-from stripe_kernels.compile import Network, explain, freeze, load, optimize, save, to_dense, tune
+from typing import Any
+
+from stripe_kernels.compile import (
+    Network,
+    explain,
+    freeze,
+    load,
+    optimize,
+    plain_state,
+    save,
+    to_dense,
+    tune,
+)
 from stripe_kernels.functional import stripe_conv2d
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.roof import Roof
@@ -18,16 +30,25 @@ __all__ = [
     "Roof",
     "StripeConv2d",
     "__version__",
+    "diagnose",
     "explain",
     "freeze",
     "list_kernels",
     "load",
     "optimize",
+    "plain_state",
     "save",
     "stripe_conv2d",
     "to_dense",
     "tune",
 ]
+
+
+def diagnose(seconds: float = 10.0) -> dict[str, Any]:
+    """What this machine has, which kernels run on it and why others do not, and a self-test: see diagnosis.py."""
+    from stripe_kernels import diagnosis
+
+    return diagnosis.diagnose(seconds)
 
 
 def list_kernels() -> list[str]:

@@ -159,7 +159,7 @@ def test_backends_are_imported_lazily_and_only_by_their_loader() -> None:
 
 
 def test_every_module_has_a_place() -> None:
-    known = {*ORDER, "__init__", "reference", "backends", "testing"}
+    known = {*ORDER, "__init__", "reference", "backends", "testing", "diagnosis"}
     assert {layer_of(path) for path in RUNTIME} <= known, "give the new module its place in ORDER"
 
 

@@ -1,0 +1,183 @@
+"""diagnose: what this machine has, which kernels it runs and why not the others, and whether they compute right."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stripe_kernels import backends, ops, registry
+from stripe_kernels.compile import cache
+from stripe_kernels.registry import PASSES, Pass
+from stripe_kernels.testing import CASES, DTYPES, budgets, poisoned_memory, prepared
+from stripe_kernels.version import __version__
+
+_LAYOUTS = ("contiguous", "channels_last")
+_PLAIN = "many channels"  # the case that says whether a kernel takes an ordinary layer
+_COMPILERS = ("c++", "nvcc", "ninja")
+_RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
+
+
+def diagnose(seconds: float = 10.0) -> dict[str, Any]:
+    """What a report of a problem should begin with, ready for JSON.
+
+    versions, processor (name, cores, isas), threads, gpus (name, capability, bytes), compilers (name -> first line of
+    its version, or None), cache (folder, files, bytes, unreadable, writable), missing (backend -> reason), kernels
+    (name -> state "automatic", "by name" or "refuses", reason, checks, failures) and self_test: every kernel that
+    runs here against the float64 oracle, each pass, dtype and layout at least once, then for about `seconds`.
+    """
+    backends.load()
+    kernels = {name: _state(name) for name in registry.kernels()}
+    return {
+        "versions": _versions(),
+        "processor": {"name": _processor(), "cores": os.cpu_count(), "isas": _isas(kernels)},
+        "threads": torch.get_num_threads(),
+        "gpus": _gpus(),
+        "compilers": {name: _version_of(name) for name in _COMPILERS},
+        "cache": _cache(cache.default_folder()),
+        "missing": registry.missing(),
+        "kernels": kernels,
+        "self_test": _self_test(kernels, seconds),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "stripe_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{named[0] if named else platform.processor()} (torch uses {torch.backends.cpu.get_cpu_capability()})"
+
+
+def _isas(kernels: dict[str, dict[str, Any]]) -> list[str]:
+    """Instruction sets that the native kernels are built for and that this processor has, as their names say."""
+    return list(dict.fromkeys(name.rpartition("_")[2] for name in kernels if name.startswith("cpu_")))
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [{"name": p.name, "capability": f"{p.major}.{p.minor}", "bytes": p.total_memory} for p in found]
+
+
+def _version_of(program: str) -> str | None:
+    """The line of `program --version` that has a number, or None where there is no such program."""
+    path = shutil.which(program) or shutil.which(program, path="/usr/local/cuda/bin")
+    if path is None:
+        return None
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    lines = [line.strip() for line in said.splitlines() if any(c.isdigit() for c in line)]
+    numbered = [line for line in lines if "release" in line]  # nvcc begins with years
+    return (numbered or lines or ["of unknown version"])[0]
+
+
+def _cache(folder: Path) -> dict[str, Any]:
+    """The folder of measured choices: how much is in it, and whether it can be read and written."""
+    files = list(folder.glob("*.json")) if folder.exists() else []
+    above = next(p for p in (folder, *folder.parents) if p.exists())
+    return {
+        "folder": str(folder),
+        "files": len(files),
+        "bytes": sum(f.stat().st_size for f in files),
+        "unreadable": sum(not _whole(f) for f in files),
+        "writable": os.access(above, os.W_OK | os.X_OK),
+    }
+
+
+def _whole(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text())["candidates"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _state(name: str) -> dict[str, Any]:
+    """Whether "auto" may take a kernel, or why not."""
+    kernel = registry.find(name)
+    reasons = {d: reason for d in dict.fromkeys(("cpu", _device())) if (reason := _refusal(name, d))}
+    entry: dict[str, Any] = {"state": "automatic", "reason": None, "checks": 0, "failures": []}
+    if "cpu" in reasons and (_device() == "cpu" or _device() in reasons):
+        entry["state"], entry["reason"] = "refuses", reasons[_device()]
+    elif not kernel.automatic:
+        entry["state"], entry["reason"] = "by name", "not taken by itself: kernel=NAME runs it"
+        if name.startswith("cpu_"):
+            entry["reason"] = "a wider instruction set is there"
+    return entry
+
+
+def _refusal(name: str, device: str) -> str | None:
+    """Why a kernel does not take an ordinary layer on a device in any dtype; None where it does."""
+    case = CASES[_PLAIN]
+    reasons = []
+    for dtype, last in product(DTYPES, (False, True)):
+        op = ops.StripeOp.of(*case.arguments, name)
+        problem = op.problem(case.shape.input_size, dtype, torch.device(device), last)
+        reasons.append(registry.find(name).refuse(problem, "fprop"))
+    return None if None in reasons else reasons[0]
+
+
+def _self_test(kernels: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Adds checks and failures to the kernels; the sums. The oracle is not checked against itself."""
+    start = time.perf_counter()
+    tested = [name for name, k in kernels.items() if k["state"] != "refuses" and name != "reference"]
+    combinations = product(_LAYOUTS, DTYPES, CASES.values())
+    for number, (layout, dtype, case) in enumerate(_plain_first(combinations)):
+        if time.perf_counter() - start > seconds and number >= len(_LAYOUTS) * len(DTYPES):
+            break
+        operands = case.operands(dtype, layout, _device())
+        budget = budgets(case, operands)
+        for name, which in product(tested, PASSES):
+            failure = _check(case, operands, name, which, budget)
+            if failure is not False:
+                kernels[name]["checks"] += 1
+                kernels[name]["failures"] += (
+                    [f"{which} of {case.name}, {dtype}, {layout}: {failure}"] if failure else []
+                )
+    return {
+        "seconds": time.perf_counter() - start,
+        "device": _device(),
+        "checks": sum(k["checks"] for k in kernels.values()),
+        "failures": sum(len(k["failures"]) for k in kernels.values()),
+    }
+
+
+def _plain_first(combinations: Any) -> Iterator[Any]:
+    """Every layout and dtype of the plain case, then the others in turn."""
+    return iter(sorted(combinations, key=lambda c: (c[2].name != _PLAIN, list(CASES).index(c[2].name))))
+
+
+def _check(case: Any, operands: Any, name: str, which: Pass, budget: Any) -> str | bool | None:
+    """What is wrong with a kernel's first choice on a case; None if nothing is, False where it refuses."""
+    device = operands.x.device
+    if name.startswith("cpu_") and device.type != "cpu":
+        operands = type(operands)(*(t.cpu() for t in operands))
+    try:
+        ready = next(iter(prepared(case, operands, which, name).values()))
+        with poisoned_memory():
+            result = ready.call(operands).to(device)
+    except RuntimeError as error:
+        return False if "does not run" in str(error) else str(error).splitlines()[0]
+    failure: str | None = getattr(budget, _RESULT[which]).failure(result)
+    return failure
