@@ -117,6 +117,13 @@ class ConvShape:
         """Number of the tap in row r, column s of the filter."""
         return r * self.S + s
 
+    def idle_columns(self) -> bool:
+        """Whether a column of the filter meets the image in no output pixel: 1x3 on one pixel, padding 1, stride 4."""
+        starts = [q * self.stride[1] - self.padding[1] for q in range(self.Q)]
+        return not all(
+            any(0 <= start + c * self.dilation[1] < self.W for start in starts) for c in range(self.S)
+        )
+
     def macs(self, stripes: int) -> int:
         """Multiply-adds of `stripes` live stripes, out-of-image taps counted (as is usual)."""
         return self.N * self.P * self.Q * stripes * self.group_c

@@ -1,9 +1,10 @@
 """Generated problems against the float64 oracle.
 
-    python -m tests.generate --count 20000 [--seed N] [--kernel NAME]
-    python -m tests.generate --only 'Generated("cpu_gather_avx2", "dgrad", ..., case("", N=1, ...), 0)'
+    python -m tests.generate --count 20000 [--seed N] [--kernel NAME] [--record tests/records/generated.json]
+    python -m tests.generate --only 'Generated("cpu_gather_avx2", "dgrad", ..., case("", N=1, ...))'
 
-Every problem is one line that makes it again; a failure shrinks before it is printed.
+Every problem is one line that makes it again; a failure shrinks before it is printed. Problems run in child processes,
+so that a crash is a failure like any other.
 """
 
 from __future__ import annotations
@@ -11,25 +12,44 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import json
+import platform
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from stripe_kernels import registry
+from stripe_kernels import ops, registry
+from stripe_kernels.epilogue import ACTIVATIONS, apply_epilogue
 from stripe_kernels.geometry import ConvShape
+from stripe_kernels.ops import StripeOp
 from stripe_kernels.registry import PASSES, Pass
-from stripe_kernels.testing import LAYOUTS, PATTERNS, Case, budgets, case, poisoned_memory
-from tests.passes import KERNELS, problem_of, run, spoil_scratch
+from stripe_kernels.testing import LAYOUTS, PATTERNS, Budget, Case, Operands, budgets, case, poisoned_memory
+from stripe_kernels.version import __version__
+from tests.guarded import guarded
+from tests.passes import KERNELS, NATIVE, problem_of, run, spoil_scratch
 
-_DTYPES = ("float32", "bfloat16", "float16")
+CHUNK = 1000  # problems a child process
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_TERMS = ("bias", "scale", "residual")
+REFUSED = "refused"
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One pass of one case by one kernel; `pick` chooses among the kernel's configurations."""
+    """One pass of one case by one kernel ("auto": the planner's choice, through the public operators).
+
+    `pick` chooses among the kernel's configurations; `epilogue` lists fprop's terms and its activation; `guard` puts
+    the operands against a forbidden page, at their "end" or "begin".
+    """
 
     kernel: str
     which: Pass
@@ -38,11 +58,42 @@ class Generated:
     threads: int
     case: Case
     pick: int = 0
+    epilogue: tuple[str, ...] = ()
+    guard: str = ""
 
     def failure(self) -> str | None:
         """What is wrong, or None: the result is within its budget, or the kernel refuses the problem."""
+        failure = self.outcome()
+        return None if failure == REFUSED else failure
+
+    def outcome(self) -> str | None:
+        """`failure`, but REFUSED where the kernel does not take the problem."""
         operands = self.case.operands(getattr(torch, self.dtype), self.layout)
+        before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
+        try:
+            with ExitStack() as stack:
+                if self.guard:
+                    end = self.guard == "end"
+                    operands = Operands(*(stack.enter_context(guarded(t, end)) for t in operands))
+                result = self._result(operands)
+                del operands
+        except Exception as error:  # noqa: BLE001 - whatever a problem raises is a finding, and shrinks
+            return f"is an exception: {error!r}"
+        finally:
+            torch.set_num_threads(before)
+        return REFUSED if result is None else self._budget().failure(result)
+
+    def _result(self, operands: Operands) -> Tensor | None:
+        terms = [getattr(operands, name) if name in self.epilogue else None for name in _TERMS]
+        if self.kernel == "auto":
+            op = StripeOp.of(*self.case.arguments, "auto")
+            with poisoned_memory(), torch.no_grad():
+                if self.which == "dgrad":
+                    return ops.dgrad(op, operands.dy, operands.weight, self.case.shape.input_size[2:])
+                if self.which == "wgrad":
+                    return ops.wgrad(op, operands.dy, operands.x)
+                return ops.fprop(op, operands.x, operands.weight, *terms, self._activation)
         problem, kernel = problem_of(self.case, operands, self.which), registry.find(self.kernel)
         if kernel.refuse(problem, self.which):
             return None
@@ -50,9 +101,30 @@ class Generated:
         runner = kernel.build(problem, self.which, found[self.pick % len(found)])
         with poisoned_memory():
             spoil_scratch(runner, self.which, operands)
-            result = run(runner, self.which, operands)
-        torch.set_num_threads(1)
-        return budgets(self.case, operands)[PASSES.index(self.which)].failure(result)
+            if not self.epilogue:
+                return run(runner, self.which, operands)
+            return runner(operands.x, runner.pack(operands.weight), *terms, self._activation)
+
+    @property
+    def _activation(self) -> str:
+        return next((name for name in self.epilogue if name in ACTIVATIONS), "none")
+
+    def _budget(self) -> Budget:
+        operands = self.case.operands(getattr(torch, self.dtype), self.layout)
+        found = budgets(self.case, operands)[PASSES.index(self.which)]
+        if not self.epilogue:
+            return found
+        # torch's own y is not kept: the epilogue of y rounded to the dtype stands for it, and its error adds to y's.
+        wide = Operands(*(t.double() for t in operands))
+        terms = [getattr(wide, name) if name in self.epilogue else None for name in _TERMS]
+        expected = apply_epilogue(found.expected.clone(), *terms, self._activation)
+        gain = 1.0 if terms[1] is None else max(1.0, float(terms[1].abs().max()))
+        rounded = [None if t is None else t.to(found.dtype) for t in terms]
+        own = apply_epilogue(found.expected.to(found.dtype), *rounded, self._activation)
+        rounding = Budget.of(expected, own)
+        return dataclasses.replace(
+            rounding, largest=rounding.largest + gain * found.largest, rms=rounding.rms + gain * found.rms
+        )
 
     def __repr__(self) -> str:
         """The line that makes this problem again."""
@@ -61,7 +133,7 @@ class Generated:
         made = {**sizes, "density": c.density, "pattern": c.pattern, "seed": c.seed}
         arguments = ", ".join(f"{name}={value!r}" for name, value in made.items())
         head = ", ".join(repr(v) for v in (self.kernel, self.which, self.dtype, self.layout, self.threads))
-        return f'Generated({head}, case("", {arguments}), {self.pick})'
+        return f'Generated({head}, case("", {arguments}), {self.pick}, {self.epilogue!r}, {self.guard!r})'
 
 
 def draw(rng: np.random.Generator, kernels: list[str]) -> Generated:
@@ -97,22 +169,30 @@ def draw(rng: np.random.Generator, kernels: list[str]) -> Generated:
             )
         except RuntimeError:  # the filter is larger than the padded input
             continue
-        which: Pass = PASSES[int(rng.integers(len(PASSES)))]
-        dtype = str(rng.choice(_DTYPES, p=[0.5, 0.25, 0.25]))
+        kernel, which = str(rng.choice(kernels)), PASSES[int(rng.integers(len(PASSES)))]
+        wide = 0.0 if kernel in NATIVE else 0.1  # native kernels refuse float64
+        dtype = str(rng.choice(_DTYPES, p=[0.5 - wide, 0.25, 0.25, wide]))
         layout, threads, pick = str(rng.choice(list(LAYOUTS))), size(1, 1, 2, 3), int(rng.integers(16))
-        return Generated(str(rng.choice(kernels)), which, dtype, layout, threads, made, pick)
+        epilogue: tuple[str, ...] = ()
+        if which == "fprop" and rng.random() < 0.5:
+            terms = [name for name in _TERMS if rng.random() < 0.5]
+            epilogue = (*terms, *([str(rng.choice(list(ACTIVATIONS)))] if rng.random() < 0.6 else []))
+        guard = str(rng.choice(["", "end", "begin"], p=[0.5, 0.3, 0.2])) if kernel in NATIVE else ""
+        return Generated(kernel, which, dtype, layout, threads, made, pick, epilogue, guard)
 
 
-def problems(count: int, seed: int, kernels: list[str] | None = None) -> Iterator[Generated]:
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        yield draw(rng, kernels or KERNELS)
+def problems(count: int, seed: int, kernels: list[str] | None = None, first: int = 0) -> Iterator[Generated]:
+    """Problems first, first + 1, ... of a seed; each is drawn on its own."""
+    for i in range(first, first + count):
+        yield draw(np.random.default_rng([seed, i]), kernels or ["auto", *KERNELS])
 
 
 def _smaller(problem: Generated) -> Iterator[Generated]:
     """Simpler neighbours, the boldest steps first."""
     s = problem.case.shape
-    for changes in ({"threads": 1}, {"layout": "contiguous"}, {"dtype": "float32"}, {"pick": 0}):
+    simple: list[dict[str, object]] = [{"threads": 1}, {"layout": "contiguous"}, {"dtype": "float32"}]
+    simple += [{"pick": 0}, {"epilogue": ()}, {"guard": ""}]
+    for changes in simple:
         yield dataclasses.replace(problem, **changes)  # type: ignore[arg-type]
     steps: list[dict[str, object]] = [{"stride": (1, 1)}, {"dilation": (1, 1)}, {"padding": (0, 0, 0, 0)}]
     steps.append({"groups": 1})
@@ -127,15 +207,99 @@ def _smaller(problem: Generated) -> Iterator[Generated]:
         yield dataclasses.replace(problem, case=dataclasses.replace(problem.case, shape=shape))
 
 
-def shrink(problem: Generated) -> Generated:
+def shrink(problem: Generated, fails: Callable[[Generated], object] = lambda p: p.failure()) -> Generated:
     """A smallest problem that still fails, found greedily."""
     while True:
         for candidate in _smaller(problem):
-            if candidate != problem and candidate.failure():
+            if candidate != problem and fails(candidate):
                 problem = candidate
                 break
         else:
             return problem
+
+
+# The run: children work through chunks, and say in a file of their own what they are at and what they have done.
+
+
+class Tally(collections.Counter[str]):
+    """How many problems were tried, by axis and value, as "axis/value"; refusals and failures are two more axes."""
+
+    def count(self, problem: Generated, outcome: str | None) -> None:
+        p = problem
+        kind = "refused" if outcome == REFUSED else "failed" if outcome else "within budget"
+        axes = {
+            "outcome": kind,
+            "kernel, dtype, pass": f"{p.kernel} {p.dtype} {p.which}",
+            "layout": p.layout,
+            "skeleton": p.case.pattern,
+            "threads": p.threads,
+            "guard page": p.guard or "none",
+            "epilogue": "with" if p.epilogue else "without",
+            "images": "none" if p.case.shape.N == 0 else "some",
+        }
+        self.update(f"{axis}/{value}" for axis, value in axes.items())
+
+    def tables(self) -> dict[str, dict[str, int]]:
+        found: dict[str, dict[str, int]] = {}
+        for name, n in sorted(self.items()):
+            axis, value = name.split("/", 1)
+            found.setdefault(axis, {})[value] = n
+        return found
+
+
+def _child(arguments: argparse.Namespace) -> int:
+    """Problems [first, first + count): after each, the tally so far and the next problem's line go to the file."""
+    tally = Tally()
+    with open(arguments.child, "w") as progress:
+        for done, problem in enumerate(
+            problems(arguments.count, arguments.seed, arguments.kernel, arguments.first)
+        ):
+            progress.seek(0)
+            progress.write(json.dumps({"done": done, "line": repr(problem), "tally": tally}))
+            progress.truncate()
+            progress.flush()
+            outcome = problem.outcome()
+            tally.count(problem, outcome)
+            if outcome not in (None, REFUSED):
+                small = shrink(problem)
+                print(f"FAILED {small!r}\n    the result {small.failure()}", flush=True)
+        progress.seek(0)
+        progress.write(json.dumps({"done": arguments.count, "line": "", "tally": tally}))
+        progress.truncate()
+    return 0
+
+
+def parse(line: str) -> Generated:
+    return eval(line, {"Generated": Generated, "case": case})
+
+
+def _crashes(problem: Generated) -> bool:
+    command = [sys.executable, "-m", "tests.generate", "--only", repr(problem)]
+    return subprocess.run(command, capture_output=True).returncode < 0
+
+
+def _run(arguments: argparse.Namespace) -> Tally:
+    tally, first, last = Tally(), arguments.first, arguments.first + arguments.count
+    with tempfile.TemporaryDirectory() as folder:
+        while first < last:
+            count = min(CHUNK, last - first)
+            options = [f"--count={count}", f"--seed={arguments.seed}", f"--first={first}"]
+            options += [f"--kernel={name}" for name in arguments.kernel or []]
+            progress = Path(folder) / "progress"
+            command = [sys.executable, "-m", "tests.generate", f"--child={progress}", *options]
+            status = subprocess.run(command).returncode
+            if status > 0:
+                sys.exit(f"tests.generate: a child process ended with status {status}")
+            state = json.loads(progress.read_text())
+            tally.update(state["tally"])
+            first += state["done"]
+            if status < 0:
+                problem = parse(state["line"])
+                print(f"FAILED {shrink(problem, _crashes)!r}\n    {signal.Signals(-status).name}", flush=True)
+                tally.count(problem, "crash")
+                first += 1
+            print(f"{first - arguments.first} of {arguments.count}", file=sys.stderr, flush=True)
+    return tally
 
 
 def main() -> int:
@@ -144,26 +308,42 @@ def main() -> int:
     )
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first problem of the seed")
     parser.add_argument("--kernel", action="append", help="only this kernel; may be repeated")
     parser.add_argument("--only", metavar="LINE", help="run the problem that a failure printed")
+    parser.add_argument("--record", type=Path, help="write the counts here as JSON")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
-        problem = eval(arguments.only, {"Generated": Generated, "case": case})
-        failure = problem.failure()
+        failure = parse(arguments.only).failure()
         print(failure or "within its budget")
         return 1 if failure else 0
-    tried: collections.Counter[tuple[str, str]] = collections.Counter()
-    failed = 0
-    for problem in problems(arguments.count, arguments.seed, arguments.kernel):
-        tried[problem.kernel, problem.dtype] += 1
-        if problem.failure():
-            failed += 1
-            small = shrink(problem)
-            print(f"FAILED {small!r}\n    the result {small.failure()}", flush=True)
-    for (kernel, dtype), n in sorted(tried.items()):
-        print(f"{kernel:28s} {dtype:9s} {n:6d}")
-    print(f"{arguments.count} problems, seed {arguments.seed}, {failed} failures")
-    return 1 if failed else 0
+    if arguments.child:
+        return _child(arguments)
+    tables = _run(arguments).tables()
+    outcomes = tables.pop("outcome", {})
+    for axis, values in tables.items():
+        print(f"\n{axis}")
+        for value, n in values.items():
+            print(f"    {value:40s} {n:6d}")
+    print(f"\n{arguments.count} problems, seed {arguments.seed}: {outcomes}")
+    if arguments.record:
+        options = f"--count {arguments.count} --seed {arguments.seed}"
+        written = {
+            "command": f"python -m tests.generate {options} --record {arguments.record}",
+            "versions": {
+                "stripe_kernels": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "instruction sets": sorted({name.rsplit("_", 1)[1] for name in NATIVE}),
+            "problems": arguments.count,
+            "outcome": outcomes,
+            **tables,
+        }
+        arguments.record.parent.mkdir(parents=True, exist_ok=True)
+        arguments.record.write_text(json.dumps(written, indent=1) + "\n")
+    return 1 if outcomes.get("failed") else 0
 
 
 if __name__ == "__main__":

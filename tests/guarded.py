@@ -37,7 +37,8 @@ def guarded(t: Tensor, end: bool, writable: bool = False) -> Iterator[Tensor]:
             area, dtype=t.dtype, count=max(span, 1), offset=min(start, page + inner - item)
         )
         copy = flat[:span].as_strided(t.shape, t.stride()) if span else flat[:0].view(t.shape)
-        copy.copy_(t)
+        if span:  # gaps too: an expanded view cannot be written element by element
+            flat[:span].copy_(t.as_strided((span,), (1,)))
         _protect(base, page, _NONE)
         _protect(base + page, inner, _READ_WRITE if writable else _READ)
         _protect(base + page + inner, page, _NONE)

@@ -11,7 +11,7 @@ from torch import nn
 
 from stripe_kernels import StripeConv2d, ops, stripe_conv2d
 from stripe_kernels.ops import StripeOp
-from stripe_kernels.testing import CASES
+from stripe_kernels.testing import CASES, case
 from tests.passes import KERNELS, NATIVE
 
 SKELETON = torch.zeros(4, 3, 3, dtype=torch.bool)
@@ -206,6 +206,21 @@ def test_an_extent_beyond_the_index_is_refused(kernel: str) -> None:
     x = torch.empty(1, 1, 1, 1).expand(2**27, 1, 3, 3)
     with pytest.raises(RuntimeError, match=r"2\^30"):
         stripe_conv2d(x, torch.ones(1, 1), torch.ones(1, 1, 1, dtype=torch.bool), padding=3, kernel=kernel)
+
+
+def test_where_torchs_own_convolution_crashes_ours_answers() -> None:
+    """bfloat16, and no column of the filter meets the image: torch 2.13 ends the process in channels_last."""
+    lost = case("", N=3, C=24, H=7, W=1, K=1, R=4, S=2, stride=(2, 3), padding=(0, 4), dilation=(2, 2))
+    o = lost.operands(torch.bfloat16, "channels_last")
+    x, weight = o.x.requires_grad_(), o.weight.requires_grad_()
+    live = torch.from_numpy(lost.skeleton.live.copy())
+    settings = {"stride": (2, 3), "padding": (0, 4), "dilation": (2, 2)}
+    y = stripe_conv2d(x, weight, live, **settings)
+    dx, dw = torch.autograd.grad(y, (x, weight), o.dy)
+    assert [t.count_nonzero() for t in (y, dx, dw)] == [0, 0, 0]
+    assert [t.shape for t in (y, dx, dw)] == [o.dy.shape, x.shape, weight.shape]
+    with pytest.raises(RuntimeError, match="never meets the image"):
+        stripe_conv2d(x, weight, live, kernel="dense", **settings)
 
 
 def test_the_operators_check_what_reaches_them_directly() -> None:

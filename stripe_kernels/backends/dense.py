@@ -121,8 +121,15 @@ def _candidates(problem: Problem, which: Pass) -> dict[Config, float]:
     return {(): predict(problem, which)}
 
 
+def _refuse(problem: Problem, which: Pass) -> str | None:
+    # Found by generated problems. Its dw holds garbage there, and where no column meets the image it crashes.
+    if problem.device == "cpu" and problem.dtype == "bfloat16" and problem.shape.idle_columns():
+        return "torch's bfloat16 convolution is wrong where a filter's column never meets the image"
+    return None
+
+
 def _build(problem: Problem, which: Pass, config: Config) -> _Dense:
     return _RUNNERS[which](problem)
 
 
-register(Kernel("dense", lambda problem, which: None, _candidates, _build))
+register(Kernel("dense", _refuse, _candidates, _build))

@@ -60,16 +60,26 @@ void strided_tile(std::int64_t n, const float* a, std::int64_t a_step, const flo
   acc.add_rows(y, [=](int f) { return rows[f] * ldy; });
 }
 
+// Steps summed before they join y: one running sum of 130 products left the error budget (found by generated problems).
+constexpr std::int64_t kStretch = 64;
+
 template <int F, int V>
 void indexed_tile(std::int64_t n, const float* a, const float* b, const sk::IndexedStep* steps, float* y,
                   std::int64_t ldy) {
   Accumulators<F, V> acc;
-  acc.zero();
-  for (std::int64_t i = 0; i < n; ++i) {
-    const float* scalars = a + static_cast<std::int64_t>(steps[i].scalar) * F;
-    acc.step([=](int f) { return scalars[f]; }, b + steps[i].lanes);
+  const auto row = [=](int f) { return f * ldy; };
+  for (std::int64_t first = 0; first == 0 || first < n; first += kStretch) {
+    const std::int64_t last = n - first < kStretch ? n : first + kStretch;
+    acc.zero();
+    for (std::int64_t i = first; i < last; ++i) {
+      const float* scalars = a + static_cast<std::int64_t>(steps[i].scalar) * F;
+      acc.step([=](int f) { return scalars[f]; }, b + steps[i].lanes);
+    }
+    if (first == 0)
+      acc.store_rows(y, row);
+    else
+      acc.add_rows(y, row);
   }
-  acc.store_rows(y, [=](int f) { return f * ldy; });
 }
 
 template <int F, int V>
