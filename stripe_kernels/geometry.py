@@ -117,10 +117,11 @@ class ConvShape:
         """Number of the tap in row r, column s of the filter."""
         return r * self.S + s
 
-    def idle_columns(self) -> bool:
-        """Whether a column of the filter meets the image in no output pixel: 1x3 on one pixel, padding 1, stride 4."""
+    def idle_column(self) -> bool:
+        """Whether a stride beyond 1 leaves a column of the filter that meets the image in no output pixel: 1x3 on
+        one pixel with padding 1 and stride 2."""
         starts = [q * self.stride[1] - self.padding[1] for q in range(self.Q)]
-        return not all(
+        return self.stride[1] > 1 and not all(
             any(0 <= start + c * self.dilation[1] < self.W for start in starts) for c in range(self.S)
         )
 

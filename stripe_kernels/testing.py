@@ -212,7 +212,7 @@ def evaluate(
     backwards, so that every sum has another order.
     """
     s = problem.shape
-    if dtype == torch.bfloat16 and s.idle_columns():  # torch's own is wrong or crashes: see backends/dense.py
+    if dtype == torch.bfloat16 and s.idle_column():  # torch's own is wrong or crashes: see backends/dense.py
         return Results(*(t.to(dtype) for t in evaluate(problem, operands, torch.float32)))
     live = torch.from_numpy(problem.skeleton.live.copy()).to(operands.x.device)
     top, left, bottom, right = s.padding
