@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stripe_kernels.compile.checkpoints import plain_state
 from stripe_kernels.compile.explain import explain
 from stripe_kernels.compile.export import export_onnx, to_dense
 from stripe_kernels.compile.files import load, save
@@ -10,4 +11,15 @@ from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.optimize import optimize
 from stripe_kernels.compile.tune import tune
 
-__all__ = ["Network", "explain", "export_onnx", "freeze", "load", "optimize", "save", "to_dense", "tune"]
+__all__ = [
+    "Network",
+    "explain",
+    "export_onnx",
+    "freeze",
+    "load",
+    "optimize",
+    "plain_state",
+    "save",
+    "to_dense",
+    "tune",
+]

@@ -22,8 +22,9 @@ def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
 
     skeletons maps a convolution's name, as ``model.named_modules()`` gives it, to bool [K, R, S];
     convolutions not named stay as they are. None: a stripe is dead where its weights are all zero after masks
-    of torch.nn.utils.prune and parametrizations are applied. Both are removed from the result, their effect
-    baked into the weights. Modules used twice stay shared; DataParallel, DistributedDataParallel and
+    of torch.nn.utils.prune, parametrizations and FilterSkeletons (of Pruning Filter in Filter) are applied. All
+    are removed from the result, their effect baked into the weights; for checkpoints of such models see
+    `plain_state`. Modules used twice stay shared; DataParallel, DistributedDataParallel and
     torch.compile wrappers, at any depth, are taken off.
 
     Raises ValueError for a name the model does not have, a skeleton of another shape, or two skeletons for

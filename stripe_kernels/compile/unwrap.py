@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from stripe_kernels.compile.checkpoints import without_filter_skeleton
+
 # Compiled and data-parallel wrappers, by the attribute that holds what they wrap. Names, not classes:
 # importing torch's compiler or its distributed package costs seconds and the latter is not built everywhere.
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
@@ -40,7 +42,8 @@ def clone(model: nn.Module) -> nn.Module:
         copied = _unwrap(copy.deepcopy(model, _detached_attributes(model)))
         for module in copied.modules():
             _bake(module)
-    return copied
+        plain = {m: conv for m in copied.modules() if (conv := without_filter_skeleton(m)) is not None}
+    return replace_modules(copied, dict(plain))
 
 
 def plain_name(name: str) -> str:

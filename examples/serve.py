@@ -1,0 +1,89 @@
+"""Serve a saved network over HTTP with Python's standard library: images in, class scores out.
+
+    python examples/serve.py pruned.safetensors --input 1x32x32 --port 8080
+
+POST / takes a NumPy file (.npy), float32 [N, C, H, W], and answers [N, classes] the same way; GET / says what is
+served. Everything wrong with a request is its answer's text, with status 400 or 413.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from stripe_kernels import load
+
+LARGEST = 64 * 2**20  # bytes of one request
+
+
+def parse(body: bytes, shape: tuple[int, ...]) -> torch.Tensor:
+    """float32 [N, *shape] from a .npy file; ValueError says what else it is. Runs no pickle."""
+    images = np.load(io.BytesIO(body), allow_pickle=False)
+    if images.dtype != np.float32 or images.shape[1:] != shape or not len(images):
+        raise ValueError(
+            f"need float32 [N, {', '.join(map(str, shape))}], got {images.dtype} {list(images.shape)}"
+        )
+    return torch.from_numpy(images)
+
+
+def server(
+    network: nn.Module, shape: tuple[int, ...], port: int, host: str = "127.0.0.1"
+) -> ThreadingHTTPServer:
+    """A server on host:port (0: any free one) that runs `network` on images of `shape` [C, H, W]."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(200, f"POST a .npy file, float32 [N, {', '.join(map(str, shape))}]\n".encode())
+
+        def do_POST(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            if length > LARGEST:
+                self.answer(413, f"{length} bytes, at most {LARGEST}\n".encode())
+                return
+            try:
+                images = parse(self.rfile.read(length), shape)
+            except (ValueError, EOFError) as error:
+                self.answer(400, f"{error}\n".encode())
+                return
+            with torch.inference_mode():
+                scores = network(images)
+            out = io.BytesIO()
+            np.save(out, scores.numpy())
+            self.answer(200, out.getvalue(), "application/octet-stream")
+
+        def answer(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    return ThreadingHTTPServer((host, port), Handler)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a file that stripe_kernels.save wrote")
+    parser.add_argument("--input", default="3x32x32", help="C x H x W of one image, as in 3x32x32")
+    parser.add_argument("--port", type=int, default=8080)
+    chosen = parser.parse_args()
+    shape = tuple(int(n) for n in chosen.input.split("x"))
+    serving = server(load(chosen.model), shape, chosen.port)
+    print(f"http://{serving.server_address[0]}:{serving.server_address[1]}", flush=True)
+    with serving:
+        serving.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

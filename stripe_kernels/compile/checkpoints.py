@@ -1,0 +1,100 @@
+"""plain_state: what other tools left in a checkpoint, as the state of the plain model.
+
+torch.nn.utils.prune         NAME_orig, NAME_mask               NAME = NAME_orig * NAME_mask
+Pruning Filter in Filter     weight, FilterSkeleton [K, R, S]   weight * FilterSkeleton[:, None]
+  the same, broken up        weight [A, C, 1, 1], live stripes tap by tap, FilterSkeleton bool
+NNCF                         a binary mask among its hooks      NAME * mask
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+_NNCF_MASK = re.compile(r"__nncf_hooks\.(?:pre|post)_hooks\.(.+)__\d+\.\d+\.binary_mask")
+_SKELETON = "FilterSkeleton"  # the name Pruning Filter in Filter gave it
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def plain_state(state: Mapping[str, Tensor], threshold: float = 0.0) -> dict[str, Tensor]:
+    """A state_dict for the plain model, in which a pruned stripe is a stripe of zeros; `state` is not touched.
+
+    Masks of torch.nn.utils.prune, of NNCF and of Pruning Filter in Filter are multiplied into the weights they
+    belong to, prefixes of DataParallel and torch.compile are taken off; every other entry stays as it is.
+    threshold: a FilterSkeleton value of at most this magnitude is a dead stripe.
+
+    Raises ValueError for a mask whose weight is missing or has another shape.
+
+    >>> import torch
+    >>> from stripe_kernels import plain_state
+    >>> pruned = {"0.weight_orig": torch.ones(4, 2, 3, 3), "0.weight_mask": torch.zeros(4, 2, 3, 3)}
+    >>> plain_state(pruned)["0.weight"].count_nonzero()
+    tensor(0)
+    """
+    plain = dict(state)
+    for name, value in state.items():
+        if name.endswith("_mask") and (orig := name.removesuffix("_mask") + "_orig") in plain:
+            plain[name.removesuffix("_mask")] = _masked(plain.pop(orig), plain.pop(name), name)
+        elif found := _NNCF_MASK.fullmatch(name):
+            weight = found[1].replace(":", ".")
+            plain[weight] = _masked(_weight_of(plain, weight, name), plain.pop(name), name)
+        elif name.split(".")[-1] == _SKELETON:
+            weight = name.removesuffix(_SKELETON) + "weight"
+            plain[weight] = _whole(_weight_of(plain, weight, name), value, threshold, name)
+            del plain[name]
+    for prefix in _PREFIXES * 2:  # of two wrappers, either outside
+        if plain and all(name.startswith(prefix) for name in plain):
+            plain = {name.removeprefix(prefix): value for name, value in plain.items()}
+    return plain
+
+
+def _weight_of(state: dict[str, Tensor], weight: str, mask: str) -> Tensor:
+    if weight not in state:
+        raise ValueError(f"{mask} belongs to {weight}, which the checkpoint does not have")
+    return state[weight]
+
+
+def _masked(weight: Tensor, mask: Tensor, name: str) -> Tensor:
+    if mask.shape != weight.shape:
+        raise ValueError(f"{name} is {list(mask.shape)} but its weight is {list(weight.shape)}")
+    return torch.where(mask != 0, weight * mask, 0)  # a dead weight may be infinite
+
+
+def _whole(weight: Tensor, skeleton: Tensor, threshold: float, name: str) -> Tensor:
+    """weight * skeleton [K, C, R, S], from a dense weight or from the live stripes alone."""
+    k, r, s = skeleton.shape if skeleton.dim() == 3 else (0, 0, 0)
+    live = skeleton if skeleton.dtype == torch.bool else skeleton.abs() > threshold
+    if weight.dim() == 4 and weight.shape[::2] == (k, r) and weight.shape[3] == s:
+        return torch.where(live[:, None], weight * skeleton[:, None], 0)
+    if weight.dim() == 4 and weight.shape[0] == int(live.sum()) and weight.shape[2:] == (1, 1):
+        dense = weight.new_zeros(r, s, k, weight.shape[1])
+        dense[live.permute(1, 2, 0)] = weight[:, :, 0, 0]
+        return dense.permute(2, 3, 0, 1).contiguous()
+    raise ValueError(
+        f"{name} is {list(skeleton.shape)} with {int(live.sum())} live stripes: its weight is {list(weight.shape)}, "
+        f"not [K, C, R, S] = [{k}, C, {r}, {s}] or the live stripes [{int(live.sum())}, C, 1, 1]"
+    )
+
+
+def without_filter_skeleton(conv: nn.Module) -> nn.Conv2d | None:
+    """nn.Conv2d for a convolution of Pruning Filter in Filter, dense or broken up; None for any other module.
+
+    What counts as one: a subclass of nn.Conv2d with a parameter or buffer FilterSkeleton [K, R, S], which computes
+    conv(x, weight * FilterSkeleton) on one image of noise.
+    """
+    skeleton = getattr(conv, _SKELETON, None)
+    if not isinstance(conv, nn.Conv2d) or not isinstance(skeleton, Tensor) or skeleton.dim() != 3:
+        return None
+    state = {name: t.detach() for name, t in (*conv.named_parameters(), *conv.named_buffers())}
+    plain = nn.Conv2d(
+        conv.in_channels, skeleton.shape[0], (skeleton.shape[1], skeleton.shape[2]), conv.stride, conv.padding,
+        conv.dilation, conv.groups, conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype,
+    )  # fmt: skip
+    plain.load_state_dict(plain_state(state))
+    noise = torch.arange(conv.in_channels * 144).square().sin()  # without a step of torch's generator
+    x = noise.view(1, -1, 12, 12).to(conv.weight)
+    same = torch.allclose(conv(x), plain(x), rtol=1e-3, atol=1e-5)
+    return plain.train(conv.training) if same else None
