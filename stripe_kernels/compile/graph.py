@@ -33,6 +33,11 @@ _VIEW_FUNCTIONS = frozenset({
     torch.squeeze, torch.swapaxes, torch.transpose, torch.unbind, torch.unflatten, torch.unsqueeze,
     operator.getitem,
 })  # fmt: skip
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_QUESTIONS = (
+    getattr, operator.and_, operator.eq, operator.ge, operator.getitem, operator.gt, operator.le, operator.lt,
+    operator.mod, operator.ne,
+)  # fmt: skip
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
 
 
@@ -124,6 +129,53 @@ def _out_of_place(node: fx.Node) -> Callable[[], None] | None:
     if node.op == "call_function" and node.kwargs.get("inplace"):
         return lambda: setattr(node, "kwargs", {**node.kwargs, "inplace": False})
     return None
+
+
+def drop_assertions(network: fx.GraphModule) -> None:
+    """Takes out torch._assert, which models of timm check their inputs with, and questions nobody reads."""
+    for node in reversed(network.graph.nodes):
+        unread = not node.users and (node.op == "get_attr" or calls(node, (), _QUESTIONS, ("size", "dim")))
+        if unread or calls(node, functions=(torch._assert,)):
+            network.graph.erase_node(node)
+    network.recompile()
+
+
+def norms_as_modules(network: fx.GraphModule) -> None:
+    """F.batch_norm of a module's own tensors in evaluation mode becomes nn.BatchNorm2d, which passes know."""
+    for node in list(network.graph.nodes):
+        if not calls(node, functions=(F.batch_norm,)):
+            continue
+        given = dict(zip(_BATCH_NORM, node.args, strict=False)) | dict(node.kwargs)
+        x = given.pop("input")
+        owned = {name: given[name] for name in _BATCH_NORM[1:5] if isinstance(given.get(name), fx.Node)}
+        constant = all(n.op == "get_attr" for n in owned.values()) and "running_var" in owned
+        if not constant or ("weight" in owned) != ("bias" in owned) or given.get("training"):
+            continue
+        tensors = {name: _attribute(network, str(n.target)) for name, n in owned.items()}
+        momentum, eps = given.get("momentum", 0.1), given.get("eps", 1e-5)
+        with torch.device("meta"):
+            norm = nn.BatchNorm2d(len(tensors["running_var"]), eps, momentum, affine="weight" in tensors)
+        norm.num_batches_tracked = None
+        for name, t in tensors.items():
+            setattr(norm, name, t)
+        owner = str(owned["running_var"].target).rpartition(".")[0]
+        name = f"{owner}.norm".lstrip(".")
+        while _has(network, name):
+            name += "_"
+        network.add_submodule(name, norm.eval())
+        with network.graph.inserting_before(node):
+            new = network.graph.call_module(name, (x,))
+        node.replace_all_uses_with(new)
+        network.graph.erase_node(node)
+
+
+def _attribute(network: nn.Module, target: str) -> Any:
+    owner, _, leaf = target.rpartition(".")
+    return getattr(network.get_submodule(owner), leaf)
+
+
+def _has(network: nn.Module, name: str) -> bool:
+    return any(name == known for known, _ in network.named_modules())
 
 
 def drop_identities(network: fx.GraphModule) -> None:

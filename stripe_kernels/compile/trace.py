@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 
 from stripe_kernels.compile import vocabulary
+from stripe_kernels.compile.graph import drop_assertions, norms_as_modules
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.unwrap import clone
 
@@ -36,4 +37,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
             ) from error
         for node in graph.nodes:
             node.type = None  # annotations that are still text would keep the graph from being pickled
-        return fx.GraphModule(tracer.root, graph, type(model).__name__)
+        network = fx.GraphModule(tracer.root, graph, type(model).__name__)
+        norms_as_modules(network)
+        drop_assertions(network)
+        return network
