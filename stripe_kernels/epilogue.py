@@ -28,4 +28,5 @@ def apply_epilogue(
         y = y + bias[:, None, None]
     if residual is not None:
         y = y + residual
-    return ACTIVATIONS[activation](y)
+    activated: Tensor = ACTIVATIONS[activation](y)
+    return activated

@@ -26,11 +26,11 @@ def as_skeleton(skeleton: Tensor | FilterSkeleton) -> FilterSkeleton:
     if skeleton.is_inference():
         return FilterSkeleton(skeleton.cpu().numpy())
     state = (skeleton.data_ptr(), skeleton._version)
-    found = _skeletons.get(skeleton)
-    if found is None or found[0] != state:
-        found = (state, FilterSkeleton(skeleton.cpu().numpy()))
-        _skeletons[skeleton] = found
-    return found[1]
+    known, live = _skeletons.get(skeleton) or (None, None)
+    if live is None or known != state:
+        live = FilterSkeleton(skeleton.cpu().numpy())
+        _skeletons[skeleton] = (state, live)
+    return live
 
 
 def stripe_conv2d(

@@ -21,7 +21,7 @@ except ImportError as error:
     ) from error
 
 
-class HubModel(  # type: ignore[misc] # the mixin is typed as Any where huggingface_hub is not installed
+class HubModel(
     nn.Module,
     ModelHubMixin,
     library_name="stripe-kernels",

@@ -60,7 +60,7 @@ class StripeConv2d(nn.Module):
         self.kernel_size = pair(kernel_size, "kernel_size", 1)
         self.stride, self.dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
         self.padding: Any = padding if isinstance(padding, str) else pair(padding, "padding", 0)
-        self.padding_mode = padding_mode
+        self.padding_mode: Any = padding_mode
         if groups < 1 or in_channels < 1 or out_channels < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}"
@@ -174,7 +174,8 @@ class StripeConv2d(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> StripeConv2d:
         self.repack()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes a state with another skeleton too: the weight is resized to its live stripes."""

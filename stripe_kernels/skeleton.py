@@ -78,7 +78,8 @@ class FilterSkeleton:
     @cached_property
     def filters_per_tap(self) -> npt.NDArray[np.int64]:
         """Live filters of every tap [R, S]."""
-        return self.live.sum(0)
+        count: npt.NDArray[np.int64] = self.live.sum(0)
+        return count
 
     @cached_property
     def dead_filters(self) -> npt.NDArray[np.int64]:

@@ -12,7 +12,7 @@ from stripe_kernels.packed import StripeIndex
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
 
 try:
-    from stripe_kernels import _cpu
+    from stripe_kernels import _cpu as _cpu
 except ImportError as error:
     raise ImportError(
         f"the extension stripe_kernels._cpu is not built or does not load ({error}); run: pip install -e ."

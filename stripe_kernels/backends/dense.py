@@ -49,9 +49,10 @@ class _Dense:
 
     def gradients(self, dy: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
         s = self.shape
-        return torch.ops.aten.convolution_backward(
+        found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
             dy, x, weight, None, s.stride, self.padding, s.dilation, False, [0, 0], s.groups, mask
         )
+        return found
 
 
 class DenseFprop(_Dense):

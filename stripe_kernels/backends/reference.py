@@ -52,14 +52,16 @@ class ReferenceDgrad(_Reference):
         s = self.shape
         top, left, bottom, right = s.padding
         size = (s.N, s.C, s.H + top + bottom, s.W + left + right)
-        padded = conv2d_input(size, self.dense(packed), dy, s.stride, 0, s.dilation, s.groups)
+        padded: Tensor = conv2d_input(size, self.dense(packed), dy, s.stride, 0, s.dilation, s.groups)
         return padded[:, :, top : top + s.H, left : left + s.W].contiguous(memory_format=self.format)
 
 
 class ReferenceWgrad(_Reference):
     def __call__(self, dy: Tensor, x: Tensor) -> Tensor:
         s = self.shape
-        dense = conv2d_weight(self.pad(x), (s.K, s.group_c, s.R, s.S), dy, s.stride, 0, s.dilation, s.groups)
+        dense: Tensor = conv2d_weight(
+            self.pad(x), (s.K, s.group_c, s.R, s.S), dy, s.stride, 0, s.dilation, s.groups
+        )
         return dense.permute(0, 2, 3, 1)[self.live.to(dense.device)]
 
 

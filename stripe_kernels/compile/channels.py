@@ -174,11 +174,11 @@ def _elementwise(node: fx.Node, size: tuple[int, ...]) -> Role:
         known = dict(zip(sources, (v[None] for v in values), strict=True))
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
         module = module_of(node)
-        if module is not None:
-            return module(*args, **kwargs)[0]
+        called: Any = module or node.target
         if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)[0]
-        return node.target(*args, **kwargs)[0]  # type: ignore[operator]
+            called, args = getattr(args[0], str(node.target)), args[1:]
+        y: Tensor = called(*args, **kwargs)[0]
+        return y
 
     return Role("pass", sources, constant)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +90,16 @@ def without_filter_skeleton(conv: nn.Module) -> nn.Conv2d | None:
     if not isinstance(conv, nn.Conv2d) or not isinstance(skeleton, Tensor) or skeleton.dim() != 3:
         return None
     state = {name: t.detach() for name, t in (*conv.named_parameters(), *conv.named_buffers())}
-    plain = nn.Conv2d(
-        conv.in_channels, skeleton.shape[0], (skeleton.shape[1], skeleton.shape[2]), conv.stride, conv.padding,
-        conv.dilation, conv.groups, conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")
+    }
+    settings |= {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
+    k, r, s = skeleton.shape
+    plain = nn.Conv2d(conv.in_channels, k, (r, s), **settings)
     plain.load_state_dict(plain_state(state))
-    noise = torch.arange(conv.in_channels * 144).square().sin()  # without a step of torch's generator
-    x = noise.view(1, -1, 12, 12).to(conv.weight)
-    same = torch.allclose(conv(x), plain(x), rtol=1e-3, atol=1e-5)
+    side = 8 + 2 * max(skeleton.shape[1:]) * max(conv.dilation)
+    noise = torch.arange(conv.in_channels * side * side).square().sin()  # torch's generator does not move
+    x = noise.view(1, -1, side, side).to(conv.weight)
+    theirs, ours = conv(x), plain(x)
+    same = theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-3, atol=1e-5)
     return plain.train(conv.training) if same else None

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stripe_kernels import functional
+from stripe_kernels.epilogue import ACTIVATIONS
 from stripe_kernels.modules import StripeConv2d
-from stripe_kernels.ops import ACTIVATIONS
 from stripe_kernels.skeleton import FilterSkeleton
 
 

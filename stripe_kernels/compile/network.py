@@ -12,9 +12,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from stripe_kernels import ops
+from stripe_kernels.checks import check
 from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.compile.resident import Untranslatable, resident
 from stripe_kernels.modules import StripeConv2d
+from stripe_kernels.snapshots import packed_weight
 
 _PROGRAMS_KEPT = 16  # input signatures a network remembers
 
@@ -112,7 +114,8 @@ class Network(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Network:
         self.forget()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.forget()
@@ -175,7 +178,8 @@ class _Writer(fx.Interpreter):
         parameters = ", ".join(name for n, name in self.names.items() if n.op == "placeholder")
         source = "\n    ".join([f"def program({parameters}):", *self.lines])
         exec(compile(source, "<network>", "exec"), self.bound)
-        return self.bound["program"]
+        program: Program = self.bound["program"]
+        return program
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -221,9 +225,9 @@ class _Writer(fx.Interpreter):
             x = F.pad(x, layer._explicit_pad, layer.padding_mode)
         residual = n.args[1] if len(n.args) > 1 else None
         values = {"bias": layer.bias, "residual": None if residual is None else self.env[residual]}  # type: ignore[index]
-        ops.check(x, layer.weight, layer._op, values)
+        check(x, layer.weight, layer._op, values)
         runner = layer._op.runner("fprop", tuple(x.shape), x)
-        packed = self._bind("w", ops.packed_weight(runner, layer.weight))
+        packed = self._bind("w", packed_weight(runner, layer.weight))
         bias = self._bind("b", layer.bias)
         activation = layer.activation if isinstance(layer, FusedConv2d) else "none"
         epilogue = f"{bias}, None, {self._argument(residual)}, {activation!r}"

@@ -79,7 +79,7 @@ class _Translator:
         network, flat = self.network, len(size_of(result) or ()) == 2
 
         def program(x: Tensor) -> Tensor:
-            y = network.run(x, source, target)
+            y: Tensor = network.run(x, source, target)
             return y.flatten(1) if flat else y
 
         return program

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -169,7 +170,7 @@ def wgrad(problem: Problem) -> Mapping[Config, float]:
     return found
 
 
-def _planar_too(problem: Problem, configs: tuple) -> tuple:
+def _planar_too(problem: Problem, configs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Gathering configurations once more on a planar copy of dy, where dy is not planar already."""
     if not problem.channels_last:
         return configs
