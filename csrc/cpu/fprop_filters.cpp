@@ -148,7 +148,7 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
       m.n0 = task / static_cast<int>(parts_.size()) * images_, m.images = std::min(images_, s.N - m.n0);
       const std::int64_t here = static_cast<std::int64_t>(m.images) * s.P * s.Q;
       std::fill(sums, sums + here * filters, 0.f);
-      compute(part, &taps_[index * lattice_.taps.size()], m.n0, m.images, source, packed, sums);
+      compute(part, taps_.data() + index * lattice_.taps.size(), m.n0, m.images, source, packed, sums);
       isa_.load_transposed(turned, here, sums, DType::f32, filters, here, filters);
       m.c_stride = here;
       finish_lanes(isa_, e, m, part.group * s.group_k() + part.begin, filters, turned, turned + part_floats);

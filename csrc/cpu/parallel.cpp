@@ -8,6 +8,11 @@
 #include <memory>
 #include <new>
 
+#ifdef __SANITIZE_THREAD__  // the thread sanitizer cannot see libgomp's barriers; it sees these
+#include <thread>
+#include <vector>
+#endif
+
 namespace sk {
 namespace {
 
@@ -22,6 +27,25 @@ thread_local std::size_t capacity = 0;
 
 }  // namespace
 
+#ifdef __SANITIZE_THREAD__
+namespace {
+thread_local pthread_barrier_t* meeting = nullptr;
+}
+
+void Team::barrier() const {
+  if (threads > 1) pthread_barrier_wait(meeting);
+}
+
+void run_team(int threads, const std::function<void(const Team&)>& body) {
+  if (threads <= 1 || meeting || forked.load()) return body({0, 1});
+  pthread_barrier_t all;
+  pthread_barrier_init(&all, nullptr, threads);
+  std::vector<std::thread> members;
+  for (int i = 0; i < threads; ++i) members.emplace_back([&, i] { meeting = &all, body({i, threads}); });
+  for (std::thread& member : members) member.join();
+  pthread_barrier_destroy(&all);
+}
+#else
 void Team::barrier() const {
   if (threads > 1) {
 #pragma omp barrier
@@ -33,6 +57,7 @@ void run_team(int threads, const std::function<void(const Team&)>& body) {
 #pragma omp parallel num_threads(threads)
   body({omp_get_thread_num(), omp_get_num_threads()});
 }
+#endif
 
 float* scratch(std::size_t floats) {
   if (floats > capacity) {

@@ -168,7 +168,7 @@ void Schedule::pack(const IsaKernels& isa, const TensorView& x, int block, int c
   m.first_col = col_first_, m.cols = panel_cols_, m.pitch = pitch_;
   m.c_stride = channel_stride_;
   m.batch = tiling_.mode == LaneMode::batch ? tiling_.images : 1;
-  if (lead_) std::fill(panel, panel + lead_, 0.f);
+  if (begin == 0 && end > 0) std::fill(panel, panel + lead_, 0.f);  // one member of a team
   for (int p = 0; p < planes(); ++p) {
     m.h0 = lattice_.planes[p].row0, m.w0 = lattice_.planes[p].col0;
     float* at = panel + lead_ + p * plane_stride(channels) + begin * channel_stride_;

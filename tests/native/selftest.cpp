@@ -10,6 +10,8 @@
 
 #include "cpu/dgrad.h"
 #include "cpu/fprop.h"
+#include "cpu/fprop_filters.h"
+#include "cpu/lane_network.h"
 #include "cpu/wgrad.h"
 #include "tensor.h"
 
@@ -144,10 +146,11 @@ struct Operands {
 
 // The answers, by plain loops in double.
 struct Answers {
-  Expected y, finished, dx, dw;  // finished: y after scale, shift, residual and relu
+  Expected y, finished, above, dx,
+      dw;  // finished: y after scale, shift, residual and relu; above: y its own residual
 
   Answers(const Problem& p, const Operands& in)
-      : y(in.dy.shape()), finished(in.dy.shape()), dx(in.x.shape()), dw(in.w.shape()) {
+      : y(in.dy.shape()), finished(in.dy.shape()), above(in.dy.shape()), dx(in.x.shape()), dw(in.w.shape()) {
     const ConvShape& s = p.s;
     each_product(s, in.live, [&](int a, int c, int n, int p, int q, int h, int w) {
       const int k = in.live[a].k, channel = k / s.group_k() * s.group_c() + c;
@@ -159,9 +162,11 @@ struct Answers {
     for (int n = 0; n < s.N; ++n)
       for (int k = 0; k < s.K; ++k)
         for (int p = 0; p < s.P; ++p)
-          for (int q = 0; q < s.Q; ++q)
-            finished.at(n, k, p, q) =
-                std::max(0.0, y.at(n, k, p, q) * in.scale[k] + in.shift[k] + in.residual.get(n, k, p, q));
+          for (int q = 0; q < s.Q; ++q) {
+            const double scaled = y.at(n, k, p, q) * in.scale[k] + in.shift[k];
+            finished.at(n, k, p, q) = std::max(0.0, scaled + in.residual.get(n, k, p, q));
+            above.at(n, k, p, q) = std::max(0.0, scaled + y.at(n, k, p, q));
+          }
   }
 };
 
@@ -173,16 +178,15 @@ struct Plan {
 
 Tensor like(const Tensor& t) { return Tensor(t.shape(), t.format(), t.channels_last()); }
 
-void check_fprop(const std::string& what, Operands& in, const ConvShape& s, Answers& want, const Plan& plan,
-                 const IsaKernels& isa) {
-  const Fprop kernel(s, stripes_of(s, in.live), plan.tiling, isa);
+template <class Kernel>
+void check_fprop(const std::string& what, const Kernel& kernel, Operands& in, Answers& want, int threads) {
   const std::unique_ptr<float[]> packed(new float[kernel.packed_floats()]);
   kernel.pack_weight(in.w.data(), in.w.format().type, packed.get());
   Tensor y = like(in.dy), finished = like(in.dy);
-  kernel.run(in.x.view(), packed.get(), y.view(), Epilogue{}, plan.threads);
+  kernel.run(in.x.view(), packed.get(), y.view(), Epilogue{}, threads);
   check(what + " fprop", y, want.y);
   const Epilogue epilogue{in.scale.data(), in.shift.data(), in.residual.view(), Activation::relu};
-  kernel.run(in.x.view(), packed.get(), finished.view(), epilogue, plan.threads);
+  kernel.run(in.x.view(), packed.get(), finished.view(), epilogue, threads);
   check(what + " fprop with epilogue", finished, want.finished);
 }
 
@@ -204,6 +208,28 @@ void check_wgrad(const std::string& what, Operands& in, const ConvShape& s, Answ
   check(what + " wgrad", dw, want.dw);
 }
 
+// One convolution in batch lanes, and on top of it a second activation: scale, shift, its own input as
+// residual, relu.
+void check_lanes(const std::string& what, Operands& in, const ConvShape& s, Answers& want, int threads,
+                 const IsaKernels& isa) {
+  LaneNetwork network(isa.lanes, threads, isa);
+  std::int64_t end = 0;
+  const auto place = [&](int c, int h, int w) {
+    const std::int64_t at = end;
+    end += (c * network.channel_floats(h, w) + 15) / 16 * 16;
+    return network.add_activation(c, h, w, at);
+  };
+  const int x = place(s.C, s.H, s.W), conv = place(s.K, s.P, s.Q), top = place(s.K, s.P, s.Q);
+  network.add_conv(s, stripes_of(s, in.live), static_cast<const float*>(in.w.data()), nullptr, nullptr,
+                   Activation::none, x, -1, conv);
+  network.add_pointwise(in.scale.data(), in.shift.data(), Activation::relu, conv, conv, top);
+  Tensor y = like(in.dy), above = like(in.dy);
+  network.run(in.x.view(), s.N, x, y.view(), conv, threads);
+  check(what + " lane network", y, want.y);
+  network.run(in.x.view(), s.N, x, above.view(), top, threads);
+  check(what + " lane network, pointwise", above, want.above);
+}
+
 void check_isa(const Problem& problem, Operands& in, Answers& want, const IsaKernels& isa) {
   const std::string what = std::string(isa.name) + " " + in.x.format().name +
                            (in.x.channels_last() ? " channels_last " : " ") + problem.name;
@@ -215,9 +241,15 @@ void check_isa(const Problem& problem, Operands& in, Answers& want, const IsaKer
       {", batch, split filters", {LaneMode::batch, 2 * isa.lanes, 1, 2, 3}, 2},
   };
   for (const Plan& plan : plans) {
-    check_fprop(what + plan.name, in, problem.s, want, plan, isa);
+    check_fprop(what + plan.name, Fprop(problem.s, stripes_of(problem.s, in.live), plan.tiling, isa), in,
+                want, plan.threads);
     check_dgrad(what + plan.name, in, problem.s, want, plan, isa);
   }
+  for (int parts : {1, 3})
+    check_fprop(what + ", filters",
+                FpropFilters(problem.s, stripes_of(problem.s, in.live), parts, parts, isa), in, want, parts);
+  if (in.w.format().type == DType::f32 && problem.s.P > 0 && problem.s.Q > 0)
+    for (int threads : {1, 3}) check_lanes(what, in, problem.s, want, threads, isa);
   for (int chunk_pixels : {1, 10, 1000}) check_wgrad(what, in, problem.s, want, chunk_pixels, isa);
 }
 

@@ -60,8 +60,8 @@ void strided_tile(std::int64_t n, const float* a, std::int64_t a_step, const flo
   acc.add_rows(y, [=](int f) { return rows[f] * ldy; });
 }
 
-// Steps summed before they join y: one running sum of 130 products left the error budget (found by generated problems).
-constexpr std::int64_t kStretch = 64;
+// Steps summed before they join y: one running sum of 70 products left the error budget (generated problems).
+constexpr std::int64_t kStretch = 32;
 
 template <int F, int V>
 void indexed_tile(std::int64_t n, const float* a, const float* b, const sk::IndexedStep* steps, float* y,
