@@ -172,6 +172,8 @@ def draw(rng: np.random.Generator, kernels: list[str]) -> Generated:
         kernel, which = str(rng.choice(kernels)), PASSES[int(rng.integers(len(PASSES)))]
         wide = 0.0 if kernel in NATIVE else 0.1  # native kernels refuse float64
         dtype = str(rng.choice(_DTYPES, p=[0.5 - wide, 0.25, 0.25, wide]))
+        if dtype == "bfloat16" and kernel in ("auto", "dense", "reference"):
+            dtype = "float16"  # torch's own convolution in bfloat16 corrupts memory: see stripe_kernels/testing.py
         layout, threads, pick = str(rng.choice(list(LAYOUTS))), size(1, 1, 2, 3), int(rng.integers(16))
         epilogue: tuple[str, ...] = ()
         if which == "fprop" and rng.random() < 0.5:
