@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+TORN = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")  # in messages of torch
 
 
 @contextmanager
@@ -33,6 +34,13 @@ def joined(device: str) -> Iterator[str]:
     try:
         yield device
         dist.barrier()  # no rank leaves while another still talks to it
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in TORN):
+            raise
+        raise ConnectionError(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} lost another one, whose own message says why. "
+            "The checkpoints are whole: run the same command again to go on from the last"
+        ) from error
     finally:
         dist.destroy_process_group()
 

@@ -88,6 +88,61 @@ def test_torchrun_trains_a_recipe(tmp_path: Path) -> None:
         assert [first.split(",")[i] for i in shared] == [second.split(",")[i] for i in shared]
 
 
+LOST = """
+import os, sys
+import iessp.train, iessp.cli
+from iessp.train import Trainer
+
+iessp.train.SAVE_SECONDS = 0.0
+step = Trainer.train_step
+def die(self):
+    if self.step == 3 and os.environ["RANK"] == "1":
+        os._exit(9)
+    return step(self)
+Trainer.train_step = die
+sys.argv = ["iessp", *sys.argv[1:]]
+iessp.cli.main()
+"""
+
+
+def test_a_lost_rank_ends_with_a_clear_error_and_a_usable_checkpoint(tmp_path: Path) -> None:
+    arguments = ["train", "digits", "--threads", "1", "--out", "run"]
+    for change in (
+        "model=resnet20",
+        "width=0.25",
+        "epochs=1",
+        "batch=256",
+        "gate_lr=0.5",
+        "sizes=[[0.0, 8]]",
+    ):
+        arguments += ["--set", change]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join([str(Path(iessp.__file__).parents[1]), *sys.path])
+    shared = {"PYTHONPATH": paths, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOST, *arguments],
+            cwd=tmp_path, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    said = [rank.communicate()[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 9], said[0][-2000:]
+    assert "rank 0 of 2 lost another one" in " ".join(said[0].split())
+    assert "Traceback" not in said[0]
+    assert [path.stem for path in checkpoint.saved(tmp_path / "run/checkpoints")][-1] == "step-00000003"
+    alone = subprocess.run(
+        [sys.executable, "-m", "iessp", *arguments],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    steps = [line.split(",")[0] for line in (tmp_path / "run/log.csv").read_text().splitlines()]
+    assert steps == ["step", "1", "2", "3", "4", "5"], "it went on where the two had stopped"
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 def test_two_ranks_agree_with_each_other_and_with_one(tmp_path: Path) -> None:
     with socket.socket() as free:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import runpy
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import iessp
+from iessp.data import load
+from iessp.finetune import follow
 from iessp.models import build
 from iessp.runs import thaw
 from iessp.timing import compare, interleave
@@ -60,32 +61,14 @@ def test_comparison_notices_a_difference() -> None:
 
 
 def test_finetuning_the_packed_weights_follows_the_masked_network() -> None:
-    """Ten steps of SGD: packed training strays no further from a float64 run than masked dense training."""
-    masked = iessp.detach(settled("resnet20"))
-    masked_start = iessp.freeze(settled("resnet20"))
-    exact = copy.deepcopy(masked).double()
-    skeletons = iessp.skeletons(settled("resnet20"))
-    generator = torch.Generator().manual_seed(0)
-    batches = [(torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 10) for _ in range(10)]
-
-    def curve(model: nn.Module, hold: bool) -> torch.Tensor:
-        optimiser = torch.optim.SGD(model.train().parameters(), 0.05, momentum=0.9)
-        losses = []
-        for x, y in batches:
-            loss = F.cross_entropy(model(x.to(model.classifier.weight.dtype)), y)
-            optimiser.zero_grad()
-            loss.backward()
-            if hold:
-                for name, skeleton in skeletons.items():
-                    model.get_submodule(name).weight.grad *= skeleton[:, None]
-            optimiser.step()
-            losses.append(loss.detach().double())
-        return torch.stack(losses)
-
-    reference = curve(exact, hold=True)
-    own = (curve(masked, hold=True) - reference).abs()
-    packed = (curve(masked_start, hold=False) - reference).abs()
-    assert packed.mean() <= 2 * own.mean() + 1e-6, (packed, own)
+    """20 steps: packed training strays no further from a float64 run than masked dense training, median of 5
+    seeds."""
+    splits = load("digits")
+    curves = [follow("resnet20", 0.25, splits, seed, batch=16, size=8, smooth=True) for seed in range(5)]
+    drifts = {kind: median(curve.drift(kind) for curve in curves) for kind in ("dense", "packed")}
+    assert drifts["packed"] <= drifts["dense"], drifts
+    assert 0 < drifts["dense"] < 1e-2
+    assert all(curve.exact[-5:].mean() < curve.exact[:5].mean() for curve in curves), "it trains"
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

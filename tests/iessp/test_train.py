@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,10 @@ TINY = Recipe(name="tiny", model="resnet20", width=0.25, epochs=4, batch=16, bud
 
 @pytest.fixture(scope="module")
 def splits() -> Splits:
+    return few_digits()
+
+
+def few_digits() -> Splits:
     """96 digits at 16x16, 4 + 1 batches' worth."""
     whole = load("digits")
 
@@ -123,40 +125,47 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys, torch
+import os, random, signal, sys, time
 sys.path.insert(0, {tests!r})
 import test_train as t
-torch.set_num_threads(1)
+t.torch.set_num_threads(1)  # no thread pool: a fork has none of its parent's threads
 import iessp.train
-iessp.train.SAVE_SECONDS = 0.0  # a checkpoint after every step, so that most kills fall into one
-splits = t.splits.__wrapped__() if hasattr(t.splits, "__wrapped__") else t.splits._fixture_function()
-trainer = t.Trainer(t.TINY, splits, t.Path({folder!r}))
-trainer.run(report=lambda step: print(step.step, flush=True))
+iessp.train.SAVE_SECONDS = 0.0  # a checkpoint after every step, so that many kills fall into one
+splits, folder, chance = t.few_digits(), t.Path({folder!r}), random.Random(0)
+for kill in range(11):
+    heard, said = os.pipe()
+    child = os.fork()
+    if not child:
+        trainer = t.Trainer(t.TINY, splits, folder)
+        trainer.run(report=lambda step: os.write(said, b"."))
+        os._exit(0)
+    os.close(said)
+    if kill < 10:
+        os.read(heard, 1)  # its first step is done
+        began = time.monotonic()
+        os.read(heard, 1)
+        time.sleep(chance.random() * (time.monotonic() - began))
+        os.kill(child, signal.SIGKILL)
+    os.close(heard)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def test_kill_at_random_moments_and_resume(splits: Splits, tmp_path: Path) -> None:
-    torch_threads = torch.get_num_threads()
+def test_kill_at_ten_random_moments_and_resume(splits: Splits, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     whole = Trainer(TINY, splits, tmp_path / "whole")
     whole.run()
-    torch.set_num_threads(torch_threads)
     folder = tmp_path / "killed"
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder))
-    delays = torch.rand(2, generator=torch.Generator().manual_seed(0)).tolist()
-    for delay in delays:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ, text=True
-        )
-        assert process.stdout is not None
-        process.stdout.readline()  # its first step is done
-        time.sleep(0.5 * delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=os.environ)
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    ends = [int(word) for word in said.stdout.split()]
+    assert ends[-1] == 0
+    assert ends.count(-signal.SIGKILL) >= 5, "later ones may find the run finished"
     resumed = Trainer(TINY, splits, folder)
     assert resumed.step == resumed.steps
     assert equal(weights(resumed.model), weights(whole.model))
+    for path in checkpoint.saved(folder / "checkpoints"):
+        torch.load(path, weights_only=True)
     left = [p.name for p in (folder / "checkpoints").iterdir()]
     assert all(name.startswith("step-") or name.endswith(".tmp") for name in left)
 
