@@ -24,8 +24,10 @@ BATCHES = (1, 32)
 SECONDS = 6.0  # of timing for each batch size, and for the layers
 
 
-def run(out: Path, recipe: Recipe) -> None:
-    """Train `recipe` and its dense baseline (same schedule and seed), compare, time; resumable."""
+def run(out: Path, recipe: Recipe) -> dict[str, Any]:
+    """Train `recipe` and its dense baseline (same schedule and seed), compare, time; resumable. Returns the
+    figures: dense and pruned results, their files, ms by batch and network, pictures.
+    """
     import stripe_kernels
 
     start = time.monotonic()
@@ -52,6 +54,8 @@ def run(out: Path, recipe: Recipe) -> None:
     rows = comparison(found["dense"], found["pruned"], dense_file, frozen_file)
     for batch, contest in times.items():
         for kind in ("", ", optimized"):
+            if not {f"dense{kind}", f"frozen{kind}"} <= contest.keys():
+                continue  # left out, as a warning has said
             dense, pruned = (contest[name + kind][0] for name in ("dense", "frozen"))
             change = f"{dense.median / pruned.median:.2f}x faster"
             rows.append([f"ms, batch {batch}{kind}", str(dense), str(pruned), change])
@@ -69,6 +73,13 @@ def run(out: Path, recipe: Recipe) -> None:
     console.print(
         f"Pictures: {', '.join(str(p) for p in pictures)}. {time.monotonic() - start:.0f} s in all."
     )
+    return {
+        **found,
+        "files": [str(dense_file), str(frozen_file)],
+        "times": [row for batch, contest in times.items() for row in runs.contest_records(contest, batch)],
+        "conditions": runs.conditions(),
+        "pictures": [str(path) for path in pictures],
+    }
 
 
 def comparison(

@@ -1,17 +1,27 @@
-"""The command line: it explains itself, and what a user can put right ends with one line and status 2."""
+"""The command line: it explains itself, what a user can put right ends with one line and status 2, and --json
+leaves stdout to the machine."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 
-from iessp import cli, demo, reproduce
+import stripe_kernels
+from iessp import cli, demo, latency, reproduce
+from iessp.latency import Latency
 from iessp.recipe import Recipe, bundled, parse_changes, read
+from iessp.report_page import accuracy_points
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -27,12 +37,67 @@ def words(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(plain.split())
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("freeze",), ("bench",), ("demo",)])
-def test_help(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+VERBS = ("demo", "train", "prune", "freeze", "optimize", "bench", "explain", "report", "reproduce", "doctor")
+SMALL = ["model=resnet20", "width=0.25", "epochs=1", "batch=256", "sizes=[[0.0, 8]]", "budget=0.5"]
+FACTORIES = """
+import torch
+from torch import nn
+
+def make():
+    layers = [nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 16, 3, stride=2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+def with_example():
+    return make(), torch.zeros(5, 3, 20, 14)
+
+def broken():
+    raise KeyError("weights")
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty working directory with a user's module in it, and a cache of choices of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "factories_of_a_user.py").write_text(FACTORIES)
+    yield tmp_path
+    sys.modules.pop("factories_of_a_user", None)
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """What --json prints; text for people must be on stderr, or reading it fails."""
+    assert call(monkeypatch, *arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_verb_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch) == 0
+    said = words(capsys)
+    assert all(f"│ {verb} " in said for verb in VERBS)
+    assert {command.callback.__name__ for command in cli.app.registered_commands if command.callback} == set(
+        VERBS
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_suffices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
-    assert call(monkeypatch, *command, "--help") == 0
-    assert "Usage:" in words(capsys)
+    """Usage, an example that the parser takes, --json; every option has a word of help."""
+    assert call(monkeypatch, verb, "--help") == 0
+    said = words(capsys)
+    assert f"Usage: iessp {verb}" in said
+    assert "--json" in said
+    command = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
+    assert all(parameter.help for parameter in command.params)
+    example = re.sub(r"\x1b\[[0-9;]*m|\[/?(bold)?\]", "", command.epilog).removeprefix("Example: ")
+    assert example.split()[:2] == ["iessp", verb]
+    command.make_context(verb, shlex.split(example)[2:])
 
 
 @pytest.mark.parametrize(
@@ -44,18 +109,207 @@ def test_help(
         (("train", "digits", "--set", "epochs"), '"epochs" is not KEY=VALUE'),
         (("train", "digits", "--set", "epochs=0"), "epochs and batch must be at least 1, got 0 and 64"),
         (("train", "nowhere.toml"), "recipe file nowhere.toml does not exist"),
-        (("freeze", "no/such/run"), "no/such/run holds no run: expected no/such/run/checkpoints/step-*.pt"),
+        (("freeze", "no/such/run"), "no/such/run does not exist"),
+        (("freeze", "."), ". holds no run: expected checkpoints/step-*.pt"),
         (("trian", "digits"), "No such command 'trian'. Did you mean 'train'?"),
+        (("train", "digits", "--epochs", "3"), "No such option: --epochs"),
+        (("prune",), "Missing argument 'MODEL'. (iessp prune --help)"),
+        (("prune", "vgg61"), 'unknown model "vgg61": did you mean "vgg16"?'),
+        (("prune", "resnet20", "--method", "magnitud"), 'did you mean "magnitude"?'),
+        (
+            ("prune", "resnet20", "--method", "iem"),
+            "iem learns while it trains: iessp train RECIPE --set method=iem",
+        ),
+        (("prune", "resnet20", "--budget", "2"), "budget is a share of MACs in (0, 1], got 2.0"),
+        (("prune", "resnet20", "--budget", "fast"), "or a time such as \"2.5 ms\", got 'fast'"),
+        (("prune", "resnet20", "--input", "3x20"), '--input "3x20" is not CxHxW, as in 3x32x32'),
+        (
+            ("prune", "resnet20", "--exclude", "stem.1"),
+            'unknown convolution "stem.1": did you mean "stem.0"?',
+        ),
+        (("explain", "no_such_module:make"), "no module no_such_module"),
+        (
+            ("explain", "factories_of_a_user:mkae"),
+            'unknown factory of factories_of_a_user "mkae": did you mean "make"?',
+        ),
+        (
+            ("explain", "factories_of_a_user.py:number"),
+            "returned a int: expected nn.Module, or (nn.Module, Tensor)",
+        ),
+        (("explain", "factories_of_a_usr.py:make"), "did you mean factories_of_a_user.py?"),
+        (("bench", "resnet20", "--weights", "gone.pt"), "gone.pt does not exist"),
+        (("report", "resnet20", "--no-measure", "--runs", "."), "has no records: expected table.json"),
     ],
 )
 def test_mistakes_end_with_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    here: Path,
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
     assert call(monkeypatch, *arguments) == 2
-    assert message in words(capsys).replace("│ ", "")
+    captured = capsys.readouterr()
+    assert message in captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("explain", "torn.safetensors"), "torn.safetensors is not a whole safetensors file"),
+        (("explain", "factories_of_a_user:broken"), "factories_of_a_user:broken raised KeyError: 'weights'"),
+        (("freeze", "factories_of_a_user:make"), "nothing to freeze: iessp prune makes some"),
+        (
+            ("bench", "factories_of_a_user:make", "--weights", "other.pt"),
+            "other.pt does not fit Sequential: Missing key",
+        ),
+    ],
+)
+def test_failures_end_with_one_line_and_status_1(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    here: Path,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    (here / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    torch.save({"3.bias": torch.zeros(16)}, here / "other.pt")
+    assert call(monkeypatch, *arguments, "--json") == 1
+    captured = capsys.readouterr()
+    assert message in captured.err.splitlines()[-1]
+    assert message in json.loads(captured.out)["error"]
+
+
+def test_a_defect_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_recipe", lambda *_: {}["missing"])
+    monkeypatch.setattr(sys, "argv", ["iessp", "train", "digits"])
+    with pytest.raises(KeyError, match="missing"):
+        cli.main()
+
+
+def test_prune_optimize_explain_bench_report_of_a_users_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    """The way from a factory and its trained weights to one page, every step by the command line."""
+    spec = "factories_of_a_user:with_example"
+    torch.manual_seed(3)
+    namespace: dict[str, Any] = {}
+    exec(FACTORIES, namespace)
+    trained = namespace["make"]()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in trained.state_dict().items()}}, "trained.pt")
+
+    pruned = answer(
+        monkeypatch,
+        capsys,
+        "prune",
+        spec,
+        "--weights",
+        "trained.pt",
+        "--budget",
+        "30%",
+        "-o",
+        "p.safetensors",
+    )
+    assert 0.2 < pruned["macs_kept"] <= 0.3
+    assert pruned["macs"] == 20 * 14 * 12 * 27 + 9 * 6 * 16 * 12 * 9
+    assert pruned["bytes"] == Path("p.safetensors").stat().st_size
+    loaded = stripe_kernels.load("p.safetensors")
+    layers = {n: m for n, m in loaded.named_modules() if isinstance(m, stripe_kernels.StripeConv2d)}
+    assert {row["layer"]: row["live"] for row in pruned["layers"]} == {
+        n: m.weight.shape[0] for n, m in layers.items()
+    }
+    kept = layers["3"].dense_weight()
+    assert torch.equal(kept, torch.where(kept != 0, trained[3].weight, 0))
+
+    size = ("--input", "3x20x14")
+    optimized = answer(monkeypatch, capsys, "optimize", "p.safetensors", "-o", "o.safetensors", *size)
+    assert isinstance(stripe_kernels.load("o.safetensors"), stripe_kernels.Network) == optimized["rewritten"]
+    explained = answer(
+        monkeypatch, capsys, "explain", "p.safetensors", "--html", "deep/e.html", "--batch", "2", *size
+    )
+    assert [row["layer"] for row in explained["layers"]] == ["0", "3"]
+    assert explained["layers"][0]["input"] == [2, 3, 20, 14]
+    assert "<svg" in Path("deep/e.html").read_text()
+    timed = answer(monkeypatch, capsys, "bench", "p.safetensors", "--batch", "1", "--seconds", "0", *size)
+    assert {row["network"] for row in timed["times"]} >= {"dense", "frozen"}
+    assert all(row["low"] <= row["ms"] <= row["high"] for row in timed["times"])
+    told = answer(monkeypatch, capsys, "report", "p.safetensors", "--seconds", "0", *size)
+    assert all(row["measured"] and row["share"] for row in told["layers"])
+    page = Path("report.html").read_text()
+    assert all(word in page for word in ("Whole network", "Roofline", "iessp train digits"))
+
+
+def test_prune_by_milliseconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    prices = Latency(fixed=1.0, per_stripe={"0": 0.001, "3": 0.01}, batch=1, threads=1)
+    monkeypatch.setattr(latency, "measure", lambda *_: prices)
+    found = answer(monkeypatch, capsys, "prune", "factories_of_a_user.py:make", "--budget", "1.5 ms")
+    live = {row["layer"]: row["live"] for row in found["layers"]}
+    assert 1.4 < 1.0 + 0.001 * live["0"] + 0.01 * live["3"] <= 1.5
+    assert call(monkeypatch, "prune", "factories_of_a_user.py:make", "--budget", "1 ms") == 2
+    assert "out of reach" in words(capsys)
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {
+        "versions": {"torch": "2"}, "processor": {"name": "A", "cores": 2, "isas": []}, "threads": 1, "gpus": [],
+        "compilers": {"nvcc": None}, "missing": {"triton": "triton is not installed"},
+        "cache": {"folder": "/c", "files": 2, "bytes": 9, "unreadable": 1, "writable": False},
+        "kernels": {"dense": {"state": "automatic", "reason": None, "checks": 3, "failures": []}},
+        "self_test": {"device": "cpu", "checks": 3, "failures": 0},
+    }  # fmt: skip
+    monkeypatch.setattr(stripe_kernels, "diagnose", lambda seconds: found)
+    assert answer(monkeypatch, capsys, "doctor") == {**found, "failed": False}
+    found["kernels"]["dense"]["failures"].append("fprop is off by 1")
+    assert call(monkeypatch, "doctor") == 1
+    said = words(capsys)
+    for part in (
+        "nvcc: absent",
+        "1 damaged",
+        "NOT WRITABLE",
+        "triton is not installed",
+        "off by 1",
+        "1 WRONG",
+    ):
+        assert part in said
+
+
+def test_completion() -> None:
+    """As bash asks for it: the verbs, a verb's models."""
+
+    def complete(line: str) -> list[str]:
+        asked = {
+            "_IESSP_COMPLETE": "complete_bash",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(line.split(" ")) - 1),
+        }
+        program = [sys.executable, "-m", "iessp"]
+        ran = subprocess.run(program, env=os.environ | asked, capture_output=True, text=True, check=True)
+        return ran.stdout.split()
+
+    assert complete("iessp ex") == ["explain"]
+    assert complete("iessp bench resnet5") == ["resnet56", "resnet50"]
+
+
+def test_points_of_accuracy_from_records(here: Path) -> None:
+    """Runs of one method are a point with a spread; the run shown is a point of its own."""
+    for folder, method, errors in (("a", "iem", 2), ("b", "iem", 4), ("c", "dense", 1)):
+        results = {
+            "recipe": {"method": method}, "test_errors": errors, "images": {"test": 100}, "macs_kept": 0.25,
+            "latency": {"frozen": 3.0},
+        }  # fmt: skip
+        (here / "runs" / folder).mkdir(parents=True)
+        (here / "runs" / folder / "results.json").write_text(json.dumps(results))
+    together = {p["name"]: p for p in accuracy_points([here / "runs"], None, None)}
+    assert together["iem"]["accuracy"] == pytest.approx(0.97)
+    assert together["iem"]["spread"] == pytest.approx(0.0141, abs=1e-4)
+    assert together["dense"]["spread"] is None
+    apart = {p["name"]: p for p in accuracy_points([], here / "runs" / "a", 2.5)}
+    assert (apart["iem, this run"]["accuracy"], apart["iem, this run"]["ms"]) == (0.98, 2.5)
+    assert [p["mine"] for p in apart.values()] == [True, False, False]
 
 
 def test_train_freeze_bench(
@@ -78,11 +332,11 @@ def test_train_freeze_bench(
 
     assert call(monkeypatch, "freeze", str(run)) == 0
     assert "stripe_kernels.load reads it" in words(capsys)
-    assert call(monkeypatch, "bench", str(run), "--batch", "2", "--seconds", "0.1") == 0
+    assert call(monkeypatch, "report", str(run), "--no-measure", "-o", str(tmp_path / "r.html")) == 0
+    assert "iem, this run" in (tmp_path / "r.html").read_text()
+    (checkpoint,) = (run / "checkpoints").glob("*.pt")
+    assert call(monkeypatch, "bench", str(checkpoint), "--batch", "2", "--seconds", "0") == 0
     assert "speed-up" in words(capsys)
-    assert (
-        call(monkeypatch, "bench", str(run / "frozen.safetensors"), "--batch", "1", "--seconds", "0.1") == 0
-    )
 
 
 def test_bundled_recipes_are_valid() -> None:
@@ -104,7 +358,7 @@ def test_threads_option(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         call(monkeypatch, "freeze", "nowhere")
         assert torch.get_num_threads() == before
-        call(monkeypatch, "bench", "nowhere", "--threads", "1")
+        call(monkeypatch, "bench", "nowhere", "--threads", "1", "--seconds", "0")
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

@@ -1,0 +1,193 @@
+"""MODEL of the command line: a saved file, a run's folder or checkpoint, module:factory, or a built-in name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import runpy
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import stripe_kernels
+from iessp.attach import nearest
+from iessp.cli_frame import Failure
+from iessp.models import MODELS, build
+from iessp.runs import load_run
+
+LARGE = ("resnet18", "resnet34", "resnet50", "mobilenetv2")  # of ImageNet: 1000 classes, 3x224x224
+FORMS = (
+    "a file that stripe_kernels.save wrote, a run's folder, package.module:factory, path/file.py:factory, or one "
+    f"of {', '.join(MODELS)}"
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A model in evaluation mode on the CPU, an example [1, C, H, W] of its input, and what is known besides."""
+
+    name: str
+    model: nn.Module
+    example: Tensor
+    folder: Path | None = None  # of the run it is from
+
+    def images(self, batch: int) -> Tensor:
+        """Random images, always the same: [batch, C, H, W]."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(batch, *self.example.shape[1:], generator=generator)
+        return x.to(self.example.dtype)
+
+    @property
+    def optimized(self) -> bool:
+        return isinstance(self.model, stripe_kernels.Network)
+
+    @property
+    def frozen(self) -> nn.Module:
+        """The model with its zeros taken out, as it is when it has none."""
+        return self.model if self.optimized else stripe_kernels.freeze(self.model).eval()
+
+
+def resolve(text: str, size: str | None = None, weights: Path | None = None) -> Given:
+    """The model that MODEL names. `size` is CxHxW as on the command line, `weights` a file with a state_dict.
+
+    Raises ValueError or FileNotFoundError, with the nearest valid choice, for a wrong MODEL; Failure where it is
+    right but cannot be loaded.
+    """
+    path = Path(text)
+    name, given, folder = text, None, None
+    if path.is_dir() or path.suffix == ".pt":
+        run = load_run(path)
+        name = f"{path.resolve().name if path.is_dir() else path}: {run.recipe.model}, {run.recipe.method}"
+        model, given, folder = run.model, run.example, path if path.is_dir() else path.parent.parent
+    elif path.is_file():
+        model = _file(path)
+    elif ":" in text:
+        model, given = _made(text)
+    elif text in MODELS:
+        torch.manual_seed(0)
+        given = torch.zeros(1, *_size(size or ("3x224x224" if text in LARGE else "3x32x32")))
+        model = build(text, 1000 if text in LARGE else 10, given.shape[1])
+    else:
+        raise _unknown(text, path)
+    if weights is not None:
+        _load(model, weights)
+    if size is not None:
+        given = torch.zeros(1, *_size(size))
+    if given is None:
+        given = _guess(model, name)
+    kind = next((p.dtype for p in model.parameters()), torch.float32)
+    return Given(name, model.eval(), given.to(kind), folder)
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    parts = text.lower().split("x")
+    if len(parts) == 4 and parts[0] == "1":
+        parts = parts[1:]
+    if len(parts) != 3 or not all(p.isdigit() and int(p) for p in parts):
+        raise ValueError(f'--input "{text}" is not CxHxW, as in 3x32x32')
+    c, h, w = map(int, parts)
+    return c, h, w
+
+
+def _guess(model: nn.Module, name: str) -> Tensor:
+    """A 32x32 image with the channels of the first convolution, which is said."""
+    first = next(
+        (m for m in model.modules() if isinstance(m, (nn.Conv2d, stripe_kernels.StripeConv2d))), None
+    )
+    if first is None:
+        raise ValueError(f"{name} has no convolution")
+    print(f"input {first.in_channels}x32x32 taken; --input CxHxW changes it", file=sys.stderr)
+    return torch.zeros(1, first.in_channels, 32, 32)
+
+
+def _file(path: Path) -> nn.Module:
+    try:
+        return stripe_kernels.load(path)
+    except ValueError as error:
+        raise Failure(str(error)) from error
+
+
+def _made(text: str) -> tuple[nn.Module, Tensor | None]:
+    """What package.module:factory or path/file.py:factory makes: a module, or (module, example)."""
+    source, _, attribute = text.rpartition(":")
+    names = _names(source)
+    if attribute not in names:
+        callables = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
+        raise ValueError(nearest(f"factory of {source}", attribute, callables))
+    made = names[attribute]
+    if not isinstance(made, nn.Module):
+        if not callable(made):
+            raise ValueError(f"{text} is a {type(made).__name__}: a factory or an nn.Module is needed")
+        torch.manual_seed(0)
+        made = _calling(text, made)
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module) or not (example is None or isinstance(example, Tensor)):
+        raise ValueError(
+            f"{text} returned a {type(made).__name__}: expected nn.Module, or (nn.Module, Tensor)"
+        )
+    return model, None if example is None else example[:1]
+
+
+def _names(source: str) -> dict[str, Any]:
+    """What a module defines, given by its dotted name or its file; modules beside it can be imported from it."""
+    path = Path(source)
+    by_file = source.endswith(".py")
+    if by_file and not path.is_file():
+        raise _unknown(source, path)
+    sys.path.insert(
+        0, str(path.resolve().parent) if by_file else ""
+    )  # as python does, console scripts do not
+    if not by_file and importlib.util.find_spec(source.partition(".")[0]) is None:
+        raise ValueError(f"no module {source}; MODEL is {FORMS}")
+    load = runpy.run_path if by_file else importlib.import_module
+    found = _calling(f"importing {source}", load, source)
+    return found if by_file else vars(found)
+
+
+def _calling(what: str, function: Any, *arguments: Any) -> Any:
+    """Calls code of the user's; what it raises is the user's to read, in one line."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise Failure(f"{what} raised {type(error).__name__}: {error}") from error
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    """Loads a state_dict: of safetensors, or of torch.save, bare or under "model" or "state_dict"."""
+    if not path.is_file():
+        raise _unknown(str(path), path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state: Any = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state.get(key), Mapping) else state
+    state = {name.removeprefix("module."): t for name, t in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise Failure(f"{path} does not fit {type(model).__name__}: {first[0].strip()}") from error
+
+
+def _unknown(text: str, path: Path) -> Exception:
+    """The error for a MODEL that is none, with what comes nearest to it."""
+    if path.parent != Path() or path.suffix:
+        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = _close(str(path), siblings)
+        return FileNotFoundError(f"{text} does not exist{f'; did you mean {close[0]}?' if close else ''}")
+    close = _close(text, [*MODELS, *(p.name for p in Path().iterdir())])
+    hint = f'did you mean "{close[0]}"? ' if close else ""
+    return ValueError(f'unknown model "{text}": {hint}MODEL is {FORMS}')
+
+
+def _close(text: str, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(text, list(known), n=1)

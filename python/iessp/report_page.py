@@ -1,0 +1,83 @@
+"""What runs left behind, for the report: accuracy beside multiply-adds and milliseconds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from iessp.timing import busy
+
+
+def about(name: str) -> str:
+    """The title of the report, with a warning where the machine was busy while it was made."""
+    warning = busy()
+    return f"{name} ({warning})" if warning else name
+
+
+def accuracy_points(folders: Iterable[Path], own: Path | None, own_ms: float | None) -> list[dict[str, Any]]:
+    """Points for `Explanation.html`: a method of a table, or a run, each.
+
+    folders are searched: table.json of `iessp reproduce`, else results.json of runs, two levels deep. own: the
+    folder of the network shown; without folders its neighbours are looked at. own_ms: its time where it was
+    measured just now, batch 1.
+    """
+    searched = list(folders) or ([own.parent] if own is not None else [])
+    found: dict[str, list[dict[str, Any]]] = {}
+    for folder in searched:
+        for run in _runs(folder):
+            mine = own is not None and run["folder"] == own.resolve()
+            if mine and own_ms is not None:
+                run["ms"] = own_ms
+            found.setdefault(f"{run['name']}, this run" if mine else run["name"], []).append(
+                {**run, "mine": mine}
+            )
+    return [_point(name, same) for name, same in found.items()]
+
+
+def _point(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of runs that share a name."""
+    accuracies = [run["accuracy"] for run in runs]
+    times = [run["ms"] for run in runs if run["ms"] is not None]
+    return {
+        "name": name,
+        "accuracy": statistics.mean(accuracies),
+        "spread": statistics.stdev(accuracies) if len(runs) > 1 else None,
+        "n": len(runs),
+        "macs_kept": statistics.mean(run["macs_kept"] for run in runs),
+        "ms": statistics.mean(times) if times else None,
+        "mine": any(run["mine"] for run in runs),
+    }
+
+
+def _runs(folder: Path) -> list[dict[str, Any]]:
+    """Every run recorded in a folder. Raises FileNotFoundError where there is none."""
+    if (folder / "table.json").exists():
+        rows = json.loads((folder / "table.json").read_text())["rows"]
+        return [
+            {
+                "name": row["method"],
+                "folder": None,
+                "accuracy": row["accuracy"],
+                "macs_kept": row["macs_kept"],
+                "ms": row.get("frozen_ms"),
+            }
+            for row in rows
+        ]
+    paths = sorted(path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}results.json"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no records: expected table.json or results.json of runs")
+    return [_run(path) for path in paths]
+
+
+def _run(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    return {
+        "name": found["recipe"]["method"],
+        "folder": path.parent.resolve(),
+        "accuracy": 1 - found["test_errors"] / found["images"]["test"],
+        "macs_kept": found["macs_kept"],
+        "ms": found.get("latency", {}).get("frozen"),
+    }
