@@ -121,6 +121,11 @@ def lane_network(threads: int) -> Any:
     return backends.lane_network(threads)
 
 
+def call_list(threads: int) -> Any:
+    """An empty list of native calls (backends/cpu_calls.py); ImportError without the extension."""
+    return backends.call_list(threads)
+
+
 def is_channels_last(t: Tensor) -> bool:
     """True where torch's convolution of `t` gives a channels_last output: as Tensor::suggest_memory_format,
     from the order of the strides, so slices count."""

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/call_list.h"
 #include "cpu/dgrad.h"
 #include "cpu/fprop.h"
 #include "cpu/fprop_filters.h"
@@ -103,6 +104,12 @@ Epilogue epilogue(std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t res
   if (residual) e.residual = view(residual, type, strides);
   e.activation = static_cast<Activation>(activation);
   return e;
+}
+
+template <class Kernel>
+void add_fprop(CallList& list, const Kernel& k, std::uintptr_t packed, std::uintptr_t scale, std::uintptr_t shift,
+               int activation, int x, int residual, int y) {
+  list.add_fprop(k, reinterpret_cast<const float*>(packed), epilogue(scale, shift, 0, 0, {}, activation), x, residual, y);
 }
 
 // fprop of either kind, with its whole epilogue.
@@ -211,4 +218,27 @@ PYBIND11_MODULE(_cpu, m) {
         k.run(view(x, x_type, xs), n, input, view(y, y_type, ys), output, threads);
       }, Release())
       .def_property_readonly("bytes_per_thread", &LaneNetwork::bytes_per_thread);
+
+  py::class_<CallList>(m, "CallList")
+      .def(py::init<>())
+      .def("add_arena", [](CallList& l, int type, const Strides& s, std::int64_t offset) {
+        return l.add_arena(dtype(type), {s[0], s[1], s[2], s[3]}, offset);
+      })
+      .def("add_slot", [](CallList& l, int type, const Strides& s, int slot) {
+        return l.add_slot(dtype(type), {s[0], s[1], s[2], s[3]}, slot);
+      })
+      .def("add_fprop", &add_fprop<Fprop>, py::keep_alive<1, 2>())
+      .def("add_fprop", &add_fprop<FpropFilters>, py::keep_alive<1, 2>())
+      .def("add_max_pool", [](CallList& l, const std::array<int, 6>& v, const std::array<int, 4>& in,
+                              const std::array<int, 4>& out, int x, int y) {
+        require(v[0] > 0 && v[1] > 0 && v[2] > 0 && v[3] > 0 && v[4] >= 0 && v[5] >= 0, "a pool's extents are positive");
+        for (int i : in) require(i >= 0, "sizes are not negative");
+        for (int i : out) require(i >= 0, "sizes are not negative");
+        l.add_max_pool({v[0], v[1], v[2], v[3], v[4], v[5]}, {in[0], in[1], in[2], in[3]},
+                       {out[0], out[1], out[2], out[3]}, x, y);
+      })
+      .def("run", [](const CallList& l, int threads, std::uintptr_t arena, const std::vector<std::uintptr_t>& slots) {
+        require(threads >= 1, "threads is positive");
+        l.run(arena, slots, threads);
+      }, Release());
 }

@@ -29,3 +29,10 @@ def lane_network(threads: int) -> Any:
     from stripe_kernels.backends.cpu_network import LaneNetwork
 
     return LaneNetwork(threads)
+
+
+def call_list(threads: int) -> Any:
+    """An empty list of native calls; ImportError where the CPU extension is missing."""
+    from stripe_kernels.backends.cpu_calls import CallList
+
+    return CallList(threads)

@@ -34,12 +34,14 @@ class Arena:
 
     def __init__(self) -> None:
         self._free = [(0, 1 << 62)]
+        self.most = 0  # floats ever in use
 
     def take(self, size: int) -> int:
         size = -(-size // 16) * 16
         for i, (offset, room) in enumerate(self._free):
             if room >= size:
                 self._free[i : i + 1] = [(offset + size, room - size)] if room > size else []
+                self.most = max(self.most, offset + size)
                 return offset
         raise MemoryError(f"no room for {size} floats")
 

@@ -82,6 +82,10 @@ class _Translator:
             y: Tensor = network.run(x, source, target)
             return y.flatten(1) if flat else y
 
+        y_floats = (size_of(result) or (0,))[0] * target.c * target.h * target.w  # type: ignore[union-attr]
+        facts: Any = program
+        facts.activations = network.threads * network.bytes_per_thread + 4 * y_floats
+        facts.packed = None  # as large as the weights
         return program
 
     def own(self, node: fx.Node) -> None:

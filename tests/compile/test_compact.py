@@ -246,15 +246,6 @@ def test_copies_pickles_dtypes_and_new_weights(network: tuple[nn.Module, Network
         net.train()
 
 
-def test_memory_counts_what_is_alive() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 1, 1)).eval()
-    network = compact(model, (torch.randn(2, 1, 8, 8),))
-    memory = network.memory(torch.randn(2, 1, 8, 8))
-    floats = 2 * 64 * (4 + 1)  # the first convolution's output while its input is still held
-    assert memory["activations"] == 4 * floats
-    assert memory["weights"] >= 4 * (4 + 4 + 4 + 1)
-
-
 @pytest.mark.parametrize("name", ["yolo_neck", "squeeze_excite", "lopsided"])
 def test_channels_last_inside_contiguous_outside(name: str) -> None:
     model, frozen, x = masked(name, 0.24)

@@ -1,0 +1,157 @@
+#include "cpu/call_list.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/parallel.h"
+
+namespace sk {
+namespace {
+
+constexpr std::int64_t kWorthATeam = 1 << 14;  // outputs: below, waking threads costs more than the pool
+
+struct Range {
+  int begin, end;
+};
+
+// The q in [0, count) whose input q * stride + shift lies in [0, size).
+Range inside(int count, int stride, int shift, int size) {
+  const int begin = shift >= 0 ? 0 : (-shift + stride - 1) / stride;
+  const int end = shift >= size ? 0 : std::min(count, (size - 1 - shift) / stride + 1);
+  return {std::min(begin, count), std::max(end, std::min(begin, count))};
+}
+
+inline float larger(float a, float b) { return b > a || b != b ? b : a; }
+
+// y[i] = larger(y[i], x[i * Step]), or of four inputs without reading y. Step 0: as given.
+template <int Step>
+void take_larger(float* __restrict y, const float* __restrict x, int n, std::int64_t step) {
+  for (int i = 0; i < n; ++i) y[i] = larger(y[i], x[i * (Step ? Step : step)]);
+}
+
+template <int Step>
+void largest_of_four(float* __restrict y, const float* a, const float* b, const float* c, const float* d, int n) {
+  for (int i = 0; i < n; ++i) y[i] = larger(larger(a[i * Step], b[i * Step]), larger(c[i * Step], d[i * Step]));
+}
+
+// A max pool between two maps whose rows (or, channels_last, whose pixels) are dense.
+struct MaxPool {
+  Window k;
+  MapSize in, out;
+  TensorView x, y;
+  std::vector<Range> columns;  // of each s: the q whose tap lies inside
+  bool halves;                 // 2x2 windows side by side, none clipped: nearly every pool
+
+  const float* from(int n, int c, int h, int w) const { return reinterpret_cast<const float*>(x.at(n, c, h, w)); }
+  float* to(int n, int c, int p, int q) const { return reinterpret_cast<float*>(y.at(n, c, p, q)); }
+  Range rows(int p) const {  // the r whose tap lies inside
+    const int h = p * k.stride_h - k.pad_h;
+    return {std::max(0, -h), std::min(k.kernel_h, in.h - h)};
+  }
+
+  void plane(int n, int c) const {
+    for (int p = 0; p < out.h; ++p) {
+      float* row = to(n, c, p, 0);
+      if (halves) {
+        const float *a = from(n, c, 2 * p, 0), *b = a + x.stride[2];
+        largest_of_four<2>(row, a, a + 1, b, b + 1, out.w);
+        continue;
+      }
+      std::fill(row, row + out.w, -std::numeric_limits<float>::infinity());
+      const Range r = rows(p);
+      for (int i = r.begin; i < r.end; ++i) {
+        const float* line = from(n, c, p * k.stride_h - k.pad_h + i, 0);
+        for (int s = 0; s < k.kernel_w; ++s) {
+          const Range q = columns[s];
+          const float* source = line + q.begin * k.stride_w + s - k.pad_w;
+          if (k.stride_w == 1) take_larger<1>(row + q.begin, source, q.end - q.begin, 1);
+          else if (k.stride_w == 2) take_larger<2>(row + q.begin, source, q.end - q.begin, 2);
+          else take_larger<0>(row + q.begin, source, q.end - q.begin, k.stride_w);
+        }
+      }
+    }
+  }
+
+  void pixels(int n, int p) const {  // one output row of a channels_last map
+    const Range r = rows(p);
+    for (int q = 0; q < out.w; ++q) {
+      float* pixel = to(n, 0, p, q);
+      if (halves) {
+        const float *a = from(n, 0, 2 * p, 2 * q), *b = a + x.stride[2];
+        largest_of_four<1>(pixel, a, a + x.stride[3], b, b + x.stride[3], out.c);
+        continue;
+      }
+      std::fill(pixel, pixel + out.c, -std::numeric_limits<float>::infinity());
+      const int w = q * k.stride_w - k.pad_w;
+      for (int i = r.begin; i < r.end; ++i)
+        for (int s = std::max(0, -w); s < std::min(k.kernel_w, in.w - w); ++s)
+          take_larger<1>(pixel, from(n, 0, p * k.stride_h - k.pad_h + i, w + s), out.c, 1);
+    }
+  }
+};
+
+}  // namespace
+
+int CallList::add_arena(DType type, const std::int64_t (&stride)[4], std::int64_t offset) {
+  if (offset < 0) throw std::invalid_argument("an offset into the arena is not negative");
+  Place p{{}, offset, -1};
+  p.view.dtype = type;
+  std::copy(stride, stride + 4, p.view.stride);
+  places_.push_back(p);
+  return static_cast<int>(places_.size()) - 1;
+}
+
+int CallList::add_slot(DType type, const std::int64_t (&stride)[4], int slot) {
+  if (slot < 0) throw std::invalid_argument("a slot is not negative");
+  const int number = add_arena(type, stride, 0);
+  places_.back().slot = slot;
+  slots_ = std::max(slots_, slot + 1);
+  return number;
+}
+
+void CallList::check(int tensor) const {
+  if (tensor < 0 || tensor >= static_cast<int>(places_.size()))
+    throw std::invalid_argument("no tensor has number " + std::to_string(tensor));
+}
+
+TensorView CallList::view(const Frame& f, int tensor) const {
+  const Place& p = places_[tensor];
+  TensorView v = p.view;
+  v.data = p.slot < 0 ? f.arena + p.offset : reinterpret_cast<void*>(f.slots[p.slot]);
+  return v;
+}
+
+void CallList::add_max_pool(const Window& k, const MapSize& in, const MapSize& out, int x, int y) {
+  check(x), check(y);
+  const TensorView &from = places_[x].view, &to = places_[y].view;
+  const bool last = in.c > 1 && from.stride[1] == 1 && to.stride[1] == 1;
+  if (!last && (from.stride[3] != 1 || to.stride[3] != 1))
+    throw std::invalid_argument("max pools take dense rows or dense pixels");
+  MaxPool pool{k, in, out, {}, {}, {}, false};
+  for (int s = 0; s < k.kernel_w; ++s) pool.columns.push_back(inside(out.w, k.stride_w, s - k.pad_w, in.w));
+  pool.halves = k.kernel_h == 2 && k.kernel_w == 2 && k.stride_h == 2 && k.stride_w == 2 && !k.pad_h && !k.pad_w &&
+                2 * out.h <= in.h && 2 * out.w <= in.w;
+  calls_.push_back([this, pool, last, x, y](const Frame& f) {
+    MaxPool now = pool;
+    now.x = view(f, x), now.y = view(f, y);
+    const std::int64_t parts = std::int64_t(pool.out.n) * (last ? pool.out.h : pool.out.c);
+    const std::int64_t size = std::int64_t(pool.out.n) * pool.out.c * pool.out.h * pool.out.w;
+    run_team(size < kWorthATeam ? 1 : f.threads, [&](const Team& team) {
+      for (std::int64_t i = team.begin(parts); i < team.end(parts); ++i) {
+        if (last) now.pixels(static_cast<int>(i / pool.out.h), static_cast<int>(i % pool.out.h));
+        else now.plane(static_cast<int>(i / pool.out.c), static_cast<int>(i % pool.out.c));
+      }
+    });
+  });
+}
+
+void CallList::run(std::uintptr_t arena, const std::vector<std::uintptr_t>& slots, int threads) const {
+  if (static_cast<int>(slots.size()) < slots_)
+    throw std::invalid_argument("the list reads " + std::to_string(slots_) + " slots, got " + std::to_string(slots.size()));
+  const Frame frame{reinterpret_cast<char*>(arena), slots.data(), threads};
+  for (const auto& call : calls_) call(frame);
+}
+
+}  // namespace sk

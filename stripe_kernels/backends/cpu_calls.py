@@ -1,0 +1,109 @@
+"""Consecutive calls of a network made as one (csrc/cpu/call_list.h): Python's side of building a list.
+
+compile/program.py hands over what follows each other in a graph; between the calls no Python runs, and what nobody
+outside reads lies in one arena.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stripe_kernels.backends.cpu import _ACTIVATIONS, _DTYPES, CpuFprop, _cpu, _float
+from stripe_kernels.backends.cpu_network import Arena
+
+if not hasattr(_cpu, "CallList"):
+    raise ImportError("the extension stripe_kernels._cpu is older than this code; run: pip install -e .")
+
+
+class CallList:
+    """Calls added in the order they run. Tensors are named by the numbers `arena`, `given` and `returned` hand out."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._native = _cpu.CallList()
+        self._arena = Arena()
+        self._taken: dict[int, tuple[int, int]] = {}  # number -> offset and size in floats
+        self._held: list[Tensor] = []  # packed weights and biases: the native list has their addresses
+        self._slots = 0
+        self._returned: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = []
+
+    @staticmethod
+    def takes(runner: Any) -> bool:
+        """Whether `fprop` can call a kernel's runner."""
+        return isinstance(runner, CpuFprop)
+
+    @property
+    def arena_bytes(self) -> int:
+        """Memory of everything between the calls."""
+        return int(4 * self._arena.most)
+
+    def arena(self, t: Tensor) -> int:
+        """Room for a dense tensor like `t`, until `release`."""
+        size = -(-t.numel() * t.element_size() // 4)
+        offset = self._arena.take(size)
+        number = int(self._native.add_arena(_code(t), _strides(t), 4 * offset))
+        self._taken[number] = offset, size
+        return number
+
+    def release(self, number: int) -> None:
+        """Whoever comes next may use this tensor's room; nothing happens for one that is not in the arena."""
+        if number in self._taken:
+            self._arena.give(*self._taken.pop(number))
+
+    def given(self, t: Tensor) -> int:
+        """The next input, always laid out as `t`. Inputs come before the outputs of `returned`."""
+        return self._slot(t)
+
+    def returned(self, t: Tensor) -> int:
+        """The next output, a new dense tensor like `t` in every run."""
+        self._returned.append((tuple(t.shape), t.stride(), t.dtype))
+        return self._slot(t)
+
+    def fprop(
+        self, runner: CpuFprop, packed: Tensor, bias: Tensor | None, activation: str,
+        x: int, residual: int | None, y: int,
+    ) -> None:  # fmt: skip
+        """y = activation(conv(x) + bias + residual)."""
+        bias = _float(bias)
+        self._held += [t for t in (packed, bias) if t is not None]
+        self._native.add_fprop(
+            runner.native, packed.data_ptr(), 0, 0 if bias is None else bias.data_ptr(), _ACTIVATIONS[activation],
+            x, -1 if residual is None else residual, y,
+        )  # fmt: skip
+
+    def max_pool(
+        self, window: tuple[int, ...], x_size: tuple[int, ...], y_size: tuple[int, ...], x: int, y: int
+    ) -> None:
+        """window is kernel, stride, padding, each (height, width); both tensors float32."""
+        self._native.add_max_pool(window, x_size, y_size, x, y)
+
+    def finish(self) -> Callable[..., list[Tensor]]:
+        """run(*inputs) -> outputs."""
+        native, threads, layouts, size = self._native, self.threads, self._returned, self.arena_bytes
+        held = self._held
+
+        def run(*inputs: Tensor, held: list[Tensor] = held) -> list[Tensor]:
+            outputs = [torch.empty_strided(*sizes, dtype=dtype) for *sizes, dtype in layouts]
+            arena = torch.empty(size, dtype=torch.uint8)
+            native.run(threads, arena.data_ptr(), [t.data_ptr() for t in (*inputs, *outputs)])
+            return outputs
+
+        return run
+
+    def _slot(self, t: Tensor) -> int:
+        self._slots += 1
+        return int(self._native.add_slot(_code(t), _strides(t), self._slots - 1))
+
+
+def _code(t: Tensor) -> int:
+    return _DTYPES[str(t.dtype)[6:]]
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    if t.dim() != 4:
+        raise ValueError(f"a map is [N, C, H, W], got {list(t.shape)}")
+    return t.stride()

@@ -1,0 +1,136 @@
+"""Programs: native lists of calls give the bits that call after call gives, and memory is what it is said to be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
+
+from stripe_kernels import ops
+from stripe_kernels.compile.network import Network
+from stripe_kernels.compile.optimize import compact, in_channels_last
+from tests.compile.zoo import NETS, masked
+
+
+@contextmanager
+def call_after_call() -> Iterator[None]:
+    """Programs written inside call every layer from Python, as where the extension is missing."""
+    with mock.patch.object(ops, "call_list", side_effect=ImportError):
+        yield
+
+
+def layer_by_layer(network: Network) -> Network:
+    """A network of the same layers that never uses lanes."""
+    other = Network(network.body)
+    other.resident_from = None
+    return other
+
+
+def lists_of(network: Network, *inputs: Tensor) -> list[str]:
+    """The lines of a network's program that are native lists."""
+    from stripe_kernels.compile.program import _Writer
+
+    writer = _Writer(network.body)
+    with torch.inference_mode():
+        writer.write(inputs)
+    return [line for line in writer.lines if ", = k" in line]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_lists_give_the_bits_of_single_calls(name: str) -> None:
+    _, frozen, x = masked(name, 0.24)
+    for network in (compact(frozen, (x,)), in_channels_last(compact(frozen, (x,)))):
+        with_lists, without = layer_by_layer(network), layer_by_layer(network)
+        for images in (x, x[:0]):
+            with torch.inference_mode():
+                y = tree_leaves(with_lists(images))
+                with call_after_call():
+                    expected = tree_leaves(without(images))
+            assert [t.stride() for t in y] == [t.stride() for t in expected]
+            assert all(map(torch.equal, y, expected))
+
+
+def test_a_residual_network_is_one_list() -> None:
+    _cpu = pytest.importorskip("stripe_kernels._cpu")
+    _, frozen, x = masked("resnet20", 0.5)
+    network = layer_by_layer(compact(frozen, (x,)))
+    for layer in network.modules():
+        if hasattr(layer, "_op"):
+            layer.kernel = f"cpu_pixels_{_cpu.isas()[0]}"
+    assert len(lists_of(network, x)) == 1
+
+
+SIZES = [(1, 1, 5, 4), (2, 3, 7, 9), (1, 5, 8, 6), (3, 1, 2, 3)]
+POOLS = [
+    {"kernel_size": 2},
+    {"kernel_size": 2, "ceil_mode": True},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 1)},
+    {"kernel_size": 5, "stride": 1, "padding": 2},
+    {"kernel_size": 3, "stride": 3, "padding": 1, "ceil_mode": True},
+]
+
+
+@pytest.mark.parametrize(("size", "settings"), list(itertools.product(SIZES, POOLS)), ids=str)
+def test_max_pools(size: tuple[int, ...], settings: dict[str, object]) -> None:
+    pool = nn.MaxPool2d(**settings)  # type: ignore[arg-type]
+    x = torch.randn(size)
+    x.view(-1)[::7] = float("nan")
+    x.view(-1)[1::5] = -float("inf")
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        images = x.contiguous(memory_format=memory_format)
+        expected = pool(images)
+        network = layer_by_layer(compact(nn.Sequential(pool).eval(), (images,)))
+        with torch.inference_mode():
+            y = network(images)
+        assert y.stride() == expected.stride()
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def measured_peak(network: Network, x: Tensor) -> int:
+    """Most bytes torch's allocator gave out during a call, the output still held."""
+    with torch.inference_mode():
+        network(x)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            y = network(x)
+    changes = [
+        (e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"
+    ]
+    del y
+    return max(itertools.accumulate(change for _, change in sorted(changes)))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "unet", "yolo_neck", "densenet", "in_place"])
+def test_memory_is_what_the_allocator_gave_out(name: str) -> None:
+    _, frozen, x = masked(name, 0.24)
+    network = layer_by_layer(compact(frozen, (x,)))
+    said = network.memory(x)
+    given = measured_peak(network, x)
+    assert said["activations"] == pytest.approx(given, rel=0.05)
+    assert said["weights"] == sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+    assert said["packed"] >= sum(m.weight.numel() * 4 for m in network.modules() if hasattr(m, "_op"))
+    assert network.memory(x[:1])["activations"] < said["activations"]
+
+
+def test_memory_of_lanes_counts_each_threads_arena() -> None:
+    _, frozen, x = masked("vgg16", 0.24)
+    network, x = compact(frozen, (x,)), torch.randn(20, *x.shape[1:])
+    lanes = network.memory(x)["activations"]
+    assert lanes > 20 * 10 * 4
+    assert lanes < layer_by_layer(network).memory(torch.randn(200, *x.shape[1:]))["activations"]
+
+
+def test_memory_of_a_known_network() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 1, 1)).eval()
+    x = torch.randn(2, 1, 8, 8)
+    memory = compact(model, (x,)).memory(x)
+    assert memory["weights"] == 4 * (4 + 4 + 4 + 1) + 4 + 1  # floats, and the skeletons' booleans
+    # The convolution's map, the pooled one; and the output, once the pooled map is all that is left.
+    assert 4 * 2 * (64 * 4 + 16 * 4) <= memory["activations"] <= 4 * 2 * (64 * 4 + 16 * 4 + 16)
