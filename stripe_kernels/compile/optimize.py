@@ -25,9 +25,10 @@ from stripe_kernels.compile.graph import (
 )
 from stripe_kernels.compile.layers import Filter, FusedConv2d
 from stripe_kernels.compile.network import Network
+from stripe_kernels.compile.race import Ratio, race
 from stripe_kernels.compile.shrink import shrink
 from stripe_kernels.compile.trace import trace
-from stripe_kernels.compile.tune import interleaved, tune
+from stripe_kernels.compile.tune import tune
 from stripe_kernels.compile.unwrap import clone
 from stripe_kernels.modules import StripeConv2d
 
@@ -55,8 +56,9 @@ def optimize(
 
     Its outputs are compared with the input model's, both against float64: largest and root mean square error
     at most twice the model's own, plus two units in the last place of the largest output. Its time is
-    compared with the input model's. Where either fails, or torch.fx cannot follow the model, the result is a
-    copy of `model` with its stripe kernels tuned, and a warning says why. `.report` lists what was done.
+    compared with the input model's in a race of interleaved runs, and must win it: the 95 % interval of the
+    ratio lies below 1. Where either fails, or torch.fx cannot follow the model, the result is a copy of
+    `model` with its stripe kernels tuned, and a warning says why. `.report` lists what was done.
     folder: as in `tune`.
 
     >>> import torch
@@ -80,9 +82,11 @@ def optimize(
     except ValueError as error:
         return _keep(original, example, folder, str(error))
     ratio = _race(network, original, example)
-    if ratio > 1.0:
-        return _keep(original, example, folder, f"the rewritten network took {ratio:.2f} times as long")
-    network.report.append(f"takes {ratio:.3f} of the time of the model it was made from")
+    if not ratio.faster:
+        return _keep(
+            original, example, folder, f"the rewritten network took {ratio} of its time, no clear gain"
+        )
+    network.report.append(f"takes {ratio} of the time of the model it was made from")
     return network
 
 
@@ -136,7 +140,7 @@ def _choose_program(network: Network, example: tuple[Tensor, ...]) -> None:
         return
     by_layer = Network(network.body)
     by_layer.resident_from = None
-    if _race(network, by_layer, example) < 1.0:
+    if _race(network, by_layer, example).median < 1.0:
         network.report.append("activations stay in lanes between layers")
         network.resident_from = example[0].shape[0]
     else:
@@ -151,7 +155,7 @@ def _choose_layout(network: Network, example: tuple[Tensor, ...], folder: str | 
         return network
     other = in_channels_last(network)
     tune(other, example, folder=folder)
-    if _race(other, network, example) > _CLEARLY:
+    if _race(other, network, example).median > _CLEARLY:
         return network
     other.report.append("maps are channels_last inside")
     return other
@@ -233,9 +237,7 @@ def _noise_like(x: Tensor) -> Tensor:
     return (noise * std + mean).to(x.dtype).contiguous()
 
 
-def _race(one: nn.Module, other: nn.Module, example: tuple[Tensor, ...]) -> float:
-    """Time of `one` over time of `other`, medians of interleaved runs."""
+def _race(one: nn.Module, other: nn.Module, example: tuple[Tensor, ...]) -> Ratio:
+    """Time of `one` over time of `other`."""
     with torch.inference_mode():
-        calls: list[Any] = [lambda: one(*example), lambda: other(*example)]
-        first, second = interleaved(calls, _RACE_SECONDS, least=9, device=example[0].device)
-    return first / second
+        return race(lambda: one(*example), lambda: other(*example), _RACE_SECONDS, example[0].device)

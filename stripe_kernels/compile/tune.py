@@ -133,7 +133,7 @@ def interleaved(
     """
     for call in calls:
         call()  # pays for the first touch of weights and scratch memory
-    first = [min(_sample(call, 1, device) for _ in range(2)) for call in calls]
+    first = [min(sample(call, 1, device) for _ in range(2)) for call in calls]
     long = 1e-3 if _is_gpu(device) else 50e-6
     repeats = [max(1, min(100, int(long / max(t, 1e-7)))) for t in first]
     racing = [i for i, t in enumerate(first) if t <= _SLOW * min(first)]
@@ -142,7 +142,7 @@ def interleaved(
     while rounds < least or time.perf_counter() - start < seconds:
         for position in range(len(racing)):
             i = racing[(position + rounds) % len(racing)]
-            samples[i].append(_sample(calls[i], repeats[i], device))
+            samples[i].append(sample(calls[i], repeats[i], device))
         rounds += 1
     return [sorted(s)[len(s) // 2] for s in samples]
 
@@ -151,7 +151,8 @@ def _is_gpu(device: torch.device | None) -> bool:
     return device is not None and device.type == "cuda"
 
 
-def _sample(call: Callable[[], Any], repeats: int, device: torch.device | None) -> float:
+def sample(call: Callable[[], Any], repeats: int, device: torch.device | None) -> float:
+    """Seconds a call takes, over `repeats` calls; a GPU is waited for at the end."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()

@@ -1,0 +1,61 @@
+"""race: two calls timed in turn, and how sure the ratio of their times is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stripe_kernels.compile.tune import sample
+
+_SIGMAS = 1.96  # of a normal distribution: 95 %
+_LEAST = 9  # rounds; the interval of fewer would be all of them
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time of one over time of the other: the median over rounds, and a 95 % interval of that median."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> Ratio:
+        """Of one ratio a round, at least 9. The interval's ends are order statistics: no distribution is assumed."""
+        if len(ratios) < _LEAST:
+            raise ValueError(f"an interval takes {_LEAST} rounds or more, got {len(ratios)}")
+        ordered, n = sorted(ratios), len(ratios)
+        rank = math.floor(n / 2 - _SIGMAS * math.sqrt(n) / 2)
+        return cls(ordered[n // 2], ordered[rank], ordered[n - 1 - rank])
+
+    @property
+    def faster(self) -> bool:
+        """Whether the whole interval lies below 1: the gain is not what chance gives."""
+        return self.high < 1.0
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def race(
+    one: Callable[[], Any], other: Callable[[], Any], seconds: float, device: torch.device | None = None
+) -> Ratio:
+    """Both calls in every round, in an order that alternates; for `seconds`, and at least 9 rounds."""
+    calls = (one, other)
+    for call in (*calls, *calls):
+        call()
+    least = 1e-3 if device is not None and device.type == "cuda" else 50e-6
+    repeats = [max(1, min(100, int(least / max(sample(call, 1, device), 1e-7)))) for call in calls]
+    ratios: list[float] = []
+    start = time.perf_counter()
+    while len(ratios) < _LEAST or time.perf_counter() - start < seconds:
+        times = [0.0, 0.0]
+        for i in (0, 1) if len(ratios) % 2 else (1, 0):
+            times[i] = sample(calls[i], repeats[i], device)
+        ratios.append(times[0] / times[1])
+    return Ratio.of(ratios)
