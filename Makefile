@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: help demo test bench lint format build clean
+.PHONY: help demo test bench lint docs format build clean
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -19,11 +19,15 @@ test: $(VENV)/.installed-test ## install and run the tests; ARGS="-k name" goes 
 bench: $(VENV)/.installed-bench ## time the kernels against the dense baselines; ARGS goes to the benchmark
 	$(BIN)/python -m bench $(ARGS)
 
-lint: $(VENV)/.installed-dev ## ruff, mypy, clang-format
+lint: $(VENV)/.installed-dev ## ruff, mypy, clang-format, clang-tidy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	tools/tidy $(VENV)
+
+docs: $(VENV)/.installed-dev ## build the documents into build/site
+	$(BIN)/mkdocs build --strict
 
 format: $(VENV)/.installed-dev ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ Dgrad::Dgrad(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
   // Parts are stretches of whole tiles, so that packed weights serve every number of threads.
   for (int g = 0; g < shape.groups; ++g) {
     std::vector<int> work;
+    work.reserve(tiles_.size());
     for (const ChannelTile& t : tiles_) work.push_back(t.channels);
     for (const Part& p : balanced_parts(g, work, part_count_))
       parts_.push_back(p.begin == p.end ? Part{g, 0, 0}

@@ -126,6 +126,7 @@ struct LaneNetwork::PoolStep : Step {
       for (int q = w.lo; q < w.hi; ++q) {
         const float* const v = in + (static_cast<std::int64_t>(r) * x.w + q) * images;
         if (max)
+          // NOLINTNEXTLINE(misc-redundant-expression): NaN stays NaN
           for (int n = 0; n < images; ++n) out[n] = v[n] > out[n] || v[n] != v[n] ? v[n] : out[n];
         else
           for (int n = 0; n < images; ++n) out[n] += v[n];

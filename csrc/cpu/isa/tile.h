@@ -38,7 +38,7 @@ struct Accumulators {
       for (int j = 0; j < V; ++j) store(y + row(f) + j * W, load(y + row(f) + j * W) + v[f][j]);
   }
   template <class Scalar>
-  inline __attribute__((always_inline)) void step(Scalar a, const float* b) {
+  __attribute__((always_inline)) void step(Scalar a, const float* b) {
     vf x[V];
 #pragma GCC unroll 12
     for (int j = 0; j < V; ++j) x[j] = load(b + j * W);
