@@ -63,7 +63,7 @@ def resolve(text: str, size: str | None = None, weights: Path | None = None) -> 
     name, given, folder = text, None, None
     if path.is_dir() or path.suffix == ".pt":
         run = load_run(path)
-        name = f"{path.resolve().name if path.is_dir() else path}: {run.recipe.model}, {run.recipe.method}"
+        name = f"{path}: {run.recipe.model}, {run.recipe.method}"
         model, given, folder = run.model, run.example, path if path.is_dir() else path.parent.parent
     elif path.is_file():
         model = _file(path)

@@ -21,7 +21,7 @@ from iessp.network import Network, probe
 from iessp.progress import console
 from iessp.recipe import Recipe
 from iessp.report import layer_table, table
-from iessp.report_page import about, accuracy_points
+from iessp.report_page import accuracy_points
 from iessp.timing import busy
 
 ONE_SHOT = ("magnitude", "l1-filter", "random")  # methods that rank untrained gates
@@ -156,14 +156,14 @@ def report(
     given: Given, batch: int, measure: bool, seconds: float, folders: list[Path], output: Path
 ) -> dict[str, Any]:
     """One page with everything that is known of a network."""
+    explanation = _explained(given, batch, measure)
     networks: list[dict[str, Any]] = []
     if measure:
         with working(f"batch {batch}: whole networks, dense and stripes"):
             networks = runs.contest_records(runs.contest(given.frozen, batch, given.example, seconds), batch)
-    explanation = _explained(given, batch, measure)
-    fastest = min((n["ms"] for n in networks if not n["network"].startswith("dense")), default=None)
-    points = accuracy_points(folders, given.folder, fastest if batch == 1 else None)
-    _write_page(output, explanation.html(about(given.name), networks, points))
+    own = next((n["ms"] for n in networks if n["network"] in ("frozen", "optimized") and batch == 1), None)
+    points = accuracy_points(folders, given.folder, own)
+    _write_page(output, explanation.html(given.name, networks, points, busy() or ""))
     found = {"file": str(output), "networks": networks, "runs": points, "conditions": runs.conditions()}
     return {**found, **explanation.as_dict()}
 

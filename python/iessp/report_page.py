@@ -8,14 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from iessp.timing import busy
-
-
-def about(name: str) -> str:
-    """The title of the report, with a warning where the machine was busy while it was made."""
-    warning = busy()
-    return f"{name} ({warning})" if warning else name
-
 
 def accuracy_points(folders: Iterable[Path], own: Path | None, own_ms: float | None) -> list[dict[str, Any]]:
     """Points for `Explanation.html`: a method of a table, or a run, each.
@@ -24,16 +16,17 @@ def accuracy_points(folders: Iterable[Path], own: Path | None, own_ms: float | N
     folder of the network shown; without folders its neighbours are looked at. own_ms: its time where it was
     measured just now, batch 1.
     """
-    searched = list(folders) or ([own.parent] if own is not None else [])
     found: dict[str, list[dict[str, Any]]] = {}
-    for folder in searched:
+    record = None if own is None else own.resolve() / "results.json"
+    if record is not None and record.exists():
+        mine = _run(record)
+        mine["ms"] = own_ms or mine["ms"]
+        found[f"{mine['name']}, this run"] = [{**mine, "mine": True}]
+        folders = list(folders) or [record.parent.parent]
+    for folder in folders:
         for run in _runs(folder):
-            mine = own is not None and run["folder"] == own.resolve()
-            if mine and own_ms is not None:
-                run["ms"] = own_ms
-            found.setdefault(f"{run['name']}, this run" if mine else run["name"], []).append(
-                {**run, "mine": mine}
-            )
+            if record is None or run["folder"] != record.parent:
+                found.setdefault(run["name"], []).append({**run, "mine": False})
     return [_point(name, same) for name, same in found.items()]
 
 

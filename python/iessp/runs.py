@@ -171,7 +171,8 @@ def contest_records(times: dict[str, tuple[Timing, str]], batch: int) -> list[di
 
 def conditions() -> str:
     """Under what the timings were taken."""
-    line = f"{torch.get_num_threads()} threads, torch {torch.__version__}, the faster memory format of each"
+    threads = torch.get_num_threads()
+    line = f"{threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}, the faster memory format of each"
     warning = busy()
     return f"{line}; {warning}" if warning else line
 

@@ -97,14 +97,16 @@ class Explanation:
         title: str = "Stripe layers",
         networks: Sequence[dict[str, Any]] = (),
         runs: Sequence[dict[str, Any]] | None = None,
+        remark: str = "",
     ) -> str:
         """One self-contained page, light or dark as the reader's system: no script, nothing from a network.
 
         networks: timings of whole networks, dicts of network, batch, ms, low, high (quartiles).
         runs: points of accuracy, dicts of name, accuracy (0..1), spread (or None), macs_kept (0..1), ms (or
         None), mine (whether it is the network shown). None leaves the section out, () says how to get some.
+        remark: on the conditions, below the title.
         """
-        return page.render(self, title, networks, runs)
+        return page.render(self, title, networks, runs, remark)
 
     def _repr_html_(self) -> str:
         frame = "width:100%;height:40em;border:0"

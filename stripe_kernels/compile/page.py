@@ -29,12 +29,13 @@ def render(
     title: str,
     networks: Sequence[dict[str, Any]],
     runs: Sequence[dict[str, Any]] | None,
+    remark: str,
 ) -> str:
     """The page; the arguments are those of `Explanation.html`."""
     e = explanation
     if e.rows:
         parts = [
-            _head(e, title),
+            _head(e, title, remark),
             _networks(networks),
             _skeletons(e),
             _layers(e),
@@ -60,7 +61,7 @@ def _section(title: str, caption: str, body: str) -> str:
     return f"<section><h2>{title}</h2><p class='caption'>{caption}</p>{body}</section>" if body else ""
 
 
-def _head(e: Explanation, title: str) -> str:
+def _head(e: Explanation, title: str, remark: str) -> str:
     """What was looked at, and the figures that sum it up."""
     first, total = e.rows[0], e.total
     live, stripes = (sum(row[key] for row in e.rows) for key in ("live", "stripes"))
@@ -84,6 +85,7 @@ def _head(e: Explanation, title: str) -> str:
     line = (
         f"input {'×'.join(map(str, first['input']))}, {first['dtype']}, {threads}, torch {torch.__version__}"
     )
+    line += f"<br>{escape(remark)}" if remark else ""
     return f"<header><h1>{escape(title)}</h1><p>{line}</p></header><div class='figures'>{cards}</div>"
 
 
@@ -95,10 +97,10 @@ def _networks(networks: Sequence[dict[str, Any]]) -> str:
         + _bar(
             n["ms"] / longest,
             "dense" if n["network"].startswith("dense") else "stripes",
-            f"{n['ms']:.3g} ms",
+            f"{_ms(n['ms'] / 1e3)} ms",
             6,
         )
-        + f"</div><small>{n['low']:.3g}–{n['high']:.3g}</small></div>"
+        + f"</div><small>{_ms(n['low'] / 1e3)}–{_ms(n['high'] / 1e3)}</small></div>"
         for n in networks
     )
     caption = "Time of one call, median and quartiles of interleaved runs, after the outputs were compared."

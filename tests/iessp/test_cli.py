@@ -3,6 +3,7 @@ leaves stdout to the machine."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 import typer
 
 import stripe_kernels
-from iessp import cli, demo, latency, reproduce
+from iessp import cli, cli_work, demo, latency, reproduce
 from iessp.latency import Latency
 from iessp.recipe import Recipe, bundled, parse_changes, read
 from iessp.report_page import accuracy_points
@@ -56,6 +58,15 @@ def broken():
 def number():
     return 3
 """
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timings that decide nothing here take the least time they can."""
+    optimizer = importlib.import_module("stripe_kernels.compile.optimize")
+    monkeypatch.setattr(optimizer, "_RACE_SECONDS", 0.01)
+    monkeypatch.setattr(optimizer, "tune", partial(stripe_kernels.tune, seconds=0.0))
+    monkeypatch.setattr(cli_work, "TUNE_SECONDS", 0.0)
 
 
 @pytest.fixture
