@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.reference import masked_conv2d, scatter_stripes
-from stripe_kernels.registry import Pass
+from stripe_kernels.registry import PASSES, Pass
 from stripe_kernels.skeleton import FilterSkeleton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that every kernel takes; a few take float64 too
@@ -205,18 +205,20 @@ def evaluate(
     dtype: torch.dtype,
     memory_format: torch.memory_format = torch.contiguous_format,
     turned: bool = False,
+    only: Pass | None = None,
 ) -> Results:
     """The three results by torch's own convolution in `dtype` and a memory format: in float64 the oracle.
 
     `turned` puts the same problem otherwise: height and width change places, channels and filters are counted
-    backwards, so that every sum has another order.
+    backwards, so that every sum has another order. `only` leaves the results of other passes empty.
     """
     s = problem.shape
     live = torch.from_numpy(problem.skeleton.live.copy()).to(operands.x.device)
     top, left, bottom, right = s.padding
     with torch.enable_grad():
-        x = operands.x.detach().to(dtype, memory_format=memory_format, copy=True).requires_grad_()
-        weight = operands.weight.detach().to(dtype, copy=True).requires_grad_()
+        x = operands.x.detach().to(dtype, memory_format=memory_format, copy=True)
+        weight = operands.weight.detach().to(dtype, copy=True)
+        x.requires_grad_(only in (None, "dgrad")), weight.requires_grad_(only in (None, "wgrad"))
         even = (top, left) == (bottom, right)
         padded = x if even else F.pad(x, (left, right, top, bottom))
         padding = (top, left) if even else (0, 0)
@@ -229,8 +231,16 @@ def evaluate(
         y = masked_conv2d(padded, dense, live, None, stride, padding, dilation, s.groups)
         y = y.mT.flip(1) if turned else y
         dy = operands.dy.to(dtype, memory_format=memory_format)
-        dx, dw = torch.autograd.grad(y, (x, weight), dy)
-    return Results(y.detach(), dx, dw)
+        wanted = [t for t in (x, weight) if t.requires_grad]
+        found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, dy), strict=True)) if wanted else {}
+    dx, dw = (found.get(id(t), t.new_empty(0)) for t in (x, weight))
+    return _asked(Results(y.detach(), dx, dw), only)
+
+
+def _asked(results: Results, only: Pass | None) -> Results:
+    return Results(
+        *(t if only in (None, p) else t.new_empty(0) for p, t in zip(PASSES, results, strict=True))
+    )
 
 
 def evaluate_wider(problem: Case, operands: Operands) -> Results:
@@ -322,26 +332,28 @@ class Budgets(NamedTuple):
     dw: Budget
 
 
-def budgets(problem: Case, operands: Operands) -> Budgets:
-    """The budgets of the three passes, without an epilogue.
+def budgets(problem: Case, operands: Operands, only: Pass | None = None) -> Budgets:
+    """The budgets of the three passes, without an epilogue; with `only`, of that pass alone.
 
     oneDNN adds in another order for each memory format, and either is better at times (channels_last by 4 in
     a wgrad of 1e5 pixels, contiguous by 4 in a fprop of 175 products): the worse counts. Of a handful of results the
     largest error is luck, so torch computes those of float32 once more in a third order.
     """
     wider = operands.x.dtype == torch.float64
-    exact = evaluate_wider(problem, operands) if wider else evaluate(problem, operands, torch.float64)
+    exact = (
+        evaluate_wider(problem, operands) if wider else evaluate(problem, operands, torch.float64, only=only)
+    )
     formats, dtype = (torch.contiguous_format, torch.channels_last), operands.x.dtype
     # For some shapes torch's own bfloat16 is wrong, crashes or corrupts memory (2.13, found by generated problems):
     # float32's result, rounded once, stands in for it.
-    own = [
-        evaluate(problem, operands, torch.float32 if dtype == torch.bfloat16 else dtype, f) for f in formats
-    ]
+    computed = torch.float32 if dtype == torch.bfloat16 else dtype
+    own = [evaluate(problem, operands, computed, f, only=only) for f in formats]
     if dtype == torch.bfloat16:
         own = [Results(*(t.to(dtype) for t in results)) for results in own]
     if dtype == torch.float32:  # narrower types lose more by their one rounding
-        own.append(evaluate(problem, operands, torch.float32, turned=True))
-    return Budgets(*(Budget.of(e, *ways) for e, *ways in zip(exact, *own, strict=True)))
+        own.append(evaluate(problem, operands, torch.float32, turned=True, only=only))
+    ways = zip(_asked(exact, only), *own, strict=True)
+    return Budgets(*(Budget.of(expected, *found) for expected, *found in ways))
 
 
 class Prepared(NamedTuple):
