@@ -1,0 +1,137 @@
+"""Coverage-guided fuzzing of the native boundary: any integers give a kernel that stays in bounds, or a ValueError.
+
+    python -m tests.fuzz.native -max_total_time=600 CORPUS      (make fuzz)
+
+Shapes, stripe lists and tilings are drawn from the input, sound ones bent in a few places. What is accepted runs on
+tensors that end at a forbidden page, so that one byte too far ends the process. libFuzzer sees the branches of this
+file, not those of the extension (gcc has no counters for it): `seeds` and the guard pages do the work.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["stripe_kernels.packed", "stripe_kernels.skeleton"]):
+    import numpy as np
+    import torch
+
+    from stripe_kernels import _cpu
+    from stripe_kernels.packed import StripeIndex
+    from stripe_kernels.skeleton import FilterSkeleton
+from tests.guarded import guarded
+
+ISAS = _cpu.isas()
+ODD = (-(2**31), -2, -1, 0, 1, 2, 3, 7, 16, 64, 2**20, 2**30, 2**31 - 1)
+outcomes: collections.Counter[str] = collections.Counter()
+LARGEST = 1 << 14  # elements of a tensor worth running
+
+
+@atheris.instrument_func
+def bent(data: atheris.FuzzedDataProvider, values: list[int], times: int, most: int = 2**31) -> list[int]:
+    """`values` with up to `times` entries replaced (by `most` at most), dropped, doubled or exchanged."""
+    for _ in range(data.ConsumeIntInRange(0, times)):
+        if not values:
+            break
+        i, j = (data.ConsumeIntInRange(0, len(values) - 1) for _ in range(2))
+        kind = data.ConsumeIntInRange(0, 4)
+        if kind == 0:
+            values[i] = min(most, ODD[data.ConsumeIntInRange(0, len(ODD) - 1)])
+        elif kind == 1:
+            values[i] += data.ConsumeIntInRange(-2, 2)
+        elif kind == 2:
+            del values[i]
+        elif kind == 3:
+            values.insert(i, values[j])
+        else:
+            values[i], values[j] = values[j], values[i]
+    return values
+
+
+def small(data: atheris.FuzzedDataProvider, least: int, most: int) -> int:
+    return data.ConsumeIntInRange(least, most)
+
+
+@atheris.instrument_func
+def one_input(raw: bytes) -> None:
+    data = atheris.FuzzedDataProvider(raw)
+    groups = small(data, 1, 3)
+    n, c, h, w, k, r, s = (small(data, 0 if i == 0 else 1, 5) for i in range(7))
+    c, k = c * groups, k * groups
+    stride, dilation = (small(data, 1, 3), small(data, 1, 3)), (small(data, 1, 2), small(data, 1, 2))
+    pad = small(data, 0, 3), small(data, 0, 3)
+    p, q = (
+        max(0, (size + 2 * margin - d * (taps - 1) - 1) // step + 1)
+        for size, margin, d, taps, step in zip((h, w), pad, dilation, (r, s), stride, strict=True)
+    )
+    live = np.frombuffer(data.ConsumeBytes(k * r * s).ljust(k * r * s, b"\1"), np.uint8).reshape(k, r, s) & 1
+    index = StripeIndex.of(FilterSkeleton(live.astype(np.bool_)), groups)
+    sizes = bent(
+        data, [n, c, h, w, k, r, s, p, q, *stride, *pad, *dilation, groups], 1, 64
+    )  # what is large and sound takes its memory
+    lists = [bent(data, v.tolist(), 2) for v in (index.tap_ptr, index.filter, index.row)]
+    isa = ISAS[small(data, 0, len(ISAS) - 1)]
+    kind = small(data, 0, 3)
+    tiling = [small(data, 0, 2), small(data, 1, 4), small(data, 1, 4), small(data, 1, 4), small(data, 1, 12)]
+    if tiling[0] == 2:
+        tiling[1] *= _cpu.lanes(isa)
+    tiling = bent(data, [1, 2] if kind == 1 else tiling, 1, 64)
+    try:
+        if kind == 3:
+            kernel = _cpu.Wgrad(sizes, *lists, tiling[0] if tiling else 0, isa)
+        else:
+            kernel = (_cpu.Fprop, _cpu.FpropFilters, _cpu.Dgrad)[kind](sizes, *lists, tiling, isa)
+    except (ValueError, TypeError, MemoryError, IndexError) as error:  # TypeError: beyond 32 bits
+        count(type(error).__name__)
+        return
+    run(kernel, kind, sizes, len(lists[1]), small(data, 1, 3))
+
+
+def count(outcome: str) -> None:
+    outcomes[outcome] += 1
+    if outcomes.total() % 20000 == 0:
+        print(dict(outcomes), flush=True)
+
+
+@atheris.instrument_func
+def run(kernel: object, kind: int, sizes: list[int], stripes: int, threads: int) -> None:
+    n, c, h, w, k, _, _, p, q, *_, groups = sizes
+    if max(n * c * h * w, n * k * p * q, stripes * c) > LARGEST:
+        return
+    x, y, weight = (torch.ones(*v) for v in ((n, c, h, w), (n, k, p, q), (stripes, c // groups)))
+    count("ran")
+    with ExitStack() as stack:
+        x, y = (stack.enter_context(guarded(t, True, True)) for t in (x, y))
+        weight = stack.enter_context(guarded(weight, True, True))
+        views = {name: (t.data_ptr(), 0, t.stride()) for name, t in (("x", x), ("y", y))}
+        if kind == 3:
+            kernel.run(threads, *views["x"], *views["y"], weight.data_ptr(), 0)  # type: ignore[attr-defined]
+        else:
+            if kernel.packed_floats > LARGEST * 64:  # type: ignore[attr-defined]
+                return
+            packed = torch.empty(kernel.packed_floats)  # type: ignore[attr-defined]
+            kernel.pack_weight(weight.data_ptr(), 0, packed.data_ptr())  # type: ignore[attr-defined]
+            into, out = ("y", "x") if kind == 2 else ("x", "y")
+            epilogue = () if kind == 2 else (0, 0, 0, (0, 0, 0, 0), 0)
+            kernel.run(threads, *views[into], packed.data_ptr(), *views[out], *epilogue)  # type: ignore[attr-defined]
+        del x, y, weight, views
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folders = [Path(a) for a in sys.argv[1:] if not a.startswith("-")]
+    if folders:
+        folders[0].mkdir(parents=True, exist_ok=True)
+        for seed in range(200):
+            (folders[0] / f"seed{seed}").write_bytes(random.Random(seed).randbytes(400))
+    atheris.Setup([*sys.argv, "-len_control=0", "-rss_limit_mb=4096", "-max_len=512"], one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
