@@ -244,7 +244,7 @@ def kernel_names(which: str) -> list[str]:
         return names if which == "all" else []
     if which == "best":
         isa = torch.backends.cpu.get_cpu_capability().lower()
-        return [n for n in names if n.startswith("cpu_") and n.endswith(isa)]
+        return [n for n in names if n.startswith("cpu_") and n.endswith((isa, isa + "bf16"))]
     chosen = which.split(",")
     unknown = set(chosen) - set(list_kernels())
     if unknown:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from stripe_kernels.testing import CASES, DTYPES, LAYOUTS
-from tests.passes import KERNELS, check_pass
+from tests.passes import KERNELS, PAIRED, check_pass
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS + PAIRED)
 def test_in_every_type_and_layout(kernel: str, case) -> None:
     for dtype in DTYPES:
         for layout in LAYOUTS:
@@ -18,12 +18,13 @@ def test_in_every_type_and_layout(kernel: str, case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS + PAIRED)
 def test_in_every_configuration(kernel: str, case) -> None:
+    dtype = torch.bfloat16 if kernel in PAIRED else torch.float32
     for threads in (1, 2):  # other numbers: test_threads.py
         torch.set_num_threads(threads)
         for layout in ("contiguous", "channels_last"):
-            check_pass(case, kernel, "fprop", torch.float32, layout, every=True)
+            check_pass(case, kernel, "fprop", dtype, layout, every=True)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from stripe_kernels.testing import CASES, DTYPES, LAYOUTS
-from tests.passes import KERNELS, check_pass
+from tests.passes import KERNELS, PAIRED, check_pass
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS + PAIRED)
 def test_in_every_type_and_layout(kernel: str, case) -> None:
     for dtype in DTYPES:
         for layout in LAYOUTS:

@@ -139,13 +139,17 @@ PYBIND11_MODULE(_cpu, m) {
     for (const char* const* n = isa_names(); *n; ++n) names.emplace_back(*n);
     return names;
   }, "Instruction sets this build has and this processor runs, best first.");
+  m.def("paired", [](const std::string& name) { return isa(name).paired[1][1] != nullptr; },
+        "Whether Fprop multiplies pairs of bfloat16 channels; it then takes bfloat16 and an even C/groups only.");
   m.def("lanes", [](const std::string& name) { return isa(name).lanes; }, "float32 lanes of a vector.");
 
   py::class_<Fprop>(m, "Fprop")
       .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row, const Ints& tile,
                        const std::string& name) {
         const ConvShape s = conv_shape(shape);
-        return new Fprop(s, stripes(s, tap_ptr, filter, row), tiling(tile, isa(name)), isa(name));
+        const bool paired = isa(name).paired[1][1] != nullptr;
+        require(!paired || s.group_c() % 2 == 0, "'" + name + "' multiplies pairs of channels: C/groups is even");
+        return new Fprop(s, stripes(s, tap_ptr, filter, row), tiling(tile, isa(name)), isa(name), paired);
       }))
       .def_property_readonly("packed_floats", &Fprop::packed_floats)
       .def("pack_weight", &pack_weight<Fprop>, Release())

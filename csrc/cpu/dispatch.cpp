@@ -6,6 +6,9 @@
 namespace sk {
 
 #define SK_DECLARE(isa) const IsaKernels* isa_table_##isa();
+#ifdef SK_HAVE_AVX512BF16
+SK_DECLARE(avx512bf16)
+#endif
 #ifdef SK_HAVE_AVX512
 SK_DECLARE(avx512)
 #endif
@@ -20,8 +23,8 @@ SK_DECLARE(generic)
 namespace {
 
 struct Table {
-  const IsaKernels* found[5] = {};
-  const char* names[5] = {};
+  const IsaKernels* found[6] = {};
+  const char* names[6] = {};
   int n = 0;
 
   void add(const IsaKernels* k) {
@@ -31,10 +34,13 @@ struct Table {
   Table() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #ifdef SK_HAVE_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      add(isa_table_avx512());
+    if (avx512) add(isa_table_avx512());
+#endif
+#ifdef SK_HAVE_AVX512BF16
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) add(isa_table_avx512bf16());
 #endif
 #ifdef SK_HAVE_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))

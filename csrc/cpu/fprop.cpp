@@ -1,5 +1,8 @@
 #include "cpu/fprop.h"
 
+#include <cstring>
+#include <stdexcept>
+
 namespace sk {
 
 std::vector<Part> balanced_parts(int group, const std::vector<int>& work, int parts) {
@@ -16,15 +19,20 @@ std::vector<Part> balanced_parts(int group, const std::vector<int>& work, int pa
   return out;
 }
 
-Fprop::Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, const IsaKernels& isa)
+Fprop::Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, const IsaKernels& isa,
+             bool paired)
     : shape_(shape),
       stripes_(std::move(stripes)),
       isa_(isa),
       schedule_(fprop_lattice(shape, stripes_.live_taps(), tiling.mode == LaneMode::gather), tiling, isa.lanes, shape.N,
                 true),
+      paired_(paired),
+      cells_(paired ? shape.group_c() / 2 : shape.group_c()),
       part_count_(std::max(1, tiling.filter_parts)) {
+  if (paired && (!isa.paired[1][1] || shape.group_c() % 2 != 0))
+    throw std::invalid_argument("pairs of bfloat16 need the instruction and an even number of channels");
   const int taps = static_cast<int>(schedule_.lattice().taps.size());
-  for (int t = 0; t < taps; ++t) tap_offsets_.push_back(schedule_.tap_offset(t, shape.group_c()));
+  for (int t = 0; t < taps; ++t) tap_offsets_.push_back(schedule_.tap_offset(t, cells_));
 
   for (int g = 0; g < shape.groups; ++g)
     for (const Part& p : balanced_parts(g, stripes_.work(g, shape.group_k(), shape.group_c()), part_count_))
@@ -36,7 +44,7 @@ Fprop::Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
       const int first = lo;
       split_evenly(hi - lo, isa.tile_filters, [&, first](int a, int b) {
         tiles_.push_back({packed_floats_, b - a, static_cast<int>(order_.size())});
-        packed_floats_ += static_cast<std::int64_t>(b - a) * shape.group_c();
+        packed_floats_ += static_cast<std::int64_t>(b - a) * cells_;
         for (int i = first + a; i < first + b; ++i) {
           order_.push_back(stripes_.row[i]);
           local_.push_back(stripes_.filter[i] - p.begin);
@@ -49,18 +57,24 @@ Fprop::Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
 void Fprop::pack_weight(const void* weight, DType type, float* packed) const {
   const std::int64_t c = shape_.group_c();
   std::vector<float> row(static_cast<std::size_t>(c));
+  std::vector<std::uint16_t> halves(paired_ ? row.size() : 0);
   for (const FilterTile& t : tiles_)
     for (int f = 0; f < t.filters; ++f) {
       const char* source = static_cast<const char*>(weight) + order_[t.first + f] * c * static_cast<std::int64_t>(size_of(type));
       isa_.load_row(row.data(), source, type, 1, c);
+      if (paired_) {
+        isa_.store_row(halves.data(), DType::bf16, 1, row.data(), c);
+        std::memcpy(row.data(), halves.data(), static_cast<std::size_t>(c) * 2);
+      }
       float* at = packed + t.weight + f;
-      for (std::int64_t i = 0; i < c; ++i) at[i * t.filters] = row[i];
+      for (int i = 0; i < cells_; ++i) at[static_cast<std::int64_t>(i) * t.filters] = row[i];
     }
 }
 
 void Fprop::accumulate(int part, const Run* begin, const Run* end, const float* packed, const float* panel,
                        float* lanes) const {
   const int taps = static_cast<int>(schedule_.lattice().taps.size());
+  const auto& tiles = paired_ ? isa_.paired : isa_.strided;
   const std::int64_t c_stride = schedule_.channel_stride(), ld = schedule_.output_stride();
   for (const Run* r = begin; r != end; ++r) {
     const Run& run = *r;
@@ -69,7 +83,7 @@ void Fprop::accumulate(int part, const Run* begin, const Run* end, const float* 
     for (int i = tile_ptr_[part * taps + tap]; i < tile_ptr_[part * taps + tap + 1]; ++i) {
       const FilterTile& t = tiles_[i];
       each_tile(run.vectors, isa_.tile_vectors[t.filters], [&](int at, int vectors) {
-        isa_.strided[t.filters][vectors](shape_.group_c(), packed + t.weight, t.filters, x + at * isa_.lanes, c_stride,
+        tiles[t.filters][vectors](cells_, packed + t.weight, t.filters, x + at * isa_.lanes, c_stride,
                                          lanes + run.y + at * isa_.lanes, ld, &local_[t.first]);
       });
     }
@@ -77,7 +91,8 @@ void Fprop::accumulate(int part, const Run* begin, const Run* end, const float* 
 }
 
 void Fprop::run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e, int threads) const {
-  drive(isa_, schedule_, parts_, part_count_, shape_.group_c(), shape_.group_k(), x, y, e, threads, true,
+  if (paired_ && x.dtype != DType::bf16) throw std::invalid_argument("pairs of bfloat16 are read from bfloat16");
+  drive(isa_, schedule_, parts_, part_count_, cells_, shape_.group_k(), paired_ ? paired(x) : x, y, e, threads, true,
         [&](int part, const BlockPlan& block, const float* panel, float* lanes) {
           accumulate(part, block.runs.data(), block.runs.data() + block.runs.size(), packed, panel, lanes);
         });

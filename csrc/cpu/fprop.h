@@ -15,7 +15,8 @@ namespace sk {
 
 class Fprop {
  public:
-  Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, const IsaKernels& isa);
+  // `paired`: bfloat16 products on cells of two neighbouring channels; x is bfloat16, C/groups even, and the set has them.
+  Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, const IsaKernels& isa, bool paired = false);
 
   std::int64_t packed_floats() const { return packed_floats_; }
   void pack_weight(const void* weight, DType type, float* packed) const;  // weight [A, C/groups]
@@ -29,7 +30,7 @@ class Fprop {
 
  private:
   struct FilterTile {
-    std::int64_t weight;  // packed [C/groups][filters] begins here
+    std::int64_t weight;  // packed [cells][filters] begins here
     int filters;
     int first;  // into order_ and local_
   };
@@ -38,6 +39,8 @@ class Fprop {
   Stripes stripes_;
   const IsaKernels& isa_;
   Schedule schedule_;
+  bool paired_;
+  int cells_;  // of a stripe: floats, or pairs of bfloat16
   int part_count_;
   std::vector<Part> parts_;
   std::vector<std::int64_t> tap_offsets_;   // by index into lattice().taps

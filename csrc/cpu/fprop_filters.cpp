@@ -149,7 +149,7 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
       const std::int64_t here = static_cast<std::int64_t>(m.images) * s.P * s.Q;
       std::fill(sums, sums + here * filters, 0.f);
       compute(part, taps_.data() + index * lattice_.taps.size(), m.n0, m.images, source, packed, sums);
-      isa_.load_transposed(turned, here, sums, DType::f32, filters, here, filters);
+      isa_.load_transposed(turned, here, sums, DType::f32, filters, here, filters, kUnpaired);
       m.c_stride = here;
       finish_lanes(isa_, e, m, part.group * s.group_k() + part.begin, filters, turned, turned + part_floats);
       store_lanes(isa_, y, m, part.group * s.group_k() + part.begin, filters, turned);

@@ -63,7 +63,7 @@ void load_batch(const IsaKernels& isa, const TensorView& x, const LaneMap& m, co
   const std::int64_t images = x.stride[0];
   if (channels_contiguous(x, m, in)) {
     const std::int64_t n = static_cast<std::int64_t>(count) * m.tensor_h * m.tensor_w;
-    return isa.load_transposed(lanes, m.batch, x.at(m.n0, c_first, 0, 0), x.dtype, images, m.images, n);
+    return isa.load_transposed(lanes, m.batch, x.at(m.n0, c_first, 0, 0), x.dtype, images, m.images, n, x.pair);
   }
   if (rows_contiguous(x, m, in)) {
     const std::int64_t run = static_cast<std::int64_t>(in.rows.size()) * m.tensor_w;
@@ -75,7 +75,7 @@ void load_batch(const IsaKernels& isa, const TensorView& x, const LaneMap& m, co
                    run * static_cast<std::int64_t>(size_of(x.dtype)));
       isa.load_transposed(lanes + c * m.c_stride + static_cast<std::int64_t>(in.rows.lo) * m.pitch * m.batch,
                           m.batch, element(x, m, 0, c_first + c, in.rows.lo, 0), x.dtype, images, m.images,
-                          run);
+                          run, x.pair);
     }
     return;
   }
@@ -84,7 +84,7 @@ void load_batch(const IsaKernels& isa, const TensorView& x, const LaneMap& m, co
     if (x.stride[1] == 1 && count > 1) {
       for (int col = in.cols.lo; col < in.cols.hi; ++col)
         isa.load_transposed(at_row + static_cast<std::int64_t>(col) * m.batch, m.c_stride,
-                            element(x, m, 0, c_first, row, col), x.dtype, images, m.images, count);
+                            element(x, m, 0, c_first, row, col), x.dtype, images, m.images, count, x.pair);
       continue;
     }
     const std::int64_t step = m.step_w * x.stride[3];
@@ -93,9 +93,9 @@ void load_batch(const IsaKernels& isa, const TensorView& x, const LaneMap& m, co
       for (int col = in.cols.lo; col < in.cols.hi; col += kStage) {
         const int n = std::min(kStage, in.cols.hi - col);
         for (int image = 0; image < m.images; ++image)
-          isa.load_row(stage + image * kStage, element(x, m, image, c_first + c, row, col), x.dtype, step, n);
+          isa.load_rows(stage + image * kStage, 0, element(x, m, image, c_first + c, row, col), x.dtype, 0, step, 1, 0, n, 0, x.pair);
         isa.load_transposed(at_row + c * m.c_stride + static_cast<std::int64_t>(col) * m.batch, m.batch,
-                            stage, DType::f32, kStage, m.images, n);
+                            stage, DType::f32, kStage, m.images, n, kUnpaired);
       }
   }
 }
@@ -155,7 +155,7 @@ void load_lanes(const IsaKernels& isa, const TensorView& x, const LaneMap& m, in
       for (int c = 0; c < count; ++c)
         isa.load_rows(lane_row(m, lanes, c, image, in.rows.lo), m.pitch,
                       element(x, m, image, c_first + c, in.rows.lo, before), x.dtype, m.step_h * x.stride[2],
-                      step, in.rows.size(), before, cols, after);
+                      step, in.rows.size(), before, cols, after, x.pair);
       continue;
     }
     for (int row = in.rows.lo; row < in.rows.hi; ++row) {
@@ -165,7 +165,7 @@ void load_lanes(const IsaKernels& isa, const TensorView& x, const LaneMap& m, in
         std::fill(at + c * m.c_stride + in.cols.hi, at + c * m.c_stride + m.pitch, 0.f);
       }
       isa.load_transposed(at + before, m.c_stride, element(x, m, image, c_first, row, before), x.dtype, step,
-                          cols, count);
+                          cols, count, x.pair);
     }
   }
 }

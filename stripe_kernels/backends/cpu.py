@@ -152,14 +152,24 @@ def _refuse(problem: Problem, which: Pass) -> str | None:
     return None
 
 
-def _candidates_of(mode: int, lanes: int) -> Callable[[Problem, Pass], Mapping[Config, float]]:
+def _refuse_but_pairs(problem: Problem, which: Pass) -> str | None:
+    """What an instruction set that multiplies pairs of bfloat16 channels refuses on top."""
+    if problem.dtype != "bfloat16":
+        return f"multiplies bfloat16, not {problem.dtype}"
+    if problem.shape.group_c % 2:
+        return f"multiplies channels in pairs, and a group has {problem.shape.group_c}"
+    return _refuse(problem, which)
+
+
+def _candidates_of(mode: int, lanes: int, pairs: bool) -> Callable[[Problem, Pass], Mapping[Config, float]]:
     def candidates(problem: Problem, which: Pass) -> Mapping[Config, float]:
         if which == "wgrad":
             return {(): cpu_tiling.predict_wgrad(problem, lanes)}
         # Lanes along filters exist for fprop; its name's dgrad runs along pixels.
         loops = cpu_tiling.PIXELS if which == "dgrad" and mode == cpu_tiling.FILTERS else mode
         tilings = cpu_tiling.tilings(problem, which, loops, lanes)
-        return {t: cpu_tiling.predict(problem, which, t, lanes) for t in tilings}
+        step = 0.5 if pairs and which == "fprop" else 1.0
+        return {t: cpu_tiling.predict(problem, which, t, lanes, step) for t in tilings}
 
     return candidates
 
@@ -174,13 +184,16 @@ def _builder(isa: str) -> Callable[[Problem, Pass, Config], _Runner]:
 
 
 for _isa in _cpu.isas():
+    _pairs = _cpu.paired(_isa)
     for _name, _mode in cpu_tiling.MODES.items():
+        if _pairs and _mode == cpu_tiling.FILTERS:
+            continue  # its lanes are filters: no pairs of channels
         register(
             Kernel(
                 f"cpu_{_name}_{_isa}",
-                _refuse,
-                _candidates_of(_mode, _cpu.lanes(_isa)),
+                _refuse_but_pairs if _pairs else _refuse,
+                _candidates_of(_mode, _cpu.lanes(_isa), _pairs),
                 _builder(_isa),
-                automatic=_isa == _cpu.isas()[0],
+                automatic=_pairs or _isa == _cpu.isas()[0],
             )
         )

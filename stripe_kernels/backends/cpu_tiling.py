@@ -94,12 +94,12 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Co
         yield (mode, images, rows, 1, WINDOW)
 
 
-def predict(problem: Problem, which: Pass, config: Config, lanes: int) -> float:
+def predict(problem: Problem, which: Pass, config: Config, lanes: int, step: float = 1.0) -> float:
     """Seconds: multiply-adds of live stripes over the lanes actually run, plus moving activations in and out.
 
     Constants are cycles, measured on Zen 4: a multiply-add of a vector 1.05; the per-tap update of y 3 a vector;
     pixels move in rows, 20 a row and 1.5 a vector, into an im2col plane for every tap; images move in transposes,
-    8 a vector.
+    8 a vector. step: instructions a multiply-add; one half where a pair of bfloat16 channels takes one.
     """
     if len(config) == 2:
         return _predict_filters(problem, config, lanes)
@@ -124,7 +124,7 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int) -> float:
     share = 1.0
     if mode == BATCH:
         share = s.taps_inside() / s.taps
-    fma = 1.05 * stripes * share * out_vectors * s.group_c
+    fma = 1.05 * step * stripes * share * out_vectors * s.group_c
     if which == "fprop":
         fma += 3.0 * stripes * share * out_vectors + 1.0 * sides.channels_out * out_vectors
     fma /= 1.0 if which == "fprop" else sides.phases

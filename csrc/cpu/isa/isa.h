@@ -31,12 +31,16 @@ struct BoxSteps {
 using BoxTile = void (*)(const BoxSteps& box, const float* a, const std::int32_t* f_off, const float* b, float* y,
                          std::int64_t ldy);
 
+// StridedTile on cells of two bfloat16 values: y += sum_i low(a) * low(b) + high(a) * high(b), float sums.
+using PairedTile = StridedTile;
+
 struct IsaKernels {
   const char* name;
   int lanes;                                // W: floats in a vector
   int tile_filters;                         // filters of a full tile
   int tile_vectors[kMaxTileFilters + 1];    // most vectors a tile of F filters keeps in registers
   StridedTile strided[kMaxTileFilters + 1][kMaxTileVectors + 1];  // [F][V], null beyond tile_vectors[F]
+  PairedTile paired[kMaxTileFilters + 1][kMaxTileVectors + 1];    // all null without such an instruction
   IndexedTile indexed[kMaxTileFilters + 1][kMaxTileVectors + 1];
   BoxTile box[kMaxTileFilters + 1][kMaxTileVectors + 1];
 
@@ -44,15 +48,17 @@ struct IsaKernels {
   void (*load_row)(float* dst, const void* src, DType type, std::int64_t step, std::int64_t n);
   // dst[i * step] = type(src[i])
   void (*store_row)(void* dst, DType type, std::int64_t step, const float* src, std::int64_t n);
+  // `pair` in what follows: kUnpaired, or float(v) is the cell of v and of the value `pair` elements further (TensorView::pair).
   // Rows: zeros_before zeros, then float(src[r * row_step + i * step]) for i < cols, then zeros_after zeros, at dst + r * pitch.
   void (*load_rows)(float* dst, std::int64_t pitch, const void* src, DType type, std::int64_t row_step, std::int64_t step,
-                    std::int64_t rows, std::int64_t zeros_before, std::int64_t cols, std::int64_t zeros_after);
+                    std::int64_t rows, std::int64_t zeros_before, std::int64_t cols, std::int64_t zeros_after,
+                    std::int64_t pair);
   // dst[r * row_step + i * step] = type(src[r * pitch + i])
   void (*store_rows)(void* dst, DType type, std::int64_t row_step, std::int64_t step, const float* src, std::int64_t pitch,
                      std::int64_t rows, std::int64_t cols);
   // dst[j * dst_ld + i] = float(src[i * src_ld + j]) for i < rows, j < cols
   void (*load_transposed)(float* dst, std::int64_t dst_ld, const void* src, DType type, std::int64_t src_ld,
-                          std::int64_t rows, std::int64_t cols);
+                          std::int64_t rows, std::int64_t cols, std::int64_t pair);
   // dst[j * dst_ld + i] = type(src[i * src_ld + j]) for i < rows, j < cols
   void (*store_transposed)(void* dst, DType type, std::int64_t dst_ld, const float* src, std::int64_t src_ld,
                            std::int64_t rows, std::int64_t cols);

@@ -15,11 +15,53 @@ void with_type(sk::DType type, Fn fn) {
   if (type == sk::DType::f16) fn(static_cast<f16*>(nullptr));
 }
 
-template <class Src, class Dst>
-inline void convert_row(Dst* dst, const Src* src, std::int64_t n) {
+// How elements are read: as float, or as cells of two bfloat16.
+struct AsFloat {
+  template <class T>
+  vf whole(const T* p) const {
+    return load_as_float(p);
+  }
+  template <class T>
+  vf first(const T* p, std::int64_t n) const {
+    return load_first(p, n);
+  }
+  template <class T>
+  float one(const T* p) const {
+    return to_float(*p);
+  }
+};
+struct AsCell {
+  std::int64_t pair;
+
+  vf whole(const bf16* p) const {
+    const vu low = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu);
+    return (vf)(low | __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p + pair), vu) << 16);
+  }
+  vf first(const bf16* p, std::int64_t n) const {
+    bf16 both[2][W] = {};
+    copy_first(both[0], p, n);
+    copy_first(both[1], p + pair, n);
+    return AsCell{W}.whole(both[0]);
+  }
+  float one(const bf16* p) const {
+    const std::uint32_t u = p[0].bits | static_cast<std::uint32_t>(p[pair].bits) << 16;
+    float cell;
+    std::memcpy(&cell, &u, 4);
+    return cell;
+  }
+};
+
+template <class Fn>
+void with_reader(sk::DType type, std::int64_t pair, Fn fn) {
+  if (pair != sk::kUnpaired) return fn(static_cast<bf16*>(nullptr), AsCell{pair});
+  with_type(type, [=](auto* t) { fn(t, AsFloat{}); });
+}
+
+template <class Src, class Dst, class Read>
+inline void convert_row(Dst* dst, const Src* src, std::int64_t n, Read read) {
   std::int64_t i = 0;
-  for (; i + W <= n; i += W) store_from_float(dst + i, load_as_float(src + i));
-  if (i < n) store_first(dst + i, load_first(src + i, n - i), n - i);
+  for (; i + W <= n; i += W) store_from_float(dst + i, read.whole(src + i));
+  if (i < n) store_first(dst + i, read.first(src + i, n - i), n - i);
 }
 
 // Every second of 2n - 1 elements.
@@ -28,13 +70,13 @@ inline vf even_lanes(vf a, vf b) {
   for (int i = 0; i < W; ++i) m[i] = 2 * i;
   return __builtin_shuffle(a, b, m);
 }
-template <class Src>
-inline void load_every(float* dst, const Src* src, std::int64_t step, std::int64_t n) {
+template <class Src, class Read>
+inline void load_every(float* dst, const Src* src, std::int64_t step, std::int64_t n, Read read) {
   std::int64_t i = 0;
   if (step == 2)
     for (; i + W < n; i += W)  // not the last: its odd neighbour may lie beyond the tensor
-      store(dst + i, even_lanes(load_as_float(src + 2 * i), load_as_float(src + 2 * i + W)));
-  for (; i < n; ++i) dst[i] = to_float(src[i * step]);
+      store(dst + i, even_lanes(read.whole(src + 2 * i), read.whole(src + 2 * i + W)));
+  for (; i < n; ++i) dst[i] = read.one(src + i * step);
 }
 
 inline void clear(float* p, std::int64_t n) {
@@ -45,13 +87,13 @@ inline void clear(float* p, std::int64_t n) {
 
 void load_rows(float* dst, std::int64_t pitch, const void* src, sk::DType type, std::int64_t row_step,
                std::int64_t step, std::int64_t rows, std::int64_t zeros_before, std::int64_t cols,
-               std::int64_t zeros_after) {
-  with_type(type, [=](auto* t) {
+               std::int64_t zeros_after, std::int64_t pair) {
+  with_reader(type, pair, [=](auto* t, auto read) {
     const auto* s = static_cast<decltype(t)>(const_cast<void*>(src));
     float* d = dst;
     for (std::int64_t r = 0; r < rows; ++r, d += pitch, s += row_step) {
       clear(d, zeros_before);
-      step == 1 ? convert_row(d + zeros_before, s, cols) : load_every(d + zeros_before, s, step, cols);
+      step == 1 ? convert_row(d + zeros_before, s, cols, read) : load_every(d + zeros_before, s, step, cols, read);
       clear(d + zeros_before + cols, zeros_after);
     }
   });
@@ -65,7 +107,7 @@ void store_rows(void* dst, sk::DType type, std::int64_t row_step, std::int64_t s
     const float* s = src;
     for (std::int64_t r = 0; r < rows; ++r, d += row_step, s += pitch) {
       if (step == 1)
-        convert_row(d, s, cols);
+        convert_row(d, s, cols, AsFloat{});
       else
         for (std::int64_t i = 0; i < cols; ++i) d[i * step] = from_float<T>(s[i]);
     }
@@ -73,7 +115,7 @@ void store_rows(void* dst, sk::DType type, std::int64_t row_step, std::int64_t s
 }
 
 void load_row(float* dst, const void* src, sk::DType type, std::int64_t step, std::int64_t n) {
-  load_rows(dst, 0, src, type, 0, step, 1, 0, n, 0);
+  load_rows(dst, 0, src, type, 0, step, 1, 0, n, 0, sk::kUnpaired);
 }
 
 void store_row(void* dst, sk::DType type, std::int64_t step, const float* src, std::int64_t n) {
@@ -108,17 +150,16 @@ inline __attribute__((always_inline)) void transpose_round(vf (&v)[W]) {
 }
 
 // dst[j * dst_ld + i] = src[i * src_ld + j], one block of at most W x W at a time.
-template <bool Whole, class Src, class Dst>
+template <bool Whole, class Src, class Dst, class Read>
 __attribute__((noinline)) void transpose_block(Dst* dst, std::int64_t dst_ld, const Src* src,
-                                               std::int64_t src_ld, std::int64_t rows, std::int64_t cols) {
+                                               std::int64_t src_ld, std::int64_t rows, std::int64_t cols, Read read) {
   vf v[W];
 #pragma GCC unroll 16
   for (int a = 0; a < W; ++a) {
     if constexpr (Whole)
-      v[a] = load_as_float(src + a * src_ld);
+      v[a] = read.whole(src + a * src_ld);
     else
-      v[a] = a >= rows ? vf{}
-                       : (cols == W ? load_as_float(src + a * src_ld) : load_first(src + a * src_ld, cols));
+      v[a] = a >= rows ? vf{} : (cols == W ? read.whole(src + a * src_ld) : read.first(src + a * src_ld, cols));
   }
   transpose_round<0>(v);
 #pragma GCC unroll 16
@@ -130,30 +171,30 @@ __attribute__((noinline)) void transpose_block(Dst* dst, std::int64_t dst_ld, co
   }
 }
 
-template <class Src, class Dst>
+template <class Src, class Dst, class Read>
 void transpose(Dst* dst, std::int64_t dst_ld, const Src* src, std::int64_t src_ld, std::int64_t rows,
-               std::int64_t cols) {
+               std::int64_t cols, Read read) {
   for (std::int64_t i = 0; i < rows; i += W)
     for (std::int64_t j = 0; j < cols; j += W) {
       const std::int64_t r = rows - i < W ? rows - i : W, c = cols - j < W ? cols - j : W;
       if (r == W && c == W)
-        transpose_block<true>(dst + j * dst_ld + i, dst_ld, src + i * src_ld + j, src_ld, W, W);
+        transpose_block<true>(dst + j * dst_ld + i, dst_ld, src + i * src_ld + j, src_ld, W, W, read);
       else
-        transpose_block<false>(dst + j * dst_ld + i, dst_ld, src + i * src_ld + j, src_ld, r, c);
+        transpose_block<false>(dst + j * dst_ld + i, dst_ld, src + i * src_ld + j, src_ld, r, c, read);
     }
 }
 
 void load_transposed(float* dst, std::int64_t dst_ld, const void* src, sk::DType type, std::int64_t src_ld,
-                     std::int64_t rows, std::int64_t cols) {
-  with_type(type, [=](auto* t) {
-    transpose(dst, dst_ld, static_cast<decltype(t)>(const_cast<void*>(src)), src_ld, rows, cols);
+                     std::int64_t rows, std::int64_t cols, std::int64_t pair) {
+  with_reader(type, pair, [=](auto* t, auto read) {
+    transpose(dst, dst_ld, static_cast<decltype(t)>(const_cast<void*>(src)), src_ld, rows, cols, read);
   });
 }
 
 void store_transposed(void* dst, sk::DType type, std::int64_t dst_ld, const float* src, std::int64_t src_ld,
                       std::int64_t rows, std::int64_t cols) {
   with_type(type,
-            [=](auto* t) { transpose(static_cast<decltype(t)>(dst), dst_ld, src, src_ld, rows, cols); });
+            [=](auto* t) { transpose(static_cast<decltype(t)>(dst), dst_ld, src, src_ld, rows, cols, AsFloat{}); });
 }
 
 }  // namespace

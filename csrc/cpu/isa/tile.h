@@ -60,6 +60,27 @@ void strided_tile(std::int64_t n, const float* a, std::int64_t a_step, const flo
   acc.add_rows(y, [=](int f) { return rows[f] * ldy; });
 }
 
+#if defined(__AVX512BF16__)
+template <int F, int V>
+void paired_tile(std::int64_t n, const float* a, std::int64_t a_step, const float* b, std::int64_t b_step, float* y,
+                 std::int64_t ldy, const std::int32_t* rows) {
+  Accumulators<F, V> acc;
+  acc.zero();
+  for (std::int64_t i = 0; i < n; ++i, a += a_step, b += b_step) {
+    __m512bh x[V];
+#pragma GCC unroll 12
+    for (int j = 0; j < V; ++j) x[j] = (__m512bh)load(b + j * W);
+#pragma GCC unroll 8
+    for (int f = 0; f < F; ++f) {
+      const __m512bh w = (__m512bh)splat(a[f]);
+#pragma GCC unroll 12
+      for (int j = 0; j < V; ++j) acc.v[f][j] = (vf)_mm512_dpbf16_ps((__m512)acc.v[f][j], w, x[j]);
+    }
+  }
+  acc.add_rows(y, [=](int f) { return rows[f] * ldy; });
+}
+#endif
+
 // Steps summed before they join y: one running sum of 70 products left the error budget (generated problems).
 constexpr std::int64_t kStretch = 32;
 
@@ -105,6 +126,9 @@ struct FillVectors {
   static void run(sk::IsaKernels& k) {
     if constexpr (V >= 1) {
       k.strided[F][V] = strided_tile<F, V>;
+#if defined(__AVX512BF16__)
+      k.paired[F][V] = paired_tile<F, V>;
+#endif
       k.indexed[F][V] = indexed_tile<F, V>;
       k.box[F][V] = box_tile<F, V>;
       FillVectors<F, V - 1>::run(k);
