@@ -238,3 +238,40 @@ def test_the_operators_check_what_reaches_them_directly() -> None:
     for name, arguments in wrong.items():
         with pytest.raises(TYPED, match=name):
             torch.ops.stripe_kernels.fprop(x, weight, None, None, None, "none", *arguments)
+
+
+SHAPE, TAP_PTR, FILTER, ROW = (
+    [1, 2, 4, 4, 4, 1, 2, 4, 3, 1, 1, 0, 0, 1, 1, 1],
+    [0, 2, 3],
+    [0, 2, 1],
+    [2, 0, 1],
+)
+CORRUPT = {
+    "a row beyond the weight": {"row": [3, 0, 1]},
+    "a negative row": {"row": [-1, 0, 1]},
+    "a row twice": {"row": [0, 0, 1]},
+    "a filter beyond its group": {"filter": [0, 4, 1]},
+    "a negative filter": {"filter": [-1, 2, 1]},
+    "filters that fall": {"filter": [2, 0, 1]},
+    "a tap's end beyond the stripes": {"tap_ptr": [0, 4, 3]},
+    "a tap's end before its begin": {"tap_ptr": [0, -1, 3]},
+    "a tap too few": {"tap_ptr": [0, 3]},
+    "a row too few": {"row": [0, 1]},
+    "taps that do not begin at 0": {"tap_ptr": [1, 2, 3]},
+    "no channels": {"shape": [1, 0, *SHAPE[2:]]},
+    "groups that do not divide": {"shape": [*SHAPE[:15], 3]},
+    "an extent beyond 2^30": {"shape": [1, 2, 2**30, *SHAPE[3:]]},
+    "a shape too short": {"shape": SHAPE[:15]},
+}
+
+
+@pytest.mark.parametrize("kind", ["Fprop", "FpropFilters", "Dgrad", "Wgrad"])
+@pytest.mark.parametrize("fault", CORRUPT)
+def test_a_corrupt_index_builds_no_kernel(fault: str, kind: str) -> None:
+    from stripe_kernels import _cpu
+
+    last = {"Wgrad": 8, "FpropFilters": [1, 1]}.get(kind, [0, 1, 1, 1, 4])
+    sound = {"shape": SHAPE, "tap_ptr": TAP_PTR, "filter": FILTER, "row": ROW}
+    getattr(_cpu, kind)(*sound.values(), last, "generic")
+    with pytest.raises(ValueError, match=r"stripe_kernels\._cpu"):
+        getattr(_cpu, kind)(*(sound | CORRUPT[fault]).values(), last, "generic")
