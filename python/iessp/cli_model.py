@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
-import runpy
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import stripe_kernels
-from iessp.attach import nearest
 from iessp.cli_frame import Failure
+from iessp.factory import absent, make
 from iessp.models import MODELS, build
 from iessp.runs import load_run
 
@@ -68,7 +65,9 @@ def resolve(text: str, size: str | None = None, weights: Path | None = None) -> 
     elif path.is_file():
         model = _file(path)
     elif ":" in text:
-        model, given = _made(text)
+        torch.manual_seed(0)
+        model, given = make(text)
+        given = None if given is None else given[:1]
     elif text in MODELS:
         torch.manual_seed(0)
         given = torch.zeros(1, *_size(size or ("3x224x224" if text in LARGE else "3x32x32")))
@@ -113,55 +112,10 @@ def _file(path: Path) -> nn.Module:
         raise Failure(str(error)) from error
 
 
-def _made(text: str) -> tuple[nn.Module, Tensor | None]:
-    """What package.module:factory or path/file.py:factory makes: a module, or (module, example)."""
-    source, _, attribute = text.rpartition(":")
-    names = _names(source)
-    if attribute not in names:
-        callables = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
-        raise ValueError(nearest(f"factory of {source}", attribute, callables))
-    made = names[attribute]
-    if not isinstance(made, nn.Module):
-        if not callable(made):
-            raise ValueError(f"{text} is a {type(made).__name__}: a factory or an nn.Module is needed")
-        torch.manual_seed(0)
-        made = _calling(text, made)
-    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module) or not (example is None or isinstance(example, Tensor)):
-        raise ValueError(
-            f"{text} returned a {type(made).__name__}: expected nn.Module, or (nn.Module, Tensor)"
-        )
-    return model, None if example is None else example[:1]
-
-
-def _names(source: str) -> dict[str, Any]:
-    """What a module defines, given by its dotted name or its file; modules beside it can be imported from it."""
-    path = Path(source)
-    by_file = source.endswith(".py")
-    if by_file and not path.is_file():
-        raise _unknown(source, path)
-    sys.path.insert(
-        0, str(path.resolve().parent) if by_file else ""
-    )  # as python does, console scripts do not
-    if not by_file and importlib.util.find_spec(source.partition(".")[0]) is None:
-        raise ValueError(f"no module {source}; MODEL is {FORMS}")
-    load = runpy.run_path if by_file else importlib.import_module
-    found = _calling(f"importing {source}", load, source)
-    return found if by_file else vars(found)
-
-
-def _calling(what: str, function: Any, *arguments: Any) -> Any:
-    """Calls code of the user's; what it raises is the user's to read, in one line."""
-    try:
-        return function(*arguments)
-    except Exception as error:
-        raise Failure(f"{what} raised {type(error).__name__}: {error}") from error
-
-
 def _load(model: nn.Module, path: Path) -> None:
     """Loads a state_dict: of safetensors, or of torch.save, bare or under "model" or "state_dict"."""
     if not path.is_file():
-        raise _unknown(str(path), path)
+        raise absent(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -181,13 +135,7 @@ def _load(model: nn.Module, path: Path) -> None:
 def _unknown(text: str, path: Path) -> Exception:
     """The error for a MODEL that is none, with what comes nearest to it."""
     if path.parent != Path() or path.suffix:
-        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = _close(str(path), siblings)
-        return FileNotFoundError(f"{text} does not exist{f'; did you mean {close[0]}?' if close else ''}")
-    close = _close(text, [*MODELS, *(p.name for p in Path().iterdir())])
+        return absent(path)
+    close = difflib.get_close_matches(text, [*MODELS, *(p.name for p in Path().iterdir())], n=1)
     hint = f'did you mean "{close[0]}"? ' if close else ""
     return ValueError(f'unknown model "{text}": {hint}MODEL is {FORMS}')
-
-
-def _close(text: str, known: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(text, list(known), n=1)

@@ -27,7 +27,7 @@ class Recipe:
     training images."""
 
     name: str
-    model: str = "vgg16"
+    model: str = "vgg16"  # or package.module:factory, path/file.py:factory
     width: float = 1.0  # of every layer's channels
     data: str = "digits"
     method: str = "iem"
@@ -70,7 +70,7 @@ class Recipe:
             ("data set", self.data, DATASETS),
             ("method", self.method, (*METHODS, *UNPRUNED)),
         ):
-            if given not in valid:
+            if given not in valid and not (kind == "model" and ":" in given):
                 raise ValueError(nearest(kind, given, valid))
         if self.epochs < 1 or self.batch < 1:
             raise ValueError(f"epochs and batch must be at least 1, got {self.epochs} and {self.batch}")

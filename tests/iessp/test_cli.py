@@ -138,14 +138,14 @@ def test_help_suffices(
             ("prune", "resnet20", "--exclude", "stem.1"),
             'unknown convolution "stem.1": did you mean "stem.0"?',
         ),
-        (("explain", "no_such_module:make"), "no module no_such_module"),
+        (("explain", "no_such_module:make"), 'no module "no_such_module"'),
         (
             ("explain", "factories_of_a_user:mkae"),
             'unknown factory of factories_of_a_user "mkae": did you mean "make"?',
         ),
         (
             ("explain", "factories_of_a_user.py:number"),
-            "returned a int: expected nn.Module, or (nn.Module, Tensor)",
+            "returned int 3: expected nn.Module, or (nn.Module, Tensor)",
         ),
         (("explain", "factories_of_a_usr.py:make"), "did you mean factories_of_a_user.py?"),
         (("bench", "resnet20", "--weights", "gone.pt"), "gone.pt does not exist"),
@@ -250,6 +250,28 @@ def test_prune_optimize_explain_bench_report_of_a_users_module(
     assert all(row["measured"] and row["share"] for row in told["layers"])
     page = Path("report.html").read_text()
     assert all(word in page for word in ("Whole network", "Roofline", "iessp train digits"))
+
+
+def test_train_a_users_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    changes = (
+        "--set",
+        "model=factories_of_a_user.py:make",
+        "--set",
+        "epochs=1",
+        "--set",
+        "sizes=[[0.0, 8]]",
+        "--set",
+        "budget=0.5",
+    )
+    found = answer(monkeypatch, capsys, "train", "digits", "--out", "run", *changes)
+    assert 0.3 < found["macs_kept"] <= 0.5
+    frozen = answer(monkeypatch, capsys, "freeze", "run")
+    assert frozen["macs_kept"] == pytest.approx(found["macs_kept"])
+    wide = ("train", "digits", "--out", "wide", *changes, "--set", "width=0.5")
+    assert call(monkeypatch, *wide) == 2
+    assert "has one width" in words(capsys)
 
 
 def test_prune_by_milliseconds(

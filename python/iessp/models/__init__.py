@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from iessp.attach import nearest
+from iessp.factory import make
 from iessp.models.mobilenet import MobileNetV2
 from iessp.models.resnet import cifar_resnet, imagenet_resnet
 from iessp.models.vgg import VGG
@@ -21,7 +22,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(name: str, classes: int, in_channels: int = 3, width: float = 1.0) -> nn.Module:
-    """A freshly initialised network taking [N, in_channels, H, W]; raises ValueError for an unknown name."""
+    """A freshly initialised network taking [N, in_channels, H, W]; raises ValueError for an unknown name.
+
+    A name with a colon is a user's own, see `iessp.factory`: its classes and channels are its own affair, and it
+    has one width.
+    """
+    if ":" in name:
+        if width != 1.0:
+            raise ValueError(f"{name} has one width, got {width}: only the built-in networks have others")
+        return make(name)[0]
     if name not in MODELS:
         raise ValueError(nearest("model", name, MODELS))
     return MODELS[name](classes=classes, in_channels=in_channels, width=width)

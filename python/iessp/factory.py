@@ -1,0 +1,71 @@
+"""A user's own model by name: package.module:factory or path/file.py:factory."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from iessp.attach import nearest
+
+
+def make(text: str) -> tuple[nn.Module, Tensor | None]:
+    """What the factory makes, called without arguments: a module, or a module and an example [N, C, H, W] of its input.
+
+    A module in place of a factory is taken as it is. Raises ValueError or FileNotFoundError, with the nearest valid
+    choice, for a wrong name; RuntimeError with one line for what the user's code raises.
+    """
+    source, _, attribute = text.rpartition(":")
+    names = _names(source)
+    if attribute not in names:
+        callables = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
+        raise ValueError(nearest(f"factory of {source}", attribute, callables))
+    made = names[attribute]
+    if not isinstance(made, nn.Module):
+        if not callable(made):
+            raise ValueError(f"{text} is a {type(made).__name__}: a factory or an nn.Module is needed")
+        made = _calling(text, made)
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module) or not (example is None or isinstance(example, Tensor)):
+        kind = type(made).__name__
+        raise ValueError(f"{text} returned {kind} {made!r}: expected nn.Module, or (nn.Module, Tensor)")
+    return model, example
+
+
+def absent(path: Path) -> FileNotFoundError:
+    """The error for a file that is not there, with the one beside it that comes nearest."""
+    siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(str(path), siblings, n=1)
+    return FileNotFoundError(f"{path} does not exist{f'; did you mean {close[0]}?' if close else ''}")
+
+
+def _names(source: str) -> dict[str, Any]:
+    """What a module defines, given by its dotted name or its file; modules beside it can be imported from it."""
+    path = Path(source)
+    by_file = source.endswith(".py")
+    if by_file and not path.is_file():
+        raise absent(path)
+    place = str(path.resolve().parent) if by_file else ""  # as python does; console scripts do not
+    if place not in sys.path:
+        sys.path.insert(0, place)
+    if not by_file and (not source or importlib.util.find_spec(source.partition(".")[0]) is None):
+        raise ValueError(
+            f'no module "{source}"; a model of your own is package.module:factory or path/file.py:factory'
+        )
+    load = runpy.run_path if by_file else importlib.import_module
+    found = _calling(f"importing {source}", load, source)
+    return found if by_file else vars(found)
+
+
+def _calling(what: str, function: Any, *arguments: Any) -> Any:
+    """Calls code of the user's."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise RuntimeError(f"{what} raised {type(error).__name__}: {error}") from error
