@@ -57,6 +57,7 @@ def project(tmp_path: Path) -> Path:
         "csrc/bindings/cuda.cpp": "\n",
         "csrc/cpu/answer.cpp": "int answer() { return 42; }\n",
         "stripe_kernels/__init__.py": "",
+        "stripe_kernels/version.py": '__version__ = "1.2.3"\n',
         "python/iessp/__init__.py": "",
     }
     for name, text in sources.items():

@@ -1,0 +1,135 @@
+"""Every fenced code block of README.md and docs/ runs, a document's blocks in order and in one place; links hold.
+
+python blocks share their names, sh blocks are run line by line. Indented blocks are installs and long runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+from tools import docs
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+RUNNER = """
+import subprocess, sys
+
+names = {"__name__": "__main__"}
+for language, line, code in BLOCKS:
+    place = f"{DOCUMENT}:{line}"
+    if language == "python":
+        exec(compile("\\n" * line + code, DOCUMENT, "exec"), names)
+    else:
+        for command in code.splitlines():
+            print("$", command, flush=True)
+            if subprocess.run(["bash", "-c", command]).returncode:
+                sys.exit(f"{place}: {command} failed")
+"""
+
+
+def blocks(document: Path) -> list[tuple[str, int, str]]:
+    """(language, line of the fence, code)"""
+    text = document.read_text()
+    return [(f[1], text[: f.start()].count("\n") + 1, f[2]) for f in _FENCE.finditer(text)]
+
+
+def test_fences_have_a_language_that_is_run() -> None:
+    for document in DOCUMENTS:
+        for language, line, _ in blocks(document):
+            assert language in ("python", "sh"), f"{document.name}:{line}: indent what is not to be run"
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d)], ids=lambda d: d.stem)
+def test_every_block_runs(document: Path, tmp_path: Path) -> None:
+    if "stripe_kernels.hub" in document.read_text():
+        pytest.importorskip("huggingface_hub")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    tools = tmp_path / ".bin"
+    tools.mkdir()
+    for name, command in {"iessp": "-m iessp", "python": ""}.items():
+        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {command} "$@"\n')
+        (tools / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(tools), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]),
+        "XDG_CACHE_HOME": str(tmp_path / ".cache"),
+        "COLUMNS": "120",
+    }
+    script = tmp_path / ".blocks.py"
+    script.write_text(f"DOCUMENT = {document.name!r}\nBLOCKS = {blocks(document)!r}\n{RUNNER}")
+    result = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.stem)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in _LINK.findall(document.read_text()):
+        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_pages_of_the_site_are_all_in_its_navigation() -> None:
+    listed = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {document.name for document in DOCUMENTS[1:]}
+
+
+def test_generated_parts() -> None:
+    help_of_all = docs.on_page_markdown("<!-- generated: iessp -->")
+    assert "## iessp prune" in help_of_all
+    assert "--budget" in help_of_all
+    tables = docs.on_page_markdown("<!-- generated: records -->")
+    for path in (ROOT / "bench/records").glob("*.json"):
+        assert f"## {path.stem}" in tables
+    with pytest.raises(KeyError):
+        docs.on_page_markdown("<!-- generated: nothing -->")
+
+
+def test_records_become_tables() -> None:
+    common = {
+        "what": "vgg16",
+        "which": "net",
+        "batch": 1,
+        "density": 0.24,
+        "source": "iid",
+        "dtype": "float32",
+        "threads": 1,
+    }
+    rows = [
+        {**common, "contestant": "auto", "kind": "stripe", "seconds": 2e-3, "speedup": 2.5, "speedup_low": 2.25,
+         "speedup_high": 2.75},
+        {**common, "contestant": "eager", "kind": "dense", "seconds": 6e-3},
+        {**common, "contestant": "onnxruntime", "kind": "dense", "seconds": 5e-3},
+        {**common, "contestant": "openvino", "kind": "dense", "status": "wrong: y"},
+    ]  # fmt: skip
+    (line,) = docs.timings(rows).splitlines()[2:]
+    assert "| 5 (onnxruntime) | 2 (auto) | **2.50** (2.25-2.75) |" in line
+    runs = [
+        {"method": m, "seed": s, "accuracy": a} for m, s, a in (("a", 0, 0.5), ("a", 1, 0.6), ("b", 0, 0.75))
+    ]
+    first, second = docs.learning(runs).splitlines()[2:]
+    assert first.startswith("| b | 75.00 |")
+    assert second.startswith("| a | 55.00 ± 7.07 |")
+
+
+@pytest.mark.skipif(
+    util.find_spec("mkdocstrings") is None, reason="mkdocs is not installed: the extra `docs`"
+)
+def test_the_site_builds(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "StripeConv2d" in (tmp_path / "site/api/index.html").read_text()
