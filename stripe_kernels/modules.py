@@ -178,9 +178,23 @@ class StripeConv2d(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Takes a state with another skeleton too: the weight is resized to its live stripes."""
+        """Takes a state with another skeleton too: the weight is resized to its live stripes. Of nn.Conv2d's state,
+        which has no skeleton, it takes the live stripes, and refuses values elsewhere."""
         self.repack()
         saved = state_dict.get(prefix + "skeleton")
+        dense = state_dict.get(prefix + "weight")
+        if saved is None and dense is not None and dense.dim() == 4:
+            kept = self.skeleton.to(dense.device)
+            size = (kept.shape[0], self.weight.shape[1], *kept.shape[1:])
+            if tuple(dense.shape) == size:
+                lost = int(((dense != 0).any(1) & ~kept).sum())
+                if lost:
+                    args[-1].append(
+                        f"{prefix}weight has values in {lost} stripes that the skeleton counts as dead: "
+                        "load it into the dense model, and freeze that"
+                    )
+                stripes = dense.permute(0, 2, 3, 1)[kept]
+                state_dict = {**state_dict, prefix + "weight": stripes, prefix + "skeleton": self.skeleton}
         if (
             saved is not None
             and tuple(saved.shape) == tuple(self.skeleton.shape)

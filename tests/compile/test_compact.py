@@ -14,7 +14,7 @@ from stripe_kernels import StripeConv2d
 from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.optimize import compact, in_channels_last
-from tests.compile.zoo import NETS, lively, masked
+from tests.compile.zoo import NETS, learned, lively, masked
 
 
 def assert_same(model: nn.Module, network: nn.Module, inputs: list[Tensor]) -> None:
@@ -43,6 +43,17 @@ def test_equals_the_masked_network(name: str, density: float) -> None:
     assert_same(model, network, [x, torch.randn(16, *x.shape[1:]), x[:1]])
     count = [sum(p.numel() for p in m.parameters()) for m in (frozen, network)]
     assert count[1] < count[0] or name == "in_place"  # whose channels are all tied by the addition
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet20", "densenet", "squeeze_excite"])
+def test_equals_the_network_with_learned_masks(name: str) -> None:
+    model, frozen, x = learned(name)
+    pruned = [m for m in frozen.modules() if isinstance(m, StripeConv2d)]
+    assert len({m.density for m in pruned}) > 1
+    assert any(m.filter_skeleton.dead_filters.size for m in pruned) or name != "vgg16"
+    network = compact(frozen, (x,))
+    assert_same(model, network, [x, torch.randn(16, *x.shape[1:])])
+    assert sum(p.numel() for p in network.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 def test_an_empty_batch() -> None:

@@ -54,10 +54,15 @@ def rewritten(path: Path, change: object, seal: bool = True) -> Path:
     return path
 
 
-def test_a_fresh_process_repeats_the_bits_without_training_code(frozen: nn.Module, path: Path) -> None:
+@pytest.mark.parametrize("optimized", [False, True])
+def test_a_fresh_process_repeats_the_bits_without_training_code(
+    optimized: bool, frozen: nn.Module, path: Path
+) -> None:
     x = torch.randn(3, 3, 32, 32)
-    with torch.no_grad():
-        expected = frozen(x)
+    network = compact(frozen, (x,)) if optimized else frozen
+    save(network, path)
+    with torch.inference_mode():
+        expected = network(x)
     torch.save((x, expected), path.with_suffix(".pt"))
     script = (
         "import sys, torch; from stripe_kernels import load; torch.set_num_threads(int(sys.argv[3]))\n"
@@ -89,6 +94,37 @@ def test_the_file_shrinks_with_the_density(density: float, tmp_path: Path) -> No
     save(freeze(model, random_skeletons(model, density)), tmp_path / "frozen")
     ratio = (tmp_path / "frozen").stat().st_size / (tmp_path / "dense").stat().st_size
     assert ratio < density + 0.015
+
+
+def values_in(path: Path) -> int:
+    """Bytes of a file after the header, whose length stands before it."""
+    whole = path.read_bytes()
+    return len(whole) - 8 - int.from_bytes(whole[:8], "little")
+
+
+@pytest.mark.parametrize("density", [0.5, 0.24, 0.1])
+@pytest.mark.parametrize("name", NETS)
+def test_parameters_and_files_fall_with_the_stripes(name: str, density: float, tmp_path: Path) -> None:
+    """Of a convolution the live stripes and one bit a stripe are stored, and nothing is larger after `optimize`."""
+    model, frozen, x = masked(name, density)
+    stripes = {n: (m.weight != 0).any(1) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    gone = bits = 0
+    for conv_name, live in stripes.items():
+        layer = frozen.get_submodule(conv_name)
+        assert isinstance(layer, StripeConv2d)
+        assert layer.weight.shape == (live.sum(), model.get_submodule(conv_name).weight.shape[1])
+        gone += int((~live).sum()) * layer.weight.shape[1]
+        bits += -(-live.numel() // 8)
+    count = [sum(p.numel() for p in m.parameters()) for m in (model, frozen)]
+    assert count[0] - count[1] == gone
+    kept = [model, frozen, *([compact(frozen, (x,))] if density == 0.24 else [])]
+    sizes = []
+    for m in kept:
+        save(m, tmp_path / "net")
+        sizes.append(values_in(tmp_path / "net"))
+    dense, sparse, *fused = sizes
+    assert abs(dense - sparse - 4 * gone + bits) < 8 * len(stripes) + 8  # alignment
+    assert all(size <= sparse for size in fused)
 
 
 def test_shared_modules_and_tied_weights_are_stored_once(tmp_path: Path) -> None:

@@ -200,6 +200,33 @@ def test_optimize_inside_inference_mode() -> None:
     assert_same(model, network, [x])
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: nn.Sequential(torch.compile(m))])
+def test_optimize_takes_wrappers_off(wrap: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "_race", lambda *_: Ratio(0.5, 0.4, 0.6))
+    model, x = small()
+    network = optimize(wrap(model), x)  # type: ignore[operator]
+    assert isinstance(network, Network)
+    assert_same(model, network, [x])
+
+
+def test_optimize_keeps_shared_modules_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One convolution at two places with different neighbours: its weight is stored once while it stays the same."""
+    monkeypatch.setattr(optimizer, "_race", lambda *_: Ratio(0.5, 0.4, 0.6))
+    torch.manual_seed(0)
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    model = freeze(
+        nn.Sequential(shared, nn.ReLU(), shared, nn.BatchNorm2d(4), shared).eval(),
+        {"0": torch.rand(4, 3, 3) < 0.6},
+    )
+    x = torch.randn(2, 4, 6, 5)
+    network = optimize(model, x)
+    assert_same(model, network, [x])
+    weights = {
+        p.data_ptr() for n, p in network.named_parameters(remove_duplicate=False) if n.endswith("weight")
+    }
+    assert len(weights) == 2  # the one before the norm is scaled
+
+
 class Branch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
