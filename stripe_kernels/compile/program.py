@@ -1,8 +1,8 @@
 """A graph as one flat Python function, in which layers that follow each other are one native call.
 
-From Python to a kernel takes 9 to 11 us (measured; torch.empty 3 of them): of VGG-16 at batch 1 a tenth, of a narrow
-ResNet-56 half. So runs of stripe layers and max pools become a list that native code walks, their activations in one
-arena; whatever else a graph has is called between the lists as torch's modules and functions are.
+From Python to a kernel takes microseconds, of a small network at batch 1 a good part of its time (`python -m
+bench.overhead` measures both). So runs of stripe layers and max pools become a list that native code walks, their
+activations in one arena; whatever else a graph has is called between the lists as torch's modules and functions are.
 """
 
 from __future__ import annotations

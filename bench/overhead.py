@@ -1,0 +1,122 @@
+"""What an optimized network costs beyond its kernels, and what `optimize` gives where nothing is pruned.
+
+    python -m bench.overhead
+
+First, microseconds a layer takes from call to call, of a chain of 50 convolutions of one pixel: called from Python one
+by one, and as one native list. Second, the same for whole networks at batch 1. Third, networks without a dead stripe:
+`optimize` may not make them slower.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import stripe_kernels
+from bench.machine import Machine
+from bench.networks import NetworkJob
+from bench.timing import Ratio, Sample, interleave
+from stripe_kernels import freeze, ops
+from stripe_kernels.compile.network import Network
+from stripe_kernels.compile.optimize import compact
+
+DEPTHS = (1, 51)
+NETWORKS = ("vgg16", "resnet56")
+UNPRUNED = (
+    ("vgg16", 1),
+    ("vgg16", 32),
+    ("resnet56", 1),
+    ("resnet56", 32),
+    ("resnet18", 1),
+    ("mobilenetv2", 1),
+)
+SECONDS = 4.0
+
+
+@contextmanager
+def call_after_call() -> Iterator[None]:
+    """Programs written inside call every layer from Python."""
+    with mock.patch.object(ops, "call_list", side_effect=ImportError):
+        yield
+
+
+def both_ways(frozen: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
+    """The network's call with native lists and without; lanes left out."""
+    body = compact(frozen, (x,)).body
+    networks = {"list": Network(body), "calls": Network(body)}
+    with torch.inference_mode():
+        for name, network in networks.items():
+            network.resident_from = None
+            if name == "calls":
+                with call_after_call():
+                    network(x)
+            else:
+                network(x)
+    return {name: torch.inference_mode()(partial(network, x)) for name, network in networks.items()}
+
+
+def chain(depth: int) -> nn.Module:
+    """Convolutions of two channels and one pixel, each with a ReLU."""
+    return nn.Sequential(*(m for _ in range(depth) for m in (nn.Conv2d(2, 2, 1), nn.ReLU()))).eval()
+
+
+def dispatch() -> None:
+    calls = {
+        f"{name} {depth}": call
+        for depth in DEPTHS
+        for name, call in both_ways(chain(depth), torch.randn(1, 2, 1, 1)).items()
+    }
+    found = interleave(calls, SECONDS)
+    for name in ("calls", "list"):
+        short, long = (found[f"{name} {depth}"].median for depth in DEPTHS)
+        print(
+            f"{name}: {1e6 * (long - short) / (DEPTHS[1] - DEPTHS[0]):.2f} us a layer, {1e6 * short:.1f} us for one"
+        )
+
+
+def report(name: str, found: dict[str, Sample], base: str, other: str) -> None:
+    ratio = Ratio.of(found[other], found[base])
+    times = ", ".join(f"{n} {1e3 * s.median:.3f} ms" for n, s in found.items())
+    print(f"{name}: {times}; {other} / {base} {ratio}, n {found[base].n}")
+
+
+def whole_networks(threads: int) -> None:
+    for name in NETWORKS:
+        job = NetworkJob(name, 1, "iid", "inference", threads)
+        report(
+            name, interleave(both_ways(freeze(job.masked, job.skeletons), job.x), SECONDS), "calls", "list"
+        )
+
+
+def unpruned(threads: int) -> None:
+    for name, batch in UNPRUNED:
+        job = NetworkJob(name, batch, "iid", "inference", threads, density=1.0)
+        with TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it kept the network is said below
+            fast = stripe_kernels.optimize(job.masked, job.x, folder=folder)
+        calls = {"given": job.masked, "optimized": fast}
+        found = interleave(
+            {n: torch.inference_mode()(partial(network, job.x)) for n, network in calls.items()}, SECONDS
+        )
+        kept = "" if isinstance(fast, Network) else ", kept as it was"
+        report(f"{name}, batch {batch}, unpruned{kept}", found, "given", "optimized")
+
+
+def main() -> None:
+    threads = torch.get_num_threads()
+    machine = Machine.look()
+    print(f"{machine}\n{machine.load_text()}")
+    dispatch()
+    whole_networks(threads)
+    unpruned(threads)
+
+
+if __name__ == "__main__":
+    main()
