@@ -123,7 +123,7 @@ def _state(name: str) -> dict[str, Any]:
     elif not kernel.automatic:
         entry["state"], entry["reason"] = "by name", "not taken by itself: kernel=NAME runs it"
         if name.startswith("cpu_"):
-            entry["reason"] = "a wider instruction set is there"
+            entry["reason"] = "a better instruction set is there"
     return entry
 
 

@@ -52,6 +52,8 @@ class Explanation:
     roof: Roof | None = None
 
     def __str__(self) -> str:
+        if not self.rows:
+            return "\n".join(["no stripe layer runs in this network", *self.summary])
         columns = [c for c in _COLUMNS if c != "share" or self.roof is not None]
         titles = [_COLUMNS[c][0] for c in columns]
         cells = [titles, *(cells_of(row, columns) for row in [*self.rows, self.total])]

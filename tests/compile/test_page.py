@@ -87,7 +87,9 @@ def test_sections_without_records_say_how_to_get_them_or_are_left_out(explained:
     assert "iessp train" in explained.html(runs=())
     plain = Tags(Explanation(explained.rows, [], explained.skeletons).html()).text
     assert not {"Accuracy", "Roofline", "Whole network", "Rewritten"} & set(plain.split())
-    assert "No stripe layer" in Explanation([], [], []).html()
+    empty = Explanation([], ["conv: an ordinary convolution"], [])
+    assert "No stripe layer" in empty.html()
+    assert str(empty).splitlines() == ["no stripe layer runs in this network", *empty.notes]
 
 
 @pytest.mark.parametrize(
