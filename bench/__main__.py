@@ -18,7 +18,7 @@ from bench import layers, networks, skeletons, table
 from bench.chart import draw
 from bench.contestants import contestants, kernel_names
 from bench.job import PASSES, Job
-from bench.machine import Machine
+from bench.machine import Machine, keep_memory
 from bench.records import Writer
 from bench.run import missing, run_layer
 from stripe_kernels import FilterSkeleton, Roof
@@ -134,6 +134,7 @@ def bench(
         for source in [*made, *(["learned"] if name in given else [])]
         for n, t in product(sizes, counts)
     ]
+    keep_memory()
     machine = Machine.look()
     console.print(f"{machine}\n{machine.load_text()}", highlight=False)
     prefix = out or Path("runs/bench") / datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -26,6 +27,19 @@ def cpu_model() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{named[0] if named else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def keep_memory() -> None:
+    """Tells glibc's allocator to keep what it has, for every contestant of this process.
+
+    By default it hands large activations back to the kernel and gets them anew, page by page, now and then:
+    a training step of VGG-16 at batch 64 took 190 to 270 ms for that reason alone. Elsewhere than on glibc
+    nothing happens.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            libc.mallopt(option, value)
 
 
 def _version(package: str) -> str | None:

@@ -14,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 ROUNDS = (5, 200)
-MEASURE = 2e-3  # seconds a measurement lasts at least, by repeating its call
+UNTIMED = (
+    2  # rounds before the first that counts: plans, packed weights, and a heap that has grown to its size
+)
+MEASURE = 5e-3  # seconds a measurement lasts at least, by repeating its call
 LONG = 5e-3  # calls longer than this need no untimed call before them
 RESAMPLES = 2000
 
@@ -92,8 +95,8 @@ def _measure(call: Callable[[], object], repeats: int, warm: bool) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Sample]:
-    """Times the calls against each other for about `seconds` in all, within ROUNDS rounds."""
+def interleave(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, Sample]:
+    """Times the calls against each other for about `budget` seconds in all, within ROUNDS rounds."""
     names = list(calls)
     if not names:
         return {}
@@ -105,10 +108,12 @@ def interleave(calls: Mapping[str, Callable[[], object]], seconds: float) -> dic
             once[name] = min(once[name], _measure(calls[name], 1, True))
     repeats = {name: max(1, round(MEASURE / t)) for name, t in once.items()}
     a_round = sum(2e-3 + once[n] * (repeats[n] + (once[n] < LONG)) for n in names)
-    rounds = int(np.clip(seconds / a_round, *ROUNDS))
+    rounds = int(np.clip(budget / a_round, *ROUNDS))
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
+    for turn in range(UNTIMED + rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(_measure(calls[name], repeats[name], once[name] < LONG))
+            seconds = _measure(calls[name], repeats[name], once[name] < LONG)
+            if turn >= UNTIMED:
+                times[name].append(seconds)
     return {name: Sample(np.array(times[name]), repeats[name]) for name in names}
