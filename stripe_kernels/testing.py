@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.reference import masked_conv2d, scatter_stripes
@@ -409,3 +410,20 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def list_and_calls(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
+    """The network `model` is compacted to, untuned and without lanes: "list" makes one native call of layers that
+    follow each other, "calls" one for each, both bound to inputs like `x`."""
+    from stripe_kernels import ops
+    from stripe_kernels.compile.network import Network
+    from stripe_kernels.compile.optimize import compact
+
+    body = compact(model, (x,)).body
+    networks = {"list": Network(body), "calls": Network(body)}
+    for name, network in networks.items():
+        network.resident_from = None
+        hidden = mock.patch.object(ops, "call_list", side_effect=ImportError)
+        with torch.inference_mode(), hidden if name == "calls" else nullcontext():
+            network(x)
+    return dict(networks)
