@@ -6,12 +6,14 @@ paper's abstract (Sensors 25(7):2261, 2025); no equation of the paper was availa
     a[k,t]  = sum_c W[k,c,t]^2 alive[c] / sum_c W[k,c,t]^2                          what upstream leaves of it
     m       = RECEIVE mean_p mean_k h_p,  p the producers of x                        their message
     h[k]    = relu(FC1 [e[k,:], a[k,:], m])
-    z[k,:]  = y[k,:] - mean_k' y[k',:] + b[k,:],   y[k,:] = gain e[k,:] + FC2 h[k]
-    M       = sigmoid(z / tau),   g = M (z >= theta) with the gradient of M
+    z[k,:]  = gain e[k,:] + y[k,:] - mean_k' y[k',:] + b[k,:],   y[k,:] = FC2 h[k]
+    M       = sigmoid((z - theta) / tau),   g = M (z >= theta) with the gradient of M
 
-theta is 0, so that M > 1/2 lives, unless that would leave less than the budget's falling target: then it is
-the threshold that meets the target (`StripeLoss` sets it). Adam moves all gates under pressure at one speed;
-without this floor they die together, before lambda can follow. The best stripe of a layer always lives.
+theta is the threshold that meets the budget's falling target (`StripeLoss` sets it): what is learned is which
+stripes live, not how many. With `exact` off M = sigmoid(z / tau), and theta only holds on to stripes, where
+z >= 0 would leave less than the target: Adam moves all gates under pressure at one speed, and without that
+floor they die together, before lambda can follow; with it they still die late. The best stripe of a layer
+always lives.
 
 FC1, FC2, RECEIVE and gain are shared by the filters of a layer: about 600 weights for 3x3. b is free.
 Variance, not power: a channel that a dead filter left constant says nothing, its constant folds into the
@@ -52,6 +54,7 @@ class IEMGate(StripeGate):
         "aliveness": True,  # False: a = 1
         "statistic": True,  # False: q = 1, so that e is the norm of the stripe
         "centre": True,  # False: y keeps its mean over the filters
+        "exact": True,  # False: theta only holds on to stripes
         "through_information": False,  # True: the gate's gradient reaches W through e
         "bias": 2.0,  # where b starts: sigmoid(2) = 0.88
         "gain": 1.0,  # where gain starts: how strongly z follows e before anything is learned
@@ -69,6 +72,7 @@ class IEMGate(StripeGate):
     def __init__(self, conv: nn.Conv2d, site: Site, network: Network, **options: Any):
         super().__init__(conv, site, network)
         self.use = {**self.options, **options}
+        self.exact = bool(self.use["exact"])
         self.groups = conv.groups
         self.upstream: tuple[IEMGate, ...] = ()  # set by attach, once all gates exist
         k, r, s = site.stripe_shape
@@ -104,7 +108,8 @@ class IEMGate(StripeGate):
         return self._sigmoid(self.logits()) if self.phase == "learn" else self.gate()
 
     def _sigmoid(self, z: Tensor) -> Tensor:
-        # tau is copied because the schedule changes it in place while a pass may still wait for its backward.
+        # Copies, because the schedule changes both in place while a pass may still wait for its backward.
+        z = z - self.theta.clone() if self.exact else z
         return torch.sigmoid(z / self.tau.clone())
 
     @staticmethod
@@ -120,10 +125,11 @@ class IEMGate(StripeGate):
         if weight is not None:
             e = self._information(self._energy(weight, self.variance()[None])[:, 0])
             features = torch.cat([e, features[:, e.shape[1] :]], dim=1)
-        y = self.gain * features[:, : self.fc2.out_features] + self.fc2(self.hidden(features))
+        y = self.fc2(self.hidden(features))
         if self.use["centre"]:
             y = y - y.mean(0)
-        return y.view_as(self.bias) + self.bias
+        e = features[:, : self.fc2.out_features]
+        return (self.gain * e + y).view_as(self.bias) + self.bias
 
     def hidden(self, features: Tensor) -> Tensor:
         """h [K, HIDDEN]."""
@@ -134,17 +140,19 @@ class IEMGate(StripeGate):
         return self._above(self.logits().detach(), self.theta) if self.phase == "learn" else super().live()
 
     def wanted(self) -> Tensor:
-        return self._above(self.logits().detach(), 0.0) if self.phase == "learn" else super().wanted()
+        if self.phase != "learn" or self.exact:
+            return super().wanted()
+        return self._above(self.logits().detach(), 0.0)
 
     @torch.no_grad()
     def keep_above(self, score: float) -> None:
-        self.theta.fill_(min(0.0, score))
+        self.theta.fill_(score if self.exact else min(0.0, score))
 
     def scores(self, weight: Tensor) -> Tensor:
         return self.logits()
 
     def magnitude(self) -> Tensor:
-        return torch.sigmoid(self.logits() / self.tau)
+        return self._sigmoid(self.logits())
 
     # -- from what passes through the layer to the buffers
 

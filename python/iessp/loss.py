@@ -11,8 +11,9 @@ While the output loss is high stripes are left alone; as it falls the pressure g
 while EMA(CE) is more than `tolerance` above what the dense warm-up reached, or it would integrate that link
 away; after `meet` the budget wins.
 
-The gates cross 1/2 late and many at a time: at first only R tells where they are going, in the end only
-what lives counts. Against wind-up: the dual step and lambda are bounded; the proportional factor takes the
+`exact` gates meet the target by their threshold: R_wanted alone is the error then and lambda stays small.
+Others cross 1/2 late and many at a time: at first only R tells where they are going, in the end only what
+lives counts. Against wind-up: the dual step and lambda are bounded; the proportional factor takes the
 pressure to zero as soon as the share is BAND below its target; and stripes below M = 1/2 live on where the
 target holds on to them (`theta` of the gates, renewed `remasks` times), so that R_hard does not fall below
 R_target. The logarithm keeps lambda positive and lets it cross the orders of magnitude between tasks.
@@ -187,7 +188,9 @@ class StripeLoss(nn.Module):
     def _press(self) -> Tensor:
         """The dual step, then lambda_t."""
         self.share_hard.copy_(hard_share(self.model))
-        seen = self.share_soft.lerp(wanted_share(self.model), self._progress())
+        # Where the cut meets the target by itself M says which stripes, not how many: its share is no error.
+        exact = all(gate.exact for gate in gates(self.model).values())
+        seen = self.share_soft.lerp(wanted_share(self.model), 1.0 if exact else self._progress())
         error = (seen - self.target()) / BAND
         link = torch.exp(-self.kappa * self.output_loss)
         if not self.adaptive:

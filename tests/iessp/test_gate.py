@@ -191,7 +191,7 @@ def test_through_information_is_a_switch() -> None:
 
 
 def test_the_target_holds_on_to_stripes_the_gate_would_drop() -> None:
-    model = attached(module=False)
+    model = attached(module=False, exact=False)
     learn(model)
     gate = iessp.gates(model)["5"]
     with torch.no_grad():
@@ -204,7 +204,19 @@ def test_the_target_holds_on_to_stripes_the_gate_would_drop() -> None:
     assert gate.theta == 0, "it never drops a stripe that the gate would keep"
 
 
-@pytest.mark.parametrize("switch", ["module", "message", "aliveness", "statistic", "centre"])
+def test_exact_gates_are_cut_where_the_budget_says() -> None:
+    model = attached(module=False)
+    learn(model)
+    gate = iessp.gates(model)["5"]
+    with torch.no_grad():
+        gate.bias.copy_(torch.linspace(1, 4, gate.bias.numel()).view_as(gate.bias))
+    gate.keep_above(2.5)
+    assert torch.equal(gate.live(), gate.bias >= 2.5)
+    assert torch.equal(gate.live(), gate.wanted())
+    assert torch.equal(gate.live(), gate.soft() >= 0.5)
+
+
+@pytest.mark.parametrize("switch", ["module", "message", "aliveness", "statistic", "centre", "exact"])
 def test_every_part_is_a_switch(switch: str) -> None:
     model = attached(**{switch: False})
     learn(model)

@@ -1,0 +1,70 @@
+"""Tables of a document from the records of `iessp reproduce`:  python -m iessp.records docs/learning.md
+
+A block between `<!-- record: PATH -->` and `<!-- end -->` is written anew from that record, PATH being relative
+to the document's folder. --check changes nothing and fails where a block is not what its record says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+BLOCK = re.compile(r"(<!-- record: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: a line a method, best first; mean ± standard deviation over its seeds, in per cent."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        rows.setdefault(row["method"], []).append(row)
+
+    def percent(method: str, key: str) -> tuple[float, float]:
+        values = [100 * row[key] for row in rows[method]]
+        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+    lines = [
+        "| method | seeds | test accuracy, % | MACs kept, % | after compaction, % |",
+        "|---|---|---|---|---|",
+    ]
+    for method in sorted(rows, key=lambda m: -percent(m, "accuracy")[0]):
+        mean, spread = percent(method, "accuracy")
+        kept, compacted = (percent(method, key)[0] for key in ("macs_kept", "macs_kept_after_compaction"))
+        lines.append(
+            f"| {method} | {len(rows[method])} | {mean:.2f} ± {spread:.2f} | {kept:.2f} | {compacted:.2f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def rewritten(text: str, folder: Path) -> str:
+    """The document with every block as its record says."""
+    return BLOCK.sub(
+        lambda m: m[1] + "\n" + table(json.loads((folder / m[2]).read_text())) + "\n" + m[3], text
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("document", type=Path)
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    text = given.document.read_text()
+    made = rewritten(text, given.document.parent)
+    if given.check:
+        if made != text:
+            print(
+                f"{given.document} is not what its records say: run python -m iessp.records {given.document}"
+            )
+        return int(made != text)
+    given.document.write_text(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
