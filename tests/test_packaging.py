@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -13,6 +15,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
+import stripe_kernels
 
 ROOT = Path(__file__).parents[1]
 BUILT = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -125,9 +129,21 @@ def test_the_source_archive_holds_every_native_source(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()] + [ROOT / "stripe_kernels/py.typed"]
+    wanted = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()] + [
+        ROOT / "stripe_kernels/py.typed",
+        ROOT / "CHANGELOG.md",
+    ]
     missing = [name for p in wanted if (name := str(p.relative_to(ROOT))) not in held]
     assert not missing, missing
+
+
+def test_the_version_stands_in_one_place() -> None:
+    version = stripe_kernels.__version__
+    assert importlib.metadata.version("stripe-kernels") == version
+    assert f'"{version}"' not in (ROOT / "pyproject.toml").read_text()
+    newest = re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == version
 
 
 WITHOUT = """
