@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: help demo test bench lint docs format build clean
+.PHONY: help demo test bench lint docs format build clean generate asan tsan valgrind fuzz soak mutate audit
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -36,6 +36,36 @@ format: $(VENV)/.installed-dev ## rewrite the sources in the project's style
 
 build: ## compile the extensions in place with the active environment's python: quick, incremental
 	$(PYTHON) setup.py build_ext --inplace
+
+# What a night's run adds to `make test`; SECURITY.md says what each is for.
+RUN = OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m
+generate: $(VENV)/.installed-test ## 20,000 generated problems against the float64 oracle
+	$(RUN) tests.generate --count 20000 --seed 9 --jobs 2 --record tests/records/generated.json $(ARGS)
+
+asan: $(VENV)/.installed-test ## self-test, extension tests and 500 problems under the address and UB sanitizers
+	$(RUN) tests.sanitized address
+
+tsan: $(VENV)/.installed-test ## self-test with threads under the thread sanitizer
+	$(RUN) tests.sanitized thread
+
+valgrind: $(VENV)/.installed-test ## self-test under valgrind
+	$(RUN) tests.sanitized valgrind
+
+fuzz: $(VENV)/.installed-test ## ten minutes each: files to load, integers to the native boundary
+	$(BIN)/pip install -c constraints.txt atheris
+	$(RUN) tests.fuzz.load -max_total_time=600 build/fuzz/load
+	$(RUN) tests.fuzz.native -max_total_time=600 build/fuzz/native
+
+soak: $(VENV)/.installed-test ## ten minutes of mixed shapes with flat memory
+	$(RUN) tests.soak --seconds 600 --record tests/records/soak.json
+
+mutate: $(VENV)/.installed-test ## plants a fault of each class in a copy and shows which test notices
+	$(RUN) tests.mutate --record tests/records/mutations.json
+
+audit: ## known vulnerabilities and licences of what development installs
+	$(PYTHON) -m venv build/audit && build/audit/bin/pip install -q pip-audit pip-licenses
+	build/audit/bin/pip-licenses --python $(BIN)/python --format=markdown --order=license
+	build/audit/bin/pip-audit --require-hashes --disable-pip -r requirements-dev.txt
 
 clean: ## remove what was built, and .venv
 	rm -rf build dist *.egg-info stripe_kernels/*.so .venv

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -204,3 +206,18 @@ def test_a_call_within_a_parallel_region_of_torch() -> None:
     for future in futures:
         assert torch.equal(torch.jit.wait(future), module(x).detach())
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_threads_may_be_first_to_use_the_library() -> None:
+    """Backends load on first use: a second thread must not find half of the kernels."""
+    script = (
+        "import threading, torch; from concurrent.futures import ThreadPoolExecutor\n"
+        "from stripe_kernels import stripe_conv2d\n"
+        "gate = threading.Barrier(6)\n"
+        "def work(_):\n"
+        "    gate.wait()\n"
+        "    live = torch.ones(2, 1, 1, dtype=torch.bool)\n"
+        f"    stripe_conv2d(torch.ones(1, 2, 3, 3), torch.ones(2, 2), live, kernel={NATIVE[0]!r})\n"
+        "with ThreadPoolExecutor(6) as pool: list(pool.map(work, range(6)))\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -84,7 +84,7 @@ struct LaneNetwork::ConvStep : Step {
         const int last = std::min(shape.P, i + rows);
         const std::int64_t at = i * row, n = (last - i) * row;
         for (int k = 0; k < count; ++k) std::memset(out + k * y.plane + at, 0, sizeof(float) * n);
-        fprop.accumulate(static_cast<int>(p), &block.runs[block.row_begin[i]], block.runs.data() + block.row_begin[last],
+        fprop.accumulate(static_cast<int>(p), block.runs.data() + block.row_begin[i], block.runs.data() + block.row_begin[last],
                          packed.data(), in + in_group, out);
         if (scale.empty() && shift.empty() && !has_residual && activation == Activation::none) continue;
         for (int k = 0; k < count; ++k)

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from typing import Any
 
 from stripe_kernels import registry
 
 _MODULES = ("dense", "reference", "cpu", "cuda", "gemm", "triton")
 _loaded = False
+_loading = threading.Lock()
 
 
 def load() -> None:
-    """Imports every backend once."""
+    """Imports every backend once; threads that come meanwhile wait until all kernels are there."""
     global _loaded
     if _loaded:
         return
-    _loaded = True
-    for name in _MODULES:
-        try:
-            importlib.import_module(f"stripe_kernels.backends.{name}")
-        except ImportError as error:
-            registry.register_missing(name, str(error))
+    with _loading:
+        if _loaded:
+            return
+        for name in _MODULES:
+            try:
+                importlib.import_module(f"stripe_kernels.backends.{name}")
+            except ImportError as error:
+                registry.register_missing(name, str(error))
+        _loaded = True
 
 
 def lane_network(threads: int) -> Any:
