@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import stripe_kernels
 from tools import docs
 
 ROOT = Path(__file__).parents[1]
@@ -132,4 +133,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
-    assert "StripeConv2d" in (tmp_path / "site/api/index.html").read_text()
+    page = (tmp_path / "site/api/index.html").read_text()
+    missing = [name for name in stripe_kernels.__all__ if name != "__version__" and f">{name}<" not in page]
+    assert not missing, f"docs/api.md lacks {missing}"
+    assert "&gt;&gt;&gt;" in page.replace('<span class="gp">', "")
