@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import iessp
-from iessp import latency
+from iessp import latency, pareto
 from iessp.budget import cut
 from iessp.data import load
 from iessp.data.images import Images, Splits
@@ -126,3 +126,24 @@ def test_what_is_no_budget_is_refused(budget: str) -> None:
         Recipe(name="t", budget=budget)
     with pytest.raises(ValueError, match="slim has no budget in milliseconds"):
         Recipe(name="t", method="slim", budget="2.5 ms")
+
+
+def test_the_front_pairs_a_share_of_macs_with_the_time_it_took(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def point(recipe: Recipe, splits: Splits, folder: Path, kind: str, seconds: float) -> pareto.Point:
+        if recipe.milliseconds is not None and recipe.milliseconds < 2:
+            raise ValueError("out of reach")
+        share = 0.5 if recipe.milliseconds else float(recipe.budget)
+        return {"budget": recipe.budget, "kind": kind, "ms": 10 * share, "accuracy": 0.9, "macs_kept": share}
+
+    monkeypatch.setattr(pareto, "point", point)
+    points = pareto.front(Recipe(name="t"), load("digits"), tmp_path, [0.1, 0.4], 0.0)
+    assert [(p["kind"], p["budget"]) for p in points] == [
+        ("MACs", 0.1),
+        ("MACs", 0.4),
+        ("milliseconds", "4 ms"),
+    ]
+    assert json.loads((tmp_path / "pareto.json").read_text())["points"] == points
+    pareto.draw(points, tmp_path / "pareto.png")
+    assert (tmp_path / "pareto.png").stat().st_size > 5000
