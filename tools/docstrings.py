@@ -14,7 +14,8 @@ _NAMED = re.compile(r"^(\w+)  +(?=\S)", re.MULTILINE)
 def markdown(text: str) -> str:
     fenced = _DOCTEST.sub(lambda found: f"\n```pycon\n{found[0]}```\n", text + "\n")
     parts = re.split(r"(```.*?```)", fenced, flags=re.DOTALL)
-    parts[::2] = [_NAMED.sub(r"- `\1`: ", part) for part in parts[::2]]
+    # [R][S] is a shape, not a link.
+    parts[::2] = [_NAMED.sub(r"- `\1`: ", part).replace("][", r"]\[") for part in parts[::2]]
     return "".join(parts)
 
 
