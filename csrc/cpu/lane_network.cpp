@@ -13,6 +13,7 @@
 namespace sk {
 namespace {
 
+constexpr int kMostImages = 64;  // of a block
 constexpr int kGap = 16;  // an odd number of cache lines between channels: maps are powers of two, cache sets too
 // Output rows are zeroed, summed and finished while they are in L2 (1 MB, shared with the rows they read).
 constexpr std::int64_t kRowsInCache = 64 * 1024;
@@ -122,15 +123,19 @@ struct LaneNetwork::PoolStep : Step {
     const Range w = intersect({j * s.stride_w - s.pad_w, j * s.stride_w - s.pad_w + s.kernel_w}, {0, x.w});
     const bool max = kind == Pool::max;
     std::fill(out, out + images, max ? -std::numeric_limits<float>::infinity() : 0.f);
-    for (int r = h.lo; r < h.hi; ++r)
+    for (int r = h.lo; r < h.hi; ++r) {
+      float row[kMostImages] = {};  // a row has a sum of its own: one over a whole map would leave the error budget
       for (int q = w.lo; q < w.hi; ++q) {
         const float* const v = in + (static_cast<std::int64_t>(r) * x.w + q) * images;
         if (max)
           // NOLINTNEXTLINE(misc-redundant-expression): NaN stays NaN
           for (int n = 0; n < images; ++n) out[n] = v[n] > out[n] || v[n] != v[n] ? v[n] : out[n];
         else
-          for (int n = 0; n < images; ++n) out[n] += v[n];
+          for (int n = 0; n < images; ++n) row[n] += v[n];
       }
+      if (!max)
+        for (int n = 0; n < images; ++n) out[n] += row[n];
+    }
     if (max) return;
     // torch divides by the window clipped to the padded image, or to the image where padding is not counted.
     const int ph = std::min(i * s.stride_h - s.pad_h + s.kernel_h, x.h + s.pad_h) - (i * s.stride_h - s.pad_h);

@@ -76,6 +76,17 @@ def test_agrees_with_float64(threads: int, batch: int, density: float) -> None:
         assert torch.equal(program(x[:1].contiguous()), y[:1]), "an image does not depend on its neighbours"
 
 
+@pytest.mark.parametrize("size", [7, 32, 56])
+def test_the_mean_of_a_large_map_keeps_to_the_budget(size: int) -> None:
+    x = torch.randn(16, 5, size, size) + 1
+    for pool in (nn.AdaptiveAvgPool2d(1), nn.AvgPool2d(size)):
+        model = nn.Sequential(nn.Conv2d(5, 5, 1, bias=False), pool).eval()
+        y = resident(compact(model, (x,)).body, (x,), 1)(x)
+        exact = copy.deepcopy(model).double()(x.double())
+        theirs = (model(x).double() - exact).abs().max()
+        assert (y.double() - exact).abs().max() <= 2 * theirs + 2 * torch.finfo(x.dtype).eps * exact.abs().max()
+
+
 def test_threads_do_not_change_bits() -> None:
     torch.manual_seed(0)
     model = prune(Zoo(), 0.3)
