@@ -111,12 +111,18 @@ void box_tile(const sk::BoxSteps& box, const float* a, const std::int32_t* f_off
   acc.zero();
   const float* scalar[F];
   for (int f = 0; f < F; ++f) scalar[f] = a + f_off[f];
+  std::int64_t left = kStretch;
   for (std::int64_t n = 0; n < box.count[0]; ++n)
     for (std::int64_t h = 0; h < box.count[1]; ++h) {
       const float* bi = b + n * box.b[0] + h * box.b[1];
       std::int64_t at = n * box.a[0] + h * box.a[1];
-      for (std::int64_t w = 0; w < box.count[2]; ++w, at += box.a[2], bi += box.b[2])
+      for (std::int64_t w = 0; w < box.count[2]; ++w, at += box.a[2], bi += box.b[2]) {
         acc.step([&](int f) { return scalar[f][at]; }, bi);
+        if (--left) continue;
+        acc.add_rows(y, row);
+        acc.zero();
+        left = kStretch;
+      }
     }
   acc.add_rows(y, row);
 }
