@@ -1,5 +1,6 @@
-// stripe_kernels._cpu: pointers, strides and sizes in, nothing out. Everything that indexes memory is validated when a
-// kernel object is built; a call then only names tensors whose shapes the caller checked against the plan.
+// stripe_kernels._cpu: pointers, strides and sizes in, nothing out. Everything that indexes memory is
+// validated when a kernel object is built; a call then only names tensors whose shapes the caller checked
+// against the plan.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,13 +31,16 @@ void require(bool ok, const std::string& what) {
 // (N, C, H, W, K, R, S, P, Q, stride_h, stride_w, pad_top, pad_left, dil_h, dil_w, groups)
 ConvShape conv_shape(const Ints& v) {
   require(v.size() == 16, "a shape has 16 integers, got " + std::to_string(v.size()));
-  const ConvShape s{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]};
+  const ConvShape s{v[0], v[1], v[2],  v[3],  v[4],  v[5],  v[6],  v[7],
+                    v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]};
   for (int i : {s.C, s.K, s.R, s.S, s.stride_h, s.stride_w, s.dil_h, s.dil_w, s.groups})
     require(i > 0, "channels, filter extents, stride, dilation and groups are positive");
-  for (int i : {s.N, s.H, s.W, s.P, s.Q, s.pad_top, s.pad_left}) require(i >= 0, "sizes and padding are not negative");
+  for (int i : {s.N, s.H, s.W, s.P, s.Q, s.pad_top, s.pad_left})
+    require(i >= 0, "sizes and padding are not negative");
   require(s.C % s.groups == 0 && s.K % s.groups == 0, "groups divide C and K");
-  for (std::int64_t i : {std::int64_t(s.N) * s.P, std::int64_t(s.P + s.H) * s.stride_h, std::int64_t(s.Q + s.W) * s.stride_w,
-                         std::int64_t(s.R) * s.dil_h + s.pad_top, std::int64_t(s.S) * s.dil_w + s.pad_left})
+  for (std::int64_t i :
+       {std::int64_t(s.N) * s.P, std::int64_t(s.P + s.H) * s.stride_h, std::int64_t(s.Q + s.W) * s.stride_w,
+        std::int64_t(s.R) * s.dil_h + s.pad_top, std::int64_t(s.S) * s.dil_w + s.pad_left})
     require(i < (1 << 30), "an extent exceeds 2^30");
   return s;
 }
@@ -45,7 +49,8 @@ Stripes stripes(const ConvShape& s, Ints tap_ptr, Ints filter, Ints row) {
   Stripes st;
   st.groups = s.groups, st.taps = s.taps();
   const std::size_t a = filter.size();
-  require(tap_ptr.size() == static_cast<std::size_t>(st.groups) * st.taps + 1, "tap_ptr has groups * taps + 1 entries");
+  require(tap_ptr.size() == static_cast<std::size_t>(st.groups) * st.taps + 1,
+          "tap_ptr has groups * taps + 1 entries");
   require(row.size() == a, "filter and row have one entry a stripe");
   require(tap_ptr.front() == 0 && tap_ptr.back() == static_cast<int>(a), "tap_ptr covers the stripes");
   std::vector<bool> seen(a, false);
@@ -78,7 +83,8 @@ Tiling tiling(const Ints& v, const IsaKernels& k) {
   const Tiling t{static_cast<LaneMode>(v[0]), v[1], v[2], v[3], v[4]};
   if (t.mode == LaneMode::pixels) require(t.images == 1, "pixel lanes take one image a block");
   if (t.mode == LaneMode::batch)
-    require(t.images % k.lanes == 0 && t.images <= 64, "batch lanes take whole vectors of images, 64 at most");
+    require(t.images % k.lanes == 0 && t.images <= 64,
+            "batch lanes take whole vectors of images, 64 at most");
   return t;
 }
 
@@ -95,8 +101,8 @@ TensorView view(std::uintptr_t p, int type, const Strides& s) {
   return t;
 }
 
-Epilogue epilogue(std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t residual, int type, const Strides& strides,
-                  int activation) {
+Epilogue epilogue(std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t residual, int type,
+                  const Strides& strides, int activation) {
   require(activation >= 0 && activation <= 4, "activation code is 0 to 4");
   Epilogue e;
   e.scale = reinterpret_cast<const float*>(scale);
@@ -107,16 +113,17 @@ Epilogue epilogue(std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t res
 }
 
 template <class Kernel>
-void add_fprop(CallList& list, const Kernel& k, std::uintptr_t packed, std::uintptr_t scale, std::uintptr_t shift,
-               int activation, int x, int residual, int y) {
-  list.add_fprop(k, reinterpret_cast<const float*>(packed), epilogue(scale, shift, 0, 0, {}, activation), x, residual, y);
+void add_fprop(CallList& list, const Kernel& k, std::uintptr_t packed, std::uintptr_t scale,
+               std::uintptr_t shift, int activation, int x, int residual, int y) {
+  list.add_fprop(k, reinterpret_cast<const float*>(packed), epilogue(scale, shift, 0, 0, {}, activation), x,
+                 residual, y);
 }
 
 // fprop of either kind, with its whole epilogue.
 template <class Kernel>
-void run_fprop(const Kernel& k, int threads, std::uintptr_t x, int x_type, const Strides& xs, std::uintptr_t packed,
-               std::uintptr_t y, int y_type, const Strides& ys, std::uintptr_t scale, std::uintptr_t shift,
-               std::uintptr_t residual, const Strides& rs, int activation) {
+void run_fprop(const Kernel& k, int threads, std::uintptr_t x, int x_type, const Strides& xs,
+               std::uintptr_t packed, std::uintptr_t y, int y_type, const Strides& ys, std::uintptr_t scale,
+               std::uintptr_t shift, std::uintptr_t residual, const Strides& rs, int activation) {
   k.run(view(x, x_type, xs), reinterpret_cast<const float*>(packed), view(y, y_type, ys),
         epilogue(scale, shift, residual, y_type, rs, activation), threads);
 }
@@ -134,21 +141,27 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Stripe convolutions on the CPU. Raw pointers: use stripe_kernels.stripe_conv2d.";
   using Release = py::call_guard<py::gil_scoped_release>;
 
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (const char* const* n = isa_names(); *n; ++n) names.emplace_back(*n);
-    return names;
-  }, "Instruction sets this build has and this processor runs, best first.");
-  m.def("paired", [](const std::string& name) { return isa(name).paired[1][1] != nullptr; },
-        "Whether Fprop multiplies pairs of bfloat16 channels; it then takes bfloat16 and an even C/groups only.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const char* const* n = isa_names(); *n; ++n) names.emplace_back(*n);
+        return names;
+      },
+      "Instruction sets this build has and this processor runs, best first.");
+  m.def(
+      "paired", [](const std::string& name) { return isa(name).paired[1][1] != nullptr; },
+      "Whether Fprop multiplies pairs of bfloat16 channels; it then takes bfloat16 and an even C/groups "
+      "only.");
   m.def("lanes", [](const std::string& name) { return isa(name).lanes; }, "float32 lanes of a vector.");
 
   py::class_<Fprop>(m, "Fprop")
-      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row, const Ints& tile,
-                       const std::string& name) {
+      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row,
+                       const Ints& tile, const std::string& name) {
         const ConvShape s = conv_shape(shape);
         const bool paired = isa(name).paired[1][1] != nullptr;
-        require(!paired || s.group_c() % 2 == 0, "'" + name + "' multiplies pairs of channels: C/groups is even");
+        require(!paired || s.group_c() % 2 == 0,
+                "'" + name + "' multiplies pairs of channels: C/groups is even");
         return new Fprop(s, stripes(s, tap_ptr, filter, row), tiling(tile, isa(name)), isa(name), paired);
       }))
       .def_property_readonly("packed_floats", &Fprop::packed_floats)
@@ -156,8 +169,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def("run", &run_fprop<Fprop>, Release());
 
   py::class_<FpropFilters>(m, "FpropFilters")
-      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row, const Ints& tile,
-                       const std::string& name) {
+      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row,
+                       const Ints& tile, const std::string& name) {
         const ConvShape s = conv_shape(shape);
         require(tile.size() == 2 && tile[0] >= 1 && tile[1] >= 1, "filter lanes take (images, filter_parts)");
         return new FpropFilters(s, stripes(s, tap_ptr, filter, row), tile[0], tile[1], isa(name));
@@ -167,82 +180,104 @@ PYBIND11_MODULE(_cpu, m) {
       .def("run", &run_fprop<FpropFilters>, Release());
 
   py::class_<Dgrad>(m, "Dgrad")
-      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row, const Ints& tile,
-                       const std::string& name) {
+      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row,
+                       const Ints& tile, const std::string& name) {
         const ConvShape s = conv_shape(shape);
         return new Dgrad(s, stripes(s, tap_ptr, filter, row), tiling(tile, isa(name)), isa(name));
       }))
       .def_property_readonly("packed_floats", &Dgrad::packed_floats)
       .def("pack_weight", &pack_weight<Dgrad>, Release())
-      .def("run", [](const Dgrad& k, int threads, std::uintptr_t dy, int dy_type, const Strides& dys,
-                     std::uintptr_t packed, std::uintptr_t dx, int dx_type, const Strides& dxs) {
-        k.run(view(dy, dy_type, dys), floats(packed), view(dx, dx_type, dxs), threads);
-      }, Release());
+      .def(
+          "run",
+          [](const Dgrad& k, int threads, std::uintptr_t dy, int dy_type, const Strides& dys,
+             std::uintptr_t packed, std::uintptr_t dx, int dx_type, const Strides& dxs) {
+            k.run(view(dy, dy_type, dys), floats(packed), view(dx, dx_type, dxs), threads);
+          },
+          Release());
 
   py::class_<Wgrad>(m, "Wgrad")
-      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row, int chunk_pixels,
-                       const std::string& name) {
+      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row,
+                       int chunk_pixels, const std::string& name) {
         const ConvShape s = conv_shape(shape);
         require(chunk_pixels > 0, "chunk_pixels is positive");
         return new Wgrad(s, stripes(s, tap_ptr, filter, row), chunk_pixels, isa(name));
       }))
-      .def("run", [](const Wgrad& k, int threads, std::uintptr_t x, int x_type, const Strides& xs, std::uintptr_t dy,
-                     int dy_type, const Strides& dys, std::uintptr_t dw, int dw_type) {
-        k.run(view(x, x_type, xs), view(dy, dy_type, dys), reinterpret_cast<void*>(dw), dtype(dw_type), threads);
-      }, Release());
+      .def(
+          "run",
+          [](const Wgrad& k, int threads, std::uintptr_t x, int x_type, const Strides& xs, std::uintptr_t dy,
+             int dy_type, const Strides& dys, std::uintptr_t dw, int dw_type) {
+            k.run(view(x, x_type, xs), view(dy, dy_type, dys), reinterpret_cast<void*>(dw), dtype(dw_type),
+                  threads);
+          },
+          Release());
 
   py::class_<LaneNetwork>(m, "LaneNetwork")
       .def(py::init([](int images, int parts, const std::string& name) {
-        require(images > 0 && images <= 64 && images % isa(name).lanes == 0, "blocks are whole vectors of images, 64 at most");
+        require(images > 0 && images <= 64 && images % isa(name).lanes == 0,
+                "blocks are whole vectors of images, 64 at most");
         require(parts > 0, "parts is positive");
         return new LaneNetwork(images, parts, isa(name));
       }))
       .def("channel_floats", &LaneNetwork::channel_floats)
       .def("add_activation", &LaneNetwork::add_activation)
-      .def("add_conv", [](LaneNetwork& n, const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row,
-                          std::uintptr_t weight, std::uintptr_t scale, std::uintptr_t shift, int activation, int x,
-                          int residual, int y) {
-        const ConvShape s = conv_shape(shape);
-        const Epilogue e = epilogue(scale, shift, 0, 0, {}, activation);
-        n.add_conv(s, stripes(s, tap_ptr, filter, row), floats(weight), e.scale, e.shift, e.activation, x, residual, y);
-      })
-      .def("add_pool", [](LaneNetwork& n, int kind, const std::array<int, 6>& v, int x, int y) {
-        require(kind >= 0 && kind <= 2, "pool kind is 0 (max), 1 (average) or 2 (average with padding counted)");
-        require(v[0] > 0 && v[1] > 0 && v[2] > 0 && v[3] > 0 && v[4] >= 0 && v[5] >= 0, "a pool's extents are positive");
-        n.add_pool(static_cast<Pool>(kind), {v[0], v[1], v[2], v[3], v[4], v[5]}, x, y);
-      })
-      .def("add_pointwise", [](LaneNetwork& n, std::uintptr_t scale, std::uintptr_t shift, int activation, int x, int residual,
-                               int y) {
-        const Epilogue e = epilogue(scale, shift, 0, 0, {}, activation);
-        n.add_pointwise(e.scale, e.shift, e.activation, x, residual, y);
-      })
-      .def("run", [](const LaneNetwork& k, int threads, std::uintptr_t x, int x_type, const Strides& xs, int n, int input,
-                     std::uintptr_t y, int y_type, const Strides& ys, int output) {
-        require(n >= 0 && threads >= 1, "n is not negative and threads is positive");
-        k.run(view(x, x_type, xs), n, input, view(y, y_type, ys), output, threads);
-      }, Release())
+      .def("add_conv",
+           [](LaneNetwork& n, const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row,
+              std::uintptr_t weight, std::uintptr_t scale, std::uintptr_t shift, int activation, int x,
+              int residual, int y) {
+             const ConvShape s = conv_shape(shape);
+             const Epilogue e = epilogue(scale, shift, 0, 0, {}, activation);
+             n.add_conv(s, stripes(s, tap_ptr, filter, row), floats(weight), e.scale, e.shift, e.activation,
+                        x, residual, y);
+           })
+      .def("add_pool",
+           [](LaneNetwork& n, int kind, const std::array<int, 6>& v, int x, int y) {
+             require(kind >= 0 && kind <= 2,
+                     "pool kind is 0 (max), 1 (average) or 2 (average with padding counted)");
+             require(v[0] > 0 && v[1] > 0 && v[2] > 0 && v[3] > 0 && v[4] >= 0 && v[5] >= 0,
+                     "a pool's extents are positive");
+             n.add_pool(static_cast<Pool>(kind), {v[0], v[1], v[2], v[3], v[4], v[5]}, x, y);
+           })
+      .def("add_pointwise",
+           [](LaneNetwork& n, std::uintptr_t scale, std::uintptr_t shift, int activation, int x, int residual,
+              int y) {
+             const Epilogue e = epilogue(scale, shift, 0, 0, {}, activation);
+             n.add_pointwise(e.scale, e.shift, e.activation, x, residual, y);
+           })
+      .def(
+          "run",
+          [](const LaneNetwork& k, int threads, std::uintptr_t x, int x_type, const Strides& xs, int n,
+             int input, std::uintptr_t y, int y_type, const Strides& ys, int output) {
+            require(n >= 0 && threads >= 1, "n is not negative and threads is positive");
+            k.run(view(x, x_type, xs), n, input, view(y, y_type, ys), output, threads);
+          },
+          Release())
       .def_property_readonly("bytes_per_thread", &LaneNetwork::bytes_per_thread);
 
   py::class_<CallList>(m, "CallList")
       .def(py::init<>())
-      .def("add_arena", [](CallList& l, int type, const Strides& s, std::int64_t offset) {
-        return l.add_arena(dtype(type), {s[0], s[1], s[2], s[3]}, offset);
-      })
-      .def("add_slot", [](CallList& l, int type, const Strides& s, int slot) {
-        return l.add_slot(dtype(type), {s[0], s[1], s[2], s[3]}, slot);
-      })
+      .def("add_arena",
+           [](CallList& l, int type, const Strides& s, std::int64_t offset) {
+             return l.add_arena(dtype(type), {s[0], s[1], s[2], s[3]}, offset);
+           })
+      .def("add_slot", [](CallList& l, int type, const Strides& s,
+                          int slot) { return l.add_slot(dtype(type), {s[0], s[1], s[2], s[3]}, slot); })
       .def("add_fprop", &add_fprop<Fprop>, py::keep_alive<1, 2>())
       .def("add_fprop", &add_fprop<FpropFilters>, py::keep_alive<1, 2>())
-      .def("add_max_pool", [](CallList& l, const std::array<int, 6>& v, const std::array<int, 4>& in,
-                              const std::array<int, 4>& out, int x, int y) {
-        require(v[0] > 0 && v[1] > 0 && v[2] > 0 && v[3] > 0 && v[4] >= 0 && v[5] >= 0, "a pool's extents are positive");
-        for (int i : in) require(i >= 0, "sizes are not negative");
-        for (int i : out) require(i >= 0, "sizes are not negative");
-        l.add_max_pool({v[0], v[1], v[2], v[3], v[4], v[5]}, {in[0], in[1], in[2], in[3]},
-                       {out[0], out[1], out[2], out[3]}, x, y);
-      })
-      .def("run", [](const CallList& l, int threads, std::uintptr_t arena, const std::vector<std::uintptr_t>& slots) {
-        require(threads >= 1, "threads is positive");
-        l.run(arena, slots, threads);
-      }, Release());
+      .def("add_max_pool",
+           [](CallList& l, const std::array<int, 6>& v, const std::array<int, 4>& in,
+              const std::array<int, 4>& out, int x, int y) {
+             require(v[0] > 0 && v[1] > 0 && v[2] > 0 && v[3] > 0 && v[4] >= 0 && v[5] >= 0,
+                     "a pool's extents are positive");
+             for (int i : in) require(i >= 0, "sizes are not negative");
+             for (int i : out) require(i >= 0, "sizes are not negative");
+             l.add_max_pool({v[0], v[1], v[2], v[3], v[4], v[5]}, {in[0], in[1], in[2], in[3]},
+                            {out[0], out[1], out[2], out[3]}, x, y);
+           })
+      .def(
+          "run",
+          [](const CallList& l, int threads, std::uintptr_t arena, const std::vector<std::uintptr_t>& slots) {
+            require(threads >= 1, "threads is positive");
+            l.run(arena, slots, threads);
+          },
+          Release());
 }

@@ -32,8 +32,10 @@ void take_larger(float* __restrict y, const float* __restrict x, int n, std::int
 }
 
 template <int Step>
-void largest_of_four(float* __restrict y, const float* a, const float* b, const float* c, const float* d, int n) {
-  for (int i = 0; i < n; ++i) y[i] = larger(larger(a[i * Step], b[i * Step]), larger(c[i * Step], d[i * Step]));
+void largest_of_four(float* __restrict y, const float* a, const float* b, const float* c, const float* d,
+                     int n) {
+  for (int i = 0; i < n; ++i)
+    y[i] = larger(larger(a[i * Step], b[i * Step]), larger(c[i * Step], d[i * Step]));
 }
 
 // A max pool between two maps whose rows (or, channels_last, whose pixels) are dense.
@@ -44,7 +46,9 @@ struct MaxPool {
   std::vector<Range> columns;  // of each s: the q whose tap lies inside
   bool halves;                 // 2x2 windows side by side, none clipped: nearly every pool
 
-  const float* from(int n, int c, int h, int w) const { return reinterpret_cast<const float*>(x.at(n, c, h, w)); }
+  const float* from(int n, int c, int h, int w) const {
+    return reinterpret_cast<const float*>(x.at(n, c, h, w));
+  }
   float* to(int n, int c, int p, int q) const { return reinterpret_cast<float*>(y.at(n, c, p, q)); }
   Range rows(int p) const {  // the r whose tap lies inside
     const int h = p * k.stride_h - k.pad_h;
@@ -66,9 +70,12 @@ struct MaxPool {
         for (int s = 0; s < k.kernel_w; ++s) {
           const Range q = columns[s];
           const float* source = line + q.begin * k.stride_w + s - k.pad_w;
-          if (k.stride_w == 1) take_larger<1>(row + q.begin, source, q.end - q.begin, 1);
-          else if (k.stride_w == 2) take_larger<2>(row + q.begin, source, q.end - q.begin, 2);
-          else take_larger<0>(row + q.begin, source, q.end - q.begin, k.stride_w);
+          if (k.stride_w == 1)
+            take_larger<1>(row + q.begin, source, q.end - q.begin, 1);
+          else if (k.stride_w == 2)
+            take_larger<2>(row + q.begin, source, q.end - q.begin, 2);
+          else
+            take_larger<0>(row + q.begin, source, q.end - q.begin, k.stride_w);
         }
       }
     }
@@ -131,8 +138,8 @@ void CallList::add_max_pool(const Window& k, const MapSize& in, const MapSize& o
     throw std::invalid_argument("max pools take dense rows or dense pixels");
   MaxPool pool{k, in, out, {}, {}, {}, false};
   for (int s = 0; s < k.kernel_w; ++s) pool.columns.push_back(inside(out.w, k.stride_w, s - k.pad_w, in.w));
-  pool.halves = k.kernel_h == 2 && k.kernel_w == 2 && k.stride_h == 2 && k.stride_w == 2 && !k.pad_h && !k.pad_w &&
-                2 * out.h <= in.h && 2 * out.w <= in.w;
+  pool.halves = k.kernel_h == 2 && k.kernel_w == 2 && k.stride_h == 2 && k.stride_w == 2 && !k.pad_h &&
+                !k.pad_w && 2 * out.h <= in.h && 2 * out.w <= in.w;
   calls_.push_back([this, pool, last, x, y](const Frame& f) {
     MaxPool now = pool;
     now.x = view(f, x), now.y = view(f, y);
@@ -140,8 +147,10 @@ void CallList::add_max_pool(const Window& k, const MapSize& in, const MapSize& o
     const std::int64_t size = std::int64_t(pool.out.n) * pool.out.c * pool.out.h * pool.out.w;
     run_team(size < kWorthATeam ? 1 : f.threads, [&](const Team& team) {
       for (std::int64_t i = team.begin(parts); i < team.end(parts); ++i) {
-        if (last) now.pixels(static_cast<int>(i / pool.out.h), static_cast<int>(i % pool.out.h));
-        else now.plane(static_cast<int>(i / pool.out.c), static_cast<int>(i % pool.out.c));
+        if (last)
+          now.pixels(static_cast<int>(i / pool.out.h), static_cast<int>(i % pool.out.h));
+        else
+          now.plane(static_cast<int>(i / pool.out.c), static_cast<int>(i % pool.out.c));
       }
     });
   });
@@ -149,7 +158,8 @@ void CallList::add_max_pool(const Window& k, const MapSize& in, const MapSize& o
 
 void CallList::run(std::uintptr_t arena, const std::vector<std::uintptr_t>& slots, int threads) const {
   if (static_cast<int>(slots.size()) < slots_)
-    throw std::invalid_argument("the list reads " + std::to_string(slots_) + " slots, got " + std::to_string(slots.size()));
+    throw std::invalid_argument("the list reads " + std::to_string(slots_) + " slots, got " +
+                                std::to_string(slots.size()));
   const Frame frame{reinterpret_cast<char*>(arena), slots.data(), threads};
   for (const auto& call : calls_) call(frame);
 }

@@ -15,7 +15,8 @@ Dgrad::Dgrad(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
     for (const ChannelTile& t : tiles_) work.push_back(t.channels);
     for (const Part& p : balanced_parts(g, work, part_count_))
       parts_.push_back(p.begin == p.end ? Part{g, 0, 0}
-                                        : Part{g, tiles_[p.begin].begin, tiles_[p.end - 1].begin + tiles_[p.end - 1].channels});
+                                        : Part{g, tiles_[p.begin].begin,
+                                               tiles_[p.end - 1].begin + tiles_[p.end - 1].channels});
   }
   for (Lattice& l : dgrad_lattices(shape, stripes_.live_taps(), tiling.mode == LaneMode::gather)) {
     Phase phase{Schedule(std::move(l), tiling, isa.lanes, shape.N, false), {}};
@@ -30,7 +31,8 @@ Dgrad::Dgrad(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
           const int tap = s.lattice().taps[index].tap;
           const std::int64_t offset = s.tap_offset(index, shape.group_k());
           for (int i = stripes_.begin(g, tap); i < stripes_.end(g, tap); ++i)
-            steps.push_back({static_cast<std::int32_t>(offset + stripes_.filter[i] * s.channel_stride()), i - first});
+            steps.push_back(
+                {static_cast<std::int32_t>(offset + stripes_.filter[i] * s.channel_stride()), i - first});
         }
         phase.steps.push_back(std::move(steps));
       }
@@ -48,7 +50,8 @@ void Dgrad::pack_weight(const void* weight, DType type, float* packed) const {
     for (const ChannelTile& t : tiles_)
       for (int i = first; i < last; ++i)
         isa_.load_row(at + static_cast<std::int64_t>(t.begin) * (last - first) + (i - first) * t.channels,
-                      static_cast<const char*>(weight) + (stripes_.row[i] * c + t.begin) * bytes, type, 1, t.channels);
+                      static_cast<const char*>(weight) + (stripes_.row[i] * c + t.begin) * bytes, type, 1,
+                      t.channels);
   }
 }
 
@@ -65,8 +68,9 @@ void Dgrad::compute(const Phase& phase, const Part& part, const BlockPlan& block
       const float* const a = weights + static_cast<std::int64_t>(t.begin) * (last - first);
       float* const y = lanes + (t.begin - part.begin) * ld + run.y;
       each_tile(run.vectors, isa_.tile_vectors[t.channels], [&](int at, int vectors) {
-        isa_.indexed[t.channels][vectors](static_cast<std::int64_t>(steps.size()), a, panel + run.x + at * isa_.lanes,
-                                          steps.data(), y + at * isa_.lanes, ld);
+        isa_.indexed[t.channels][vectors](static_cast<std::int64_t>(steps.size()), a,
+                                          panel + run.x + at * isa_.lanes, steps.data(), y + at * isa_.lanes,
+                                          ld);
       });
     }
   }
@@ -74,8 +78,8 @@ void Dgrad::compute(const Phase& phase, const Part& part, const BlockPlan& block
 
 void Dgrad::run(const TensorView& dy, const float* packed, const TensorView& dx, int threads) const {
   for (const Phase& phase : phases_)
-    drive(isa_, phase.schedule, parts_, part_count_, shape_.group_k(), shape_.group_c(), dy, dx, Epilogue{}, threads,
-          false, [&](int part, const BlockPlan& block, const float* panel, float* lanes) {
+    drive(isa_, phase.schedule, parts_, part_count_, shape_.group_k(), shape_.group_c(), dy, dx, Epilogue{},
+          threads, false, [&](int part, const BlockPlan& block, const float* panel, float* lanes) {
             compute(phase, parts_[part], block, packed, panel, lanes);
           });
 }

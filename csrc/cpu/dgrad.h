@@ -1,6 +1,8 @@
-// dx[n, c, h, w] = sum over live stripes (k, t) of  w[row(k, t), c] * dy[n, k, p, q],  h = p * stride_h + r * dil_h - pad_top
+// dx[n, c, h, w] = sum over live stripes (k, t) of  w[row(k, t), c] * dy[n, k, p, q],  h = p * stride_h + r *
+// dil_h - pad_top
 //
-// (filter, tap) is only a reduction index here: accumulators stay in registers over the whole list of stripes.
+// (filter, tap) is only a reduction index here: accumulators stay in registers over the whole list of
+// stripes.
 #pragma once
 #include <memory>
 #include <vector>
@@ -15,7 +17,9 @@ class Dgrad {
  public:
   Dgrad(const ConvShape& shape, Stripes stripes, const Tiling& tiling, const IsaKernels& isa);
 
-  std::int64_t packed_floats() const { return static_cast<std::int64_t>(stripes_.count()) * shape_.group_c(); }
+  std::int64_t packed_floats() const {
+    return static_cast<std::int64_t>(stripes_.count()) * shape_.group_c();
+  }
   void pack_weight(const void* weight, DType type, float* packed) const;
   void run(const TensorView& dy, const float* packed, const TensorView& dx, int threads) const;
 
@@ -29,8 +33,8 @@ class Dgrad {
     std::vector<std::vector<IndexedStep>> steps;  // [group * tap sets + set]
   };
 
-  void compute(const Phase& phase, const Part& part, const BlockPlan& block, const float* packed, const float* panel,
-               float* lanes) const;
+  void compute(const Phase& phase, const Part& part, const BlockPlan& block, const float* packed,
+               const float* panel, float* lanes) const;
 
   ConvShape shape_;
   Stripes stripes_;

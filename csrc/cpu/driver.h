@@ -1,5 +1,5 @@
-// The loop fprop and dgrad share around their micro-kernels: blocks over the team, or, where blocks are too few, one
-// block at a time with the team splitting its channels.
+// The loop fprop and dgrad share around their micro-kernels: blocks over the team, or, where blocks are too
+// few, one block at a time with the team splitting its channels.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -19,11 +19,12 @@ struct Part {
 // Cuts `work` (one entry a channel) into at most `parts` stretches of like sums.
 std::vector<Part> balanced_parts(int group, const std::vector<int>& work, int parts);
 
-// compute(part index, block plan, panel, lanes): adds into lanes [part channels][output_stride], zeroed if `zero`.
+// compute(part index, block plan, panel, lanes): adds into lanes [part channels][output_stride], zeroed if
+// `zero`.
 template <class Compute>
-void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& parts, int part_count, int in_channels,
-           int out_channels, const TensorView& x, const TensorView& y, const Epilogue& e, int threads, bool zero,
-           const Compute& compute) {
+void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& parts, int part_count,
+           int in_channels, int out_channels, const TensorView& x, const TensorView& y, const Epilogue& e,
+           int threads, bool zero, const Compute& compute) {
   const std::int64_t panel_floats = s.panel_floats(in_channels);
   int widest = 0;
   for (const Part& p : parts) widest = std::max(widest, p.end - p.begin);
@@ -33,7 +34,8 @@ void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& pa
   const bool shared = part_count > 1;
   const std::int64_t strip_floats = e.residual.data ? padded(s.output_stride() * kFinishStrip) : 0;
   const std::int64_t each = lanes_floats + strip_floats + (shared ? 0 : padded(panel_floats));
-  float* const memory = scratch(static_cast<std::size_t>(each * threads + (shared ? padded(panel_floats) : 0)));
+  float* const memory =
+      scratch(static_cast<std::size_t>(each * threads + (shared ? padded(panel_floats) : 0)));
   const int units = static_cast<int>(parts.size()) / part_count;  // convolution groups
   std::atomic<int> next{0};
 
@@ -65,7 +67,8 @@ void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& pa
       s.pack(isa, x, block, parts[unit * part_count].group * in_channels, in_channels,
              static_cast<int>(team.begin(in_channels)), static_cast<int>(team.end(in_channels)), panel);
       team.barrier();
-      for (int p = team.thread; p < part_count; p += team.threads) one_part(unit * part_count + p, block, panel, lanes);
+      for (int p = team.thread; p < part_count; p += team.threads)
+        one_part(unit * part_count + p, block, panel, lanes);
     }
   });
 }

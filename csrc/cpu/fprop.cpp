@@ -24,8 +24,8 @@ Fprop::Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
     : shape_(shape),
       stripes_(std::move(stripes)),
       isa_(isa),
-      schedule_(fprop_lattice(shape, stripes_.live_taps(), tiling.mode == LaneMode::gather), tiling, isa.lanes, shape.N,
-                true),
+      schedule_(fprop_lattice(shape, stripes_.live_taps(), tiling.mode == LaneMode::gather), tiling,
+                isa.lanes, shape.N, true),
       paired_(paired),
       cells_(paired ? shape.group_c() / 2 : shape.group_c()),
       part_count_(std::max(1, tiling.filter_parts)) {
@@ -60,7 +60,8 @@ void Fprop::pack_weight(const void* weight, DType type, float* packed) const {
   std::vector<std::uint16_t> halves(paired_ ? row.size() : 0);
   for (const FilterTile& t : tiles_)
     for (int f = 0; f < t.filters; ++f) {
-      const char* source = static_cast<const char*>(weight) + order_[t.first + f] * c * static_cast<std::int64_t>(size_of(type));
+      const char* source = static_cast<const char*>(weight) +
+                           order_[t.first + f] * c * static_cast<std::int64_t>(size_of(type));
       isa_.load_row(row.data(), source, type, 1, c);
       if (paired_) {
         isa_.store_row(halves.data(), DType::bf16, 1, row.data(), c);
@@ -84,16 +85,18 @@ void Fprop::accumulate(int part, const Run* begin, const Run* end, const float* 
       const FilterTile& t = tiles_[i];
       each_tile(run.vectors, isa_.tile_vectors[t.filters], [&](int at, int vectors) {
         tiles[t.filters][vectors](cells_, packed + t.weight, t.filters, x + at * isa_.lanes, c_stride,
-                                         lanes + run.y + at * isa_.lanes, ld, &local_[t.first]);
+                                  lanes + run.y + at * isa_.lanes, ld, &local_[t.first]);
       });
     }
   }
 }
 
-void Fprop::run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e, int threads) const {
-  if (paired_ && x.dtype != DType::bf16) throw std::invalid_argument("pairs of bfloat16 are read from bfloat16");
-  drive(isa_, schedule_, parts_, part_count_, cells_, shape_.group_k(), paired_ ? paired(x) : x, y, e, threads, true,
-        [&](int part, const BlockPlan& block, const float* panel, float* lanes) {
+void Fprop::run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e,
+                int threads) const {
+  if (paired_ && x.dtype != DType::bf16)
+    throw std::invalid_argument("pairs of bfloat16 are read from bfloat16");
+  drive(isa_, schedule_, parts_, part_count_, cells_, shape_.group_k(), paired_ ? paired(x) : x, y, e,
+        threads, true, [&](int part, const BlockPlan& block, const float* panel, float* lanes) {
           accumulate(part, block.runs.data(), block.runs.data() + block.runs.size(), packed, panel, lanes);
         });
 }

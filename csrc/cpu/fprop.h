@@ -1,8 +1,9 @@
-// y[n, k, p, q] = epilogue( sum over live taps t of filter k, sum over c of  w[row(k, t), c] * x[n, c, p', q'] )
-// with p' = p * stride_h + r * dil_h - pad_top, q' likewise, t = (r, s).
+// y[n, k, p, q] = epilogue( sum over live taps t of filter k, sum over c of  w[row(k, t), c] * x[n, c, p',
+// q'] ) with p' = p * stride_h + r * dil_h - pad_top, q' likewise, t = (r, s).
 //
-// Every tap has its own packed list of filters, cut into tiles of 4 to 8: exact at one filter. Accumulators go to the
-// lanes of y after each tap; this costs 3 memory operations per C multiply-adds and is why C < 32 is less efficient.
+// Every tap has its own packed list of filters, cut into tiles of 4 to 8: exact at one filter. Accumulators
+// go to the lanes of y after each tap; this costs 3 memory operations per C multiply-adds and is why C < 32
+// is less efficient.
 #pragma once
 #include <memory>
 #include <vector>
@@ -15,12 +16,15 @@ namespace sk {
 
 class Fprop {
  public:
-  // `paired`: bfloat16 products on cells of two neighbouring channels; x is bfloat16, C/groups even, and the set has them.
-  Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, const IsaKernels& isa, bool paired = false);
+  // `paired`: bfloat16 products on cells of two neighbouring channels; x is bfloat16, C/groups even, and the
+  // set has them.
+  Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, const IsaKernels& isa,
+        bool paired = false);
 
   std::int64_t packed_floats() const { return packed_floats_; }
   void pack_weight(const void* weight, DType type, float* packed) const;  // weight [A, C/groups]
-  void run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e, int threads) const;
+  void run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e,
+           int threads) const;
 
   const Schedule& schedule() const { return schedule_; }
   const std::vector<Part>& parts() const { return parts_; }
@@ -43,11 +47,11 @@ class Fprop {
   int cells_;  // of a stripe: floats, or pairs of bfloat16
   int part_count_;
   std::vector<Part> parts_;
-  std::vector<std::int64_t> tap_offsets_;   // by index into lattice().taps
+  std::vector<std::int64_t> tap_offsets_;  // by index into lattice().taps
   std::vector<FilterTile> tiles_;
-  std::vector<std::int32_t> tile_ptr_;      // [parts * taps + 1] into tiles_
-  std::vector<std::int32_t> order_;         // weight row of each packed filter
-  std::vector<std::int32_t> local_;         // its channel within the part
+  std::vector<std::int32_t> tile_ptr_;  // [parts * taps + 1] into tiles_
+  std::vector<std::int32_t> order_;     // weight row of each packed filter
+  std::vector<std::int32_t> local_;     // its channel within the part
   std::int64_t packed_floats_ = 0;
 };
 

@@ -11,14 +11,16 @@
 
 namespace sk {
 
-FpropFilters::FpropFilters(const ConvShape& shape, Stripes stripes, int images, int filter_parts, const IsaKernels& isa)
+FpropFilters::FpropFilters(const ConvShape& shape, Stripes stripes, int images, int filter_parts,
+                           const IsaKernels& isa)
     : shape_(shape),
       stripes_(std::move(stripes)),
       isa_(isa),
       lattice_(fprop_lattice(shape, stripes_.live_taps(), true)),
       images_(std::max(1, std::min(images, shape.N))),
       part_count_(std::max(1, filter_parts)) {
-  if (static_cast<std::int64_t>(images_) * shape.C * shape.H * shape.W > std::numeric_limits<std::int32_t>::max())
+  if (static_cast<std::int64_t>(images_) * shape.C * shape.H * shape.W >
+      std::numeric_limits<std::int32_t>::max())
     throw std::length_error("filter lanes: a block's input exceeds 2^31 values");
   for (int g = 0; g < shape.groups; ++g)
     for (const Part& p : balanced_parts(g, stripes_.work(g, shape.group_k(), shape.group_c()), part_count_))
@@ -48,7 +50,8 @@ void FpropFilters::pack_weight(const void* weight, DType type, float* packed) co
 
 namespace {
 
-// Pixels a tile broadcasts, so that F * V comes nearest to filling the registers: 4 vectors of filters take 6, not 8.
+// Pixels a tile broadcasts, so that F * V comes nearest to filling the registers: 4 vectors of filters take
+// 6, not 8.
 int tile_pixels(const IsaKernels& isa, int vectors) {
   int best = 1, most = 0;
   for (int f = isa.tile_filters; f >= isa.tile_filters / 2; --f) {
@@ -83,11 +86,13 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
       for (int f = 0; f < count; ++f) {
         const int col = cols.lo + (begin + f) % cols.size(), line = (begin + f) / cols.size();
         const int row = rows.lo + line % rows.size(), image = line / rows.size();
-        source[f] = static_cast<std::int32_t>(image * x.stride[0] + (row * lattice_.step_h + plane.row0) * x.stride[2] +
+        source[f] = static_cast<std::int32_t>(image * x.stride[0] +
+                                              (row * lattice_.step_h + plane.row0) * x.stride[2] +
                                               (col * lattice_.step_w + plane.col0) * x.stride[3]);
         target[f] = (image * s.P + row) * s.Q + col;
       }
-      const float* const a = static_cast<const float*>(x.data) + n0 * x.stride[0] + part.group * s.group_c() * x.stride[1];
+      const float* const a =
+          static_cast<const float*>(x.data) + n0 * x.stride[0] + part.group * s.group_c() * x.stride[1];
       each_tile(t->vectors, isa_.tile_vectors[count], [&](int at, int vectors) {
         const int lanes = vectors * isa_.lanes;
         std::fill(tile, tile + count * lanes, 0.f);
@@ -111,8 +116,10 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
   int widest = 0;
   for (const Part& p : parts_) widest = std::max(widest, p.end - p.begin);
   const std::int64_t part_floats = padded(pixels * widest);
-  // Halves are widened once; float32 is read where it lies, unless its strides are too far for a tile's 32-bit offsets.
-  const std::int64_t reach = images_ * std::abs(x.stride[0]) + s.H * std::abs(x.stride[2]) + s.W * std::abs(x.stride[3]);
+  // Halves are widened once; float32 is read where it lies, unless its strides are too far for a tile's
+  // 32-bit offsets.
+  const std::int64_t reach =
+      images_ * std::abs(x.stride[0]) + s.H * std::abs(x.stride[2]) + s.W * std::abs(x.stride[3]);
   const bool copy = x.dtype != DType::f32 || reach > std::numeric_limits<std::int32_t>::max();
   const std::int64_t x_floats = copy ? static_cast<std::int64_t>(s.N) * s.C * s.H * s.W : 0;
   const std::int64_t strip_floats = e.residual.data ? padded(pixels * kFinishStrip) : 0;
@@ -135,7 +142,8 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
       const std::int64_t planes = static_cast<std::int64_t>(s.N) * s.C;
       for (std::int64_t i = team.begin(planes); i < team.end(planes); ++i)
         for (int h = 0; h < s.H; ++h)
-          isa_.load_row(memory + (i * s.H + h) * s.W, x.at(i / s.C, i % s.C, h, 0), x.dtype, x.stride[3], s.W);
+          isa_.load_row(memory + (i * s.H + h) * s.W, x.at(i / s.C, i % s.C, h, 0), x.dtype, x.stride[3],
+                        s.W);
       team.barrier();
     }
     float* const sums = memory + padded(x_floats) + team.thread * each;

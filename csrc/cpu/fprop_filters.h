@@ -1,10 +1,12 @@
-// fprop with lanes along the filters that keep a tap: for few pixels, where pixel lanes stay empty and reading the weights
-// is the work.
+// fprop with lanes along the filters that keep a tap: for few pixels, where pixel lanes stay empty and
+// reading the weights is the work.
 //
-//   z[pixel, j] = sum over c of  x[n, c, p', q'] * w[row(filter j of tap t), c]      pixels that tap t reaches, exactly
-//   y[pixel, filter j] += z[pixel, j]                                               one scalar scatter a tap: 1/C of the work
+//   z[pixel, j] = sum over c of  x[n, c, p', q'] * w[row(filter j of tap t), c]      pixels that tap t
+//   reaches, exactly y[pixel, filter j] += z[pixel, j]                                               one
+//   scalar scatter a tap: 1/C of the work
 //
-// The broadcast operand is x itself, in any memory format: nothing is packed, padded or wasted on out-of-image taps.
+// The broadcast operand is x itself, in any memory format: nothing is packed, padded or wasted on
+// out-of-image taps.
 #pragma once
 #include <vector>
 
@@ -22,7 +24,8 @@ class FpropFilters {
 
   std::int64_t packed_floats() const { return packed_floats_; }
   void pack_weight(const void* weight, DType type, float* packed) const;  // weight [A, C/groups]
-  void run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e, int threads) const;
+  void run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e,
+           int threads) const;
 
  private:
   struct TapFilters {  // of one part: packed [C/groups][vectors * lanes], the last lanes zero
@@ -32,8 +35,8 @@ class FpropFilters {
     TapAccess access;
   };
 
-  void compute(const Part& part, const TapFilters* taps, int n0, int images, const TensorView& x, const float* packed,
-               float* sums) const;
+  void compute(const Part& part, const TapFilters* taps, int n0, int images, const TensorView& x,
+               const float* packed, float* sums) const;
 
   ConvShape shape_;
   Stripes stripes_;

@@ -14,7 +14,8 @@ namespace sk {
 namespace {
 
 constexpr int kMostImages = 64;  // of a block
-constexpr int kGap = 16;  // an odd number of cache lines between channels: maps are powers of two, cache sets too
+constexpr int kGap =
+    16;  // an odd number of cache lines between channels: maps are powers of two, cache sets too
 // Output rows are zeroed, summed and finished while they are in L2 (1 MB, shared with the rows they read).
 constexpr std::int64_t kRowsInCache = 64 * 1024;
 
@@ -26,17 +27,20 @@ struct LaneNetwork::Activation3 {
   std::int64_t plane;   // floats between channels
 };
 
-// Runs on one block; a team may share it, and then every member calls run and the network puts a barrier after it.
+// Runs on one block; a team may share it, and then every member calls run and the network puts a barrier
+// after it.
 struct LaneNetwork::Step {
   virtual ~Step() = default;
   virtual void run(float* arena, float* staging, const Team& team) const = 0;
 };
 
 struct LaneNetwork::ConvStep : Step {
-  ConvStep(const LaneNetwork& net, const ConvShape& shape, Stripes stripes, const float* weight, Activation act)
+  ConvStep(const LaneNetwork& net, const ConvShape& shape, Stripes stripes, const float* weight,
+           Activation act)
       : isa(net.isa_),
         shape(shape),
-        fprop(shape, std::move(stripes), {LaneMode::batch, net.images_, std::max(1, shape.P), net.parts_, 12, kGap}, net.isa_),
+        fprop(shape, std::move(stripes),
+              {LaneMode::batch, net.images_, std::max(1, shape.P), net.parts_, 12, kGap}, net.isa_),
         packed(static_cast<std::size_t>(fprop.packed_floats())),
         images(net.images_),
         activation(act) {
@@ -78,20 +82,22 @@ struct LaneNetwork::ConvStep : Step {
       const Part& part = fprop.parts()[p];
       const int count = part.end - part.begin, first = part.group * shape.group_k() + part.begin;
       if (count == 0) continue;
-      const std::int64_t in_group = static_cast<std::int64_t>(part.group) * shape.group_c() * s.channel_stride();
+      const std::int64_t in_group =
+          static_cast<std::int64_t>(part.group) * shape.group_c() * s.channel_stride();
       float* const out = arena + y.offset + first * y.plane;
       const int rows = static_cast<int>(std::clamp<std::int64_t>(kRowsInCache / (row * count), 1, shape.P));
       for (int i = 0; i < shape.P; i += rows) {
         const int last = std::min(shape.P, i + rows);
         const std::int64_t at = i * row, n = (last - i) * row;
         for (int k = 0; k < count; ++k) std::memset(out + k * y.plane + at, 0, sizeof(float) * n);
-        fprop.accumulate(static_cast<int>(p), block.runs.data() + block.row_begin[i], block.runs.data() + block.row_begin[last],
-                         packed.data(), in + in_group, out);
+        fprop.accumulate(static_cast<int>(p), block.runs.data() + block.row_begin[i],
+                         block.runs.data() + block.row_begin[last], packed.data(), in + in_group, out);
         if (scale.empty() && shift.empty() && !has_residual && activation == Activation::none) continue;
         for (int k = 0; k < count; ++k)
           isa.finish_row(out + k * y.plane + at, n, scale.empty() ? 1.f : scale[first + k],
                          shift.empty() ? 0.f : shift[first + k],
-                         has_residual ? arena + residual.offset + (first + k) * residual.plane + at : nullptr, activation);
+                         has_residual ? arena + residual.offset + (first + k) * residual.plane + at : nullptr,
+                         activation);
       }
     }
   }
@@ -124,7 +130,8 @@ struct LaneNetwork::PoolStep : Step {
     const bool max = kind == Pool::max;
     std::fill(out, out + images, max ? -std::numeric_limits<float>::infinity() : 0.f);
     for (int r = h.lo; r < h.hi; ++r) {
-      float row[kMostImages] = {};  // a row has a sum of its own: one over a whole map would leave the error budget
+      float row[kMostImages] =
+          {};  // a row has a sum of its own: one over a whole map would leave the error budget
       for (int q = w.lo; q < w.hi; ++q) {
         const float* const v = in + (static_cast<std::int64_t>(r) * x.w + q) * images;
         if (max)
@@ -138,8 +145,10 @@ struct LaneNetwork::PoolStep : Step {
     }
     if (max) return;
     // torch divides by the window clipped to the padded image, or to the image where padding is not counted.
-    const int ph = std::min(i * s.stride_h - s.pad_h + s.kernel_h, x.h + s.pad_h) - (i * s.stride_h - s.pad_h);
-    const int pw = std::min(j * s.stride_w - s.pad_w + s.kernel_w, x.w + s.pad_w) - (j * s.stride_w - s.pad_w);
+    const int ph =
+        std::min(i * s.stride_h - s.pad_h + s.kernel_h, x.h + s.pad_h) - (i * s.stride_h - s.pad_h);
+    const int pw =
+        std::min(j * s.stride_w - s.pad_w + s.kernel_w, x.w + s.pad_w) - (j * s.stride_w - s.pad_w);
     const int count = kind == Pool::average_padded ? ph * pw : std::max(1, h.size() * w.size());
     for (int n = 0; n < images; ++n) out[n] /= static_cast<float>(count);
   }
@@ -171,7 +180,8 @@ struct LaneNetwork::PointwiseStep : Step {
   bool has_residual = false;
 };
 
-LaneNetwork::LaneNetwork(int images, int parts, const IsaKernels& isa) : images_(images), parts_(parts), isa_(isa) {}
+LaneNetwork::LaneNetwork(int images, int parts, const IsaKernels& isa)
+    : images_(images), parts_(parts), isa_(isa) {}
 LaneNetwork::~LaneNetwork() = default;
 
 void LaneNetwork::check(int activation) const {
@@ -179,10 +189,13 @@ void LaneNetwork::check(int activation) const {
     throw std::invalid_argument("activation " + std::to_string(activation) + " does not exist");
 }
 
-std::int64_t LaneNetwork::channel_floats(int h, int w) const { return static_cast<std::int64_t>(h) * w * images_ + kGap; }
+std::int64_t LaneNetwork::channel_floats(int h, int w) const {
+  return static_cast<std::int64_t>(h) * w * images_ + kGap;
+}
 
 int LaneNetwork::add_activation(int c, int h, int w, std::int64_t offset) {
-  if (c < 1 || h < 1 || w < 1 || offset < 0 || offset % 16) throw std::invalid_argument("an activation needs sizes and a place");
+  if (c < 1 || h < 1 || w < 1 || offset < 0 || offset % 16)
+    throw std::invalid_argument("an activation needs sizes and a place");
   activations_.push_back({c, h, w, offset, channel_floats(h, w)});
   arena_floats_ = std::max(arena_floats_, (offset + c * channel_floats(h, w) + 31) / 16 * 16);
   return static_cast<int>(activations_.size()) - 1;
@@ -194,7 +207,8 @@ void LaneNetwork::add_conv(const ConvShape& shape, Stripes stripes, const float*
   ConvShape one = shape;
   one.N = images_;
   const Activation3 &in = activations_[x], &out = activations_[y];
-  if (in.c != shape.C || in.h != shape.H || in.w != shape.W || out.c != shape.K || out.h != shape.P || out.w != shape.Q)
+  if (in.c != shape.C || in.h != shape.H || in.w != shape.W || out.c != shape.K || out.h != shape.P ||
+      out.w != shape.Q)
     throw std::invalid_argument("a convolution's sizes are those of its activations");
   auto step = std::make_unique<ConvStep>(*this, one, std::move(stripes), weight, activation);
   step->x = in, step->y = out;
@@ -218,7 +232,8 @@ void LaneNetwork::add_pool(Pool kind, const PoolShape& shape, int x, int y) {
   steps_.push_back(std::move(step));
 }
 
-void LaneNetwork::add_pointwise(const float* scale, const float* shift, Activation activation, int x, int residual, int y) {
+void LaneNetwork::add_pointwise(const float* scale, const float* shift, Activation activation, int x,
+                                int residual, int y) {
   check(x), check(y);
   auto step = std::make_unique<PointwiseStep>(isa_, images_);
   step->x = activations_[x], step->y = activations_[y], step->activation = activation;
@@ -230,7 +245,8 @@ void LaneNetwork::add_pointwise(const float* scale, const float* shift, Activati
   steps_.push_back(std::move(step));
 }
 
-void LaneNetwork::run(const TensorView& x, int n, int input, const TensorView& y, int output, int threads) const {
+void LaneNetwork::run(const TensorView& x, int n, int input, const TensorView& y, int output,
+                      int threads) const {
   check(input), check(output);
   const std::int64_t each = arena_floats_ + staging_floats_ + 64;
   float* const memory = scratch(static_cast<std::size_t>(each * threads));
@@ -257,7 +273,8 @@ void LaneNetwork::run(const TensorView& x, int n, int input, const TensorView& y
   };
   run_team(threads, [&](const Team& team) {
     const int whole = blocks / team.threads * team.threads;
-    for (int block; (block = next.fetch_add(1)) < whole;) one_block(block, memory + each * team.thread, {0, 1});
+    for (int block; (block = next.fetch_add(1)) < whole;)
+      one_block(block, memory + each * team.thread, {0, 1});
     team.barrier();
     for (int block = whole; block < blocks; ++block) one_block(block, memory, team);
   });

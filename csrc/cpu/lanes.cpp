@@ -63,7 +63,8 @@ void load_batch(const IsaKernels& isa, const TensorView& x, const LaneMap& m, co
   const std::int64_t images = x.stride[0];
   if (channels_contiguous(x, m, in)) {
     const std::int64_t n = static_cast<std::int64_t>(count) * m.tensor_h * m.tensor_w;
-    return isa.load_transposed(lanes, m.batch, x.at(m.n0, c_first, 0, 0), x.dtype, images, m.images, n, x.pair);
+    return isa.load_transposed(lanes, m.batch, x.at(m.n0, c_first, 0, 0), x.dtype, images, m.images, n,
+                               x.pair);
   }
   if (rows_contiguous(x, m, in)) {
     const std::int64_t run = static_cast<std::int64_t>(in.rows.size()) * m.tensor_w;
@@ -93,7 +94,8 @@ void load_batch(const IsaKernels& isa, const TensorView& x, const LaneMap& m, co
       for (int col = in.cols.lo; col < in.cols.hi; col += kStage) {
         const int n = std::min(kStage, in.cols.hi - col);
         for (int image = 0; image < m.images; ++image)
-          isa.load_rows(stage + image * kStage, 0, element(x, m, image, c_first + c, row, col), x.dtype, 0, step, 1, 0, n, 0, x.pair);
+          isa.load_rows(stage + image * kStage, 0, element(x, m, image, c_first + c, row, col), x.dtype, 0,
+                        step, 1, 0, n, 0, x.pair);
         isa.load_transposed(at_row + c * m.c_stride + static_cast<std::int64_t>(col) * m.batch, m.batch,
                             stage, DType::f32, kStage, m.images, n, kUnpaired);
       }

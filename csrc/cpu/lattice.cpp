@@ -53,7 +53,8 @@ std::vector<Lattice> dgrad_lattices(const ConvShape& s, const std::vector<bool>&
           const bool whole = off_h - floor_div(off_h, s.stride_h) * s.stride_h == 0 &&
                              off_w - floor_div(off_w, s.stride_w) * s.stride_w == 0;
           if (live[r * s.S + c] && whole)
-            add_tap(l, r * s.S + c, floor_div(off_h, s.stride_h), floor_div(off_w, s.stride_w), plane_per_tap);
+            add_tap(l, r * s.S + c, floor_div(off_h, s.stride_h), floor_div(off_w, s.stride_w),
+                    plane_per_tap);
         }
       all.push_back(std::move(l));
     }

@@ -43,9 +43,11 @@ Schedule::Schedule(Lattice lattice, const Tiling& tiling, int lanes, int batch_s
       panel_rows_ = ceil_div(l.in_h, l.step_h), pitch_ = ceil_div(l.in_w, l.step_w);
     }
     channel_stride_ = static_cast<std::int64_t>(panel_rows_) * pitch_ * tiling_.images + tiling_.resident_gap;
-    output_stride_ = static_cast<std::int64_t>(tiling_.rows) * out_pitch_ * tiling_.images + tiling_.resident_gap;
+    output_stride_ =
+        static_cast<std::int64_t>(tiling_.rows) * out_pitch_ * tiling_.images + tiling_.resident_gap;
   } else {
-    // A tap left of column 0 lands in the previous row's zeros; one right of the last column must not reach data.
+    // A tap left of column 0 lands in the previous row's zeros; one right of the last column must not reach
+    // data.
     pitch_ = gather ? l.cols : std::max({cols.hi + std::max(0, -ds_min), l.cols, l.cols + ds_max});
     panel_cols_ = pitch_;
     out_pitch_ = pitch_;
@@ -90,7 +92,8 @@ std::int64_t Schedule::tap_offset(int tap_index, int channels) const {
 void Schedule::add_pixel_runs(BlockPlan& b, bool one_tap_per_run) {
   const bool gather = tiling_.mode == LaneMode::gather;
   const std::int64_t rows = static_cast<std::int64_t>(b.i1 - b.i0) * (gather ? b.images : 1);
-  const std::int64_t all = round_up(rows * pitch_, lanes_), window = static_cast<std::int64_t>(tiling_.window) * lanes_;
+  const std::int64_t all = round_up(rows * pitch_, lanes_),
+                     window = static_cast<std::int64_t>(tiling_.window) * lanes_;
   const int taps = static_cast<int>(lattice_.taps.size());
   std::vector<int> every(taps);
   for (int t = 0; t < taps; ++t) every[t] = t;
@@ -108,7 +111,8 @@ void Schedule::add_pixel_runs(BlockPlan& b, bool one_tap_per_run) {
       }
       const std::int64_t lo = std::max(at, static_cast<std::int64_t>(valid.lo) * pitch_ / lanes_ * lanes_);
       const std::int64_t hi = std::min(end, round_up(static_cast<std::int64_t>(valid.hi) * pitch_, lanes_));
-      if (valid.size() > 0 && lo < hi) b.runs.push_back({tap_set({t}), static_cast<int>((hi - lo) / lanes_), lo, lo});
+      if (valid.size() > 0 && lo < hi)
+        b.runs.push_back({tap_set({t}), static_cast<int>((hi - lo) / lanes_), lo, lo});
     }
   }
 }
@@ -157,8 +161,8 @@ void Schedule::add_batch_runs(BlockPlan& b, bool one_tap_per_run) {
   b.row_begin.push_back(static_cast<int>(b.runs.size()));
 }
 
-void Schedule::pack(const IsaKernels& isa, const TensorView& x, int block, int c_first, int channels, int begin,
-                    int end, float* panel) const {
+void Schedule::pack(const IsaKernels& isa, const TensorView& x, int block, int c_first, int channels,
+                    int begin, int end, float* panel) const {
   const BlockPlan& b = blocks_[block_kind(block)];
   LaneMap m;
   m.n0 = first_image(block), m.images = b.images;
@@ -176,13 +180,14 @@ void Schedule::pack(const IsaKernels& isa, const TensorView& x, int block, int c
   }
 }
 
-void Schedule::finish(const IsaKernels& isa, const TensorView& y, const Epilogue& e, int block, int begin, int count,
-                      float* lanes, float* strip) const {
+void Schedule::finish(const IsaKernels& isa, const TensorView& y, const Epilogue& e, int block, int begin,
+                      int count, float* lanes, float* strip) const {
   const BlockPlan& b = blocks_[block_kind(block)];
   LaneMap m;
   m.n0 = first_image(block), m.images = b.images;
   m.h0 = lattice_.out_h0, m.w0 = lattice_.out_w0, m.step_h = lattice_.out_sh, m.step_w = lattice_.out_sw;
-  m.tensor_h = (lattice_.rows - 1) * m.step_h + m.h0 + 1, m.tensor_w = (lattice_.cols - 1) * m.step_w + m.w0 + 1;
+  m.tensor_h = (lattice_.rows - 1) * m.step_h + m.h0 + 1,
+  m.tensor_w = (lattice_.cols - 1) * m.step_w + m.w0 + 1;
   m.first_row = b.i0, m.rows = b.i1 - b.i0;
   m.cols = lattice_.cols, m.pitch = out_pitch_;
   m.c_stride = output_stride_;

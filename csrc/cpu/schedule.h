@@ -1,5 +1,5 @@
-// What fprop and dgrad share: how a plan cuts a lattice into blocks, where a block's lanes lie, and the runs of lanes
-// each set of taps covers.
+// What fprop and dgrad share: how a plan cuts a lattice into blocks, where a block's lanes lie, and the runs
+// of lanes each set of taps covers.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -10,19 +10,20 @@
 
 namespace sk {
 
-// How a plan lays lanes. pixels: along the rows of one image, rows one pitch apart so that a tap is an offset; the zero
-// columns between rows serve both neighbours. gather: along the pixels of several images, one plane per tap (an
-// im2col; no halo lanes, aligned loads). batch: along images; nothing is padded, out-of-image taps are skipped exactly.
+// How a plan lays lanes. pixels: along the rows of one image, rows one pitch apart so that a tap is an
+// offset; the zero columns between rows serve both neighbours. gather: along the pixels of several images,
+// one plane per tap (an im2col; no halo lanes, aligned loads). batch: along images; nothing is padded,
+// out-of-image taps are skipped exactly.
 enum class LaneMode : int { pixels = 0, gather = 1, batch = 2 };
 
 struct Tiling {
   LaneMode mode = LaneMode::pixels;
-  int images = 1;      // per block: 1, any number, a multiple of the vector's lanes
-  int rows = 1;        // lattice rows per block
+  int images = 1;        // per block: 1, any number, a multiple of the vector's lanes
+  int rows = 1;          // lattice rows per block
   int filter_parts = 1;  // > 1: the team shares one block's panel and splits its filters (channels in dgrad)
-  int window = 12;     // vectors of lanes that stay close to the core while all taps pass over them
-  // Batch lanes only: the panel is a whole activation that already lies in lanes, channels this many floats further apart
-  // than the map is large. 0: the panel is packed from a tensor.
+  int window = 12;       // vectors of lanes that stay close to the core while all taps pass over them
+  // Batch lanes only: the panel is a whole activation that already lies in lanes, channels this many floats
+  // further apart than the map is large. 0: the panel is packed from a tensor.
   int resident_gap = 0;
 };
 
@@ -56,8 +57,8 @@ class Schedule {
   std::int64_t tap_offset(int tap_index, int channels) const;
 
   // Channels [begin, end) of the block's panel; the tensor's channel of panel channel 0 is c_first.
-  void pack(const IsaKernels& isa, const TensorView& x, int block, int c_first, int channels, int begin, int end,
-            float* panel) const;
+  void pack(const IsaKernels& isa, const TensorView& x, int block, int c_first, int channels, int begin,
+            int end, float* panel) const;
   // Finishes and stores channels [begin, begin + count) of the tensor from `lanes` (their first at lanes).
   void finish(const IsaKernels& isa, const TensorView& y, const Epilogue& e, int block, int begin, int count,
               float* lanes, float* strip) const;

@@ -39,12 +39,14 @@ struct Stripes {
   }
 };
 
-// n filters (or channels) in the fewest tiles of at most `most`, as even as possible: 9 -> 5 + 4, never 8 + 1.
+// n filters (or channels) in the fewest tiles of at most `most`, as even as possible: 9 -> 5 + 4, never 8
+// + 1.
 template <class Fn>
 void split_evenly(int n, int most, Fn fn) {
   const int parts = (n + most - 1) / most;
-  for (int p = 0; p < parts; ++p) fn(static_cast<int>(static_cast<std::int64_t>(n) * p / parts),
-                                     static_cast<int>(static_cast<std::int64_t>(n) * (p + 1) / parts));
+  for (int p = 0; p < parts; ++p)
+    fn(static_cast<int>(static_cast<std::int64_t>(n) * p / parts),
+       static_cast<int>(static_cast<std::int64_t>(n) * (p + 1) / parts));
 }
 
 }  // namespace sk

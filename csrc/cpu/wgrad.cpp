@@ -23,14 +23,15 @@ void load_pixel_major(const IsaKernels& isa, const TensorView& t, int n, int cha
                         static_cast<std::int64_t>(rows.size()) * width, kUnpaired);
   } else {
     for (int h = rows.lo; h < rows.hi; ++h)
-      for (int w = 0; w < width; ++w, dst += ld) isa.load_row(dst, t.at(n, 0, h, w), t.dtype, t.stride[1], channels);
+      for (int w = 0; w < width; ++w, dst += ld)
+        isa.load_row(dst, t.at(n, 0, h, w), t.dtype, t.stride[1], channels);
   }
 }
 
 }  // namespace
 
 struct Wgrad::Pixels {
-  float *x, *dy;           // [image][in row][W][x_ld], [image][out row][Q][dy_ld]
+  float *x, *dy;  // [image][in row][W][x_ld], [image][out row][Q][dy_ld]
   std::int64_t x_ld, dy_ld;
   int images, in_row0, in_rows, p0, p1;
 };
@@ -48,7 +49,8 @@ Wgrad::Wgrad(const ConvShape& shape, Stripes stripes, int chunk_pixels, const Is
       // With one or two vectors of channels eight filters, with more six: F * V fills the registers.
       const int vectors = (shape.group_c() + isa.lanes - 1) / isa.lanes;
       const int most = vectors >= 4 ? std::max(1, isa.tile_filters * 3 / 4) : isa.tile_filters;
-      split_evenly(stripes_.end(g, t) - begin, most, [&](int a, int b) { tasks_.push_back({g, t, begin + a, b - a}); });
+      split_evenly(stripes_.end(g, t) - begin, most,
+                   [&](int a, int b) { tasks_.push_back({g, t, begin + a, b - a}); });
     }
 }
 
@@ -57,21 +59,27 @@ void Wgrad::compute(const Task& task, const Pixels& px, float* dw) const {
   const int r = task.tap / s.S, c = task.tap % s.S;
   const int off_h = r * s.dil_h - s.pad_top, off_w = c * s.dil_w - s.pad_left;
   // Output rows and columns whose input lies inside the image.
-  const Range p = intersect({ceil_div(-off_h, s.stride_h), floor_div(s.H - 1 - off_h, s.stride_h) + 1}, {px.p0, px.p1});
-  const Range q = intersect({ceil_div(-off_w, s.stride_w), floor_div(s.W - 1 - off_w, s.stride_w) + 1}, {0, s.Q});
+  const Range p =
+      intersect({ceil_div(-off_h, s.stride_h), floor_div(s.H - 1 - off_h, s.stride_h) + 1}, {px.p0, px.p1});
+  const Range q =
+      intersect({ceil_div(-off_w, s.stride_w), floor_div(s.W - 1 - off_w, s.stride_w) + 1}, {0, s.Q});
   if (p.size() == 0 || q.size() == 0) return;
   BoxSteps box;
   box.count[0] = px.images, box.count[1] = p.size(), box.count[2] = q.size();
   box.a[2] = px.dy_ld, box.a[1] = px.dy_ld * s.Q, box.a[0] = box.a[1] * (px.p1 - px.p0);
-  box.b[2] = px.x_ld * s.stride_w, box.b[1] = px.x_ld * s.W * s.stride_h, box.b[0] = px.x_ld * s.W * px.in_rows;
+  box.b[2] = px.x_ld * s.stride_w, box.b[1] = px.x_ld * s.W * s.stride_h,
+  box.b[0] = px.x_ld * s.W * px.in_rows;
   const float* const a = px.dy + (p.lo - px.p0) * box.a[1] + q.lo * box.a[2];
-  const float* const b = px.x + (static_cast<std::int64_t>(p.lo) * s.stride_h + off_h - px.in_row0) * s.W * px.x_ld +
-                         (static_cast<std::int64_t>(q.lo) * s.stride_w + off_w) * px.x_ld + task.group * s.group_c();
+  const float* const b =
+      px.x + (static_cast<std::int64_t>(p.lo) * s.stride_h + off_h - px.in_row0) * s.W * px.x_ld +
+      (static_cast<std::int64_t>(q.lo) * s.stride_w + off_w) * px.x_ld + task.group * s.group_c();
   std::int32_t filters[kMaxTileFilters];
-  for (int f = 0; f < task.filters; ++f) filters[f] = task.group * s.group_k() + stripes_.filter[task.first + f];
+  for (int f = 0; f < task.filters; ++f)
+    filters[f] = task.group * s.group_k() + stripes_.filter[task.first + f];
   const std::int64_t ld = (s.group_c() + isa_.lanes - 1) / isa_.lanes * isa_.lanes;
   each_tile(static_cast<int>(ld / isa_.lanes), isa_.tile_vectors[task.filters], [&](int at, int vectors) {
-    isa_.box[task.filters][vectors](box, a, filters, b + at * isa_.lanes, dw + task.first * ld + at * isa_.lanes, ld);
+    isa_.box[task.filters][vectors](box, a, filters, b + at * isa_.lanes,
+                                    dw + task.first * ld + at * isa_.lanes, ld);
   });
 }
 
@@ -83,13 +91,15 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
   Pixels px;
   // One odd line apart from a power of two, or neighbouring pixels fall into the same cache sets.
   px.x_ld = padded(s.C) + 16, px.dy_ld = s.K + (s.K % 32 == 0 ? 16 : 0);
-  const std::int64_t x_floats = padded(px.x_ld * s.W * in_rows_most * chunk_.images + 2 * kMaxTileVectors * isa_.lanes);
+  const std::int64_t x_floats =
+      padded(px.x_ld * s.W * in_rows_most * chunk_.images + 2 * kMaxTileVectors * isa_.lanes);
   const std::int64_t dy_floats = padded(px.dy_ld * s.Q * chunk_.rows * chunk_.images);
   const std::int64_t ld = padded(s.group_c()), a = stripes_.count();
   float* const sums = scratch(static_cast<std::size_t>(x_floats + dy_floats + a * ld + 16));
   px.x = sums + (a * ld + 15) / 16 * 16, px.dy = px.x + x_floats;
   std::fill(sums, sums + a * ld, 0.f);
-  const int image_chunks = ceil_div(s.N, chunk_.images), row_chunks = s.Q == 0 ? 0 : ceil_div(s.P, chunk_.rows);
+  const int image_chunks = ceil_div(s.N, chunk_.images),
+            row_chunks = s.Q == 0 ? 0 : ceil_div(s.P, chunk_.rows);
   const int tasks = static_cast<int>(tasks_.size());
   std::atomic<int> next[2] = {{0}, {0}};
 
@@ -99,20 +109,23 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
       const int n0 = chunk / row_chunks * chunk_.images;
       mine.images = std::min(chunk_.images, s.N - n0);
       mine.p0 = chunk % row_chunks * chunk_.rows, mine.p1 = std::min(s.P, mine.p0 + chunk_.rows);
-      const Range in = intersect({mine.p0 * s.stride_h - s.pad_top, (mine.p1 - 1) * s.stride_h - s.pad_top + reach},
-                                 {0, s.H});
+      const Range in = intersect(
+          {mine.p0 * s.stride_h - s.pad_top, (mine.p1 - 1) * s.stride_h - s.pad_top + reach}, {0, s.H});
       mine.in_row0 = in.lo, mine.in_rows = in.size();
       // Lines of both copies, dealt out to the team.
       const int lines = mine.images * (mine.in_rows + mine.p1 - mine.p0);
       for (int i = static_cast<int>(team.begin(lines)); i < team.end(lines); ++i) {
-        const int image = i / (mine.in_rows + mine.p1 - mine.p0), row = i % (mine.in_rows + mine.p1 - mine.p0);
+        const int image = i / (mine.in_rows + mine.p1 - mine.p0),
+                  row = i % (mine.in_rows + mine.p1 - mine.p0);
         if (row < mine.in_rows)
           load_pixel_major(isa_, x, n0 + image, s.C, {in.lo + row, in.lo + row + 1}, s.W, px.x_ld,
                            px.x + (static_cast<std::int64_t>(image) * mine.in_rows + row) * s.W * px.x_ld);
         else
-          load_pixel_major(isa_, dy, n0 + image, s.K, {mine.p0 + row - mine.in_rows, mine.p0 + row - mine.in_rows + 1},
-                           s.Q, px.dy_ld,
-                           px.dy + (static_cast<std::int64_t>(image) * (mine.p1 - mine.p0) + row - mine.in_rows) * s.Q * px.dy_ld);
+          load_pixel_major(
+              isa_, dy, n0 + image, s.K, {mine.p0 + row - mine.in_rows, mine.p0 + row - mine.in_rows + 1},
+              s.Q, px.dy_ld,
+              px.dy + (static_cast<std::int64_t>(image) * (mine.p1 - mine.p0) + row - mine.in_rows) * s.Q *
+                          px.dy_ld);
       }
       if (team.thread == 0) next[(chunk + 1) % 2].store(0);
       team.barrier();
@@ -120,8 +133,9 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
       team.barrier();
     }
     for (std::int64_t i = team.begin(a); i < team.end(a); ++i)
-      isa_.store_row(static_cast<char*>(dw) + stripes_.row[i] * s.group_c() * static_cast<std::int64_t>(size_of(type)),
-                     type, 1, sums + i * ld, s.group_c());
+      isa_.store_row(
+          static_cast<char*>(dw) + stripes_.row[i] * s.group_c() * static_cast<std::int64_t>(size_of(type)),
+          type, 1, sums + i * ld, s.group_c());
   });
 }
 

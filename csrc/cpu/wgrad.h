@@ -1,7 +1,8 @@
-// dw[row(k, t), c] = sum over n, p, q of  dy[n, k, p, q] * x[n, c, p', q']     (live stripes only; p', q' as in fprop)
+// dw[row(k, t), c] = sum over n, p, q of  dy[n, k, p, q] * x[n, c, p', q']     (live stripes only; p', q' as
+// in fprop)
 //
-// Lanes run along c, and both tensors are turned pixel-major first: exact borders, no halo, no horizontal sums. Every
-// thread owns stripes, so the sums have one order whatever the number of threads.
+// Lanes run along c, and both tensors are turned pixel-major first: exact borders, no halo, no horizontal
+// sums. Every thread owns stripes, so the sums have one order whatever the number of threads.
 #pragma once
 #include <vector>
 
@@ -15,7 +16,8 @@ class Wgrad {
  public:
   Wgrad(const ConvShape& shape, Stripes stripes, int chunk_pixels, const IsaKernels& isa);
 
-  void run(const TensorView& x, const TensorView& dy, void* dw, DType type, int threads) const;  // dw [A, C/groups]
+  void run(const TensorView& x, const TensorView& dy, void* dw, DType type,
+           int threads) const;  // dw [A, C/groups]
 
  private:
   // Output pixels that are worked on together: whole rows of one image, or several whole images.

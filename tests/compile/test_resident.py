@@ -84,7 +84,9 @@ def test_the_mean_of_a_large_map_keeps_to_the_budget(size: int) -> None:
         y = resident(compact(model, (x,)).body, (x,), 1)(x)
         exact = copy.deepcopy(model).double()(x.double())
         theirs = (model(x).double() - exact).abs().max()
-        assert (y.double() - exact).abs().max() <= 2 * theirs + 2 * torch.finfo(x.dtype).eps * exact.abs().max()
+        assert (y.double() - exact).abs().max() <= 2 * theirs + 2 * torch.finfo(
+            x.dtype
+        ).eps * exact.abs().max()
 
 
 def test_threads_do_not_change_bits() -> None:

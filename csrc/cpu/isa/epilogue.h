@@ -5,8 +5,8 @@
 
 namespace {
 
-// exp(x) to about one ulp: 2^n * p(r), r = x - n ln 2 in two parts; Taylor to r^7/7!, |r| <= ln(2)/2. Infinite above
-// 88: a finite bound there would let silu(-1e38) through as -0.6.
+// exp(x) to about one ulp: 2^n * p(r), r = x - n ln 2 in two parts; Taylor to r^7/7!, |r| <= ln(2)/2.
+// Infinite above 88: a finite bound there would let silu(-1e38) through as -0.6.
 inline vf exponential(vf x) {
   const vf low = splat(-87.f), high = splat(88.f);
   const vf clamped = x < low ? low : (x > high ? high : x);
@@ -55,16 +55,23 @@ void finish_as(float* row, std::int64_t n, float scale, float shift, const float
 
 template <sk::Activation A>
 void finish(float* row, std::int64_t n, float scale, float shift, const float* residual) {
-  residual ? finish_as<A, true>(row, n, scale, shift, residual) : finish_as<A, false>(row, n, scale, shift, residual);
+  residual ? finish_as<A, true>(row, n, scale, shift, residual)
+           : finish_as<A, false>(row, n, scale, shift, residual);
 }
 
-void finish_row(float* row, std::int64_t n, float scale, float shift, const float* residual, sk::Activation act) {
+void finish_row(float* row, std::int64_t n, float scale, float shift, const float* residual,
+                sk::Activation act) {
   switch (act) {
-    case sk::Activation::none: return finish<sk::Activation::none>(row, n, scale, shift, residual);
-    case sk::Activation::relu: return finish<sk::Activation::relu>(row, n, scale, shift, residual);
-    case sk::Activation::relu6: return finish<sk::Activation::relu6>(row, n, scale, shift, residual);
-    case sk::Activation::silu: return finish<sk::Activation::silu>(row, n, scale, shift, residual);
-    case sk::Activation::hardswish: return finish<sk::Activation::hardswish>(row, n, scale, shift, residual);
+    case sk::Activation::none:
+      return finish<sk::Activation::none>(row, n, scale, shift, residual);
+    case sk::Activation::relu:
+      return finish<sk::Activation::relu>(row, n, scale, shift, residual);
+    case sk::Activation::relu6:
+      return finish<sk::Activation::relu6>(row, n, scale, shift, residual);
+    case sk::Activation::silu:
+      return finish<sk::Activation::silu>(row, n, scale, shift, residual);
+    case sk::Activation::hardswish:
+      return finish<sk::Activation::hardswish>(row, n, scale, shift, residual);
   }
 }
 

@@ -17,28 +17,31 @@ struct IndexedStep {
 };
 
 // y[rows[f], v*W + lane] += sum_i a[i, f] * b[i, v*W + lane]
-//   a: i-th row at a + i * a_step, F consecutive scalars, broadcast;  b: i-th row at b + i * b_step, V vectors of lanes.
-using StridedTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const float* b, std::int64_t b_step,
-                             float* y, std::int64_t ldy, const std::int32_t* rows);
-// The same, zero at the start, with operand rows at a + F * steps[i].scalar and b + steps[i].lanes; y rows are consecutive.
-using IndexedTile = void (*)(std::int64_t n, const float* a, const float* b, const IndexedStep* steps, float* y,
-                             std::int64_t ldy);
-// y[f * ldy + v*W + lane] += sum_{n,h,w} a[f_off[f] + steps . a] * b[steps . b + v*W + lane] over a box of pixels.
+//   a: i-th row at a + i * a_step, F consecutive scalars, broadcast;  b: i-th row at b + i * b_step, V
+//   vectors of lanes.
+using StridedTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const float* b,
+                             std::int64_t b_step, float* y, std::int64_t ldy, const std::int32_t* rows);
+// The same, zero at the start, with operand rows at a + F * steps[i].scalar and b + steps[i].lanes; y rows
+// are consecutive.
+using IndexedTile = void (*)(std::int64_t n, const float* a, const float* b, const IndexedStep* steps,
+                             float* y, std::int64_t ldy);
+// y[f * ldy + v*W + lane] += sum_{n,h,w} a[f_off[f] + steps . a] * b[steps . b + v*W + lane] over a box of
+// pixels.
 struct BoxSteps {
   std::int64_t count[3];  // images, rows, columns
   std::int64_t a[3], b[3];
 };
-using BoxTile = void (*)(const BoxSteps& box, const float* a, const std::int32_t* f_off, const float* b, float* y,
-                         std::int64_t ldy);
+using BoxTile = void (*)(const BoxSteps& box, const float* a, const std::int32_t* f_off, const float* b,
+                         float* y, std::int64_t ldy);
 
 // StridedTile on cells of two bfloat16 values: y += sum_i low(a) * low(b) + high(a) * high(b), float sums.
 using PairedTile = StridedTile;
 
 struct IsaKernels {
   const char* name;
-  int lanes;                                // W: floats in a vector
-  int tile_filters;                         // filters of a full tile
-  int tile_vectors[kMaxTileFilters + 1];    // most vectors a tile of F filters keeps in registers
+  int lanes;                              // W: floats in a vector
+  int tile_filters;                       // filters of a full tile
+  int tile_vectors[kMaxTileFilters + 1];  // most vectors a tile of F filters keeps in registers
   StridedTile strided[kMaxTileFilters + 1][kMaxTileVectors + 1];  // [F][V], null beyond tile_vectors[F]
   PairedTile paired[kMaxTileFilters + 1][kMaxTileVectors + 1];    // all null without such an instruction
   IndexedTile indexed[kMaxTileFilters + 1][kMaxTileVectors + 1];
@@ -48,14 +51,15 @@ struct IsaKernels {
   void (*load_row)(float* dst, const void* src, DType type, std::int64_t step, std::int64_t n);
   // dst[i * step] = type(src[i])
   void (*store_row)(void* dst, DType type, std::int64_t step, const float* src, std::int64_t n);
-  // `pair` in what follows: kUnpaired, or float(v) is the cell of v and of the value `pair` elements further (TensorView::pair).
-  // Rows: zeros_before zeros, then float(src[r * row_step + i * step]) for i < cols, then zeros_after zeros, at dst + r * pitch.
-  void (*load_rows)(float* dst, std::int64_t pitch, const void* src, DType type, std::int64_t row_step, std::int64_t step,
-                    std::int64_t rows, std::int64_t zeros_before, std::int64_t cols, std::int64_t zeros_after,
-                    std::int64_t pair);
+  // `pair` in what follows: kUnpaired, or float(v) is the cell of v and of the value `pair` elements further
+  // (TensorView::pair). Rows: zeros_before zeros, then float(src[r * row_step + i * step]) for i < cols, then
+  // zeros_after zeros, at dst + r * pitch.
+  void (*load_rows)(float* dst, std::int64_t pitch, const void* src, DType type, std::int64_t row_step,
+                    std::int64_t step, std::int64_t rows, std::int64_t zeros_before, std::int64_t cols,
+                    std::int64_t zeros_after, std::int64_t pair);
   // dst[r * row_step + i * step] = type(src[r * pitch + i])
-  void (*store_rows)(void* dst, DType type, std::int64_t row_step, std::int64_t step, const float* src, std::int64_t pitch,
-                     std::int64_t rows, std::int64_t cols);
+  void (*store_rows)(void* dst, DType type, std::int64_t row_step, std::int64_t step, const float* src,
+                     std::int64_t pitch, std::int64_t rows, std::int64_t cols);
   // dst[j * dst_ld + i] = float(src[i * src_ld + j]) for i < rows, j < cols
   void (*load_transposed)(float* dst, std::int64_t dst_ld, const void* src, DType type, std::int64_t src_ld,
                           std::int64_t rows, std::int64_t cols, std::int64_t pair);
@@ -63,7 +67,8 @@ struct IsaKernels {
   void (*store_transposed)(void* dst, DType type, std::int64_t dst_ld, const float* src, std::int64_t src_ld,
                            std::int64_t rows, std::int64_t cols);
   // row[i] = activation(row[i] * scale + shift + residual[i]); residual may be null
-  void (*finish_row)(float* row, std::int64_t n, float scale, float shift, const float* residual, Activation act);
+  void (*finish_row)(float* row, std::int64_t n, float scale, float shift, const float* residual,
+                     Activation act);
 };
 
 // By name, or null where this build or this processor lacks it. `best_isa` never is null.

@@ -93,7 +93,8 @@ void load_rows(float* dst, std::int64_t pitch, const void* src, sk::DType type, 
     float* d = dst;
     for (std::int64_t r = 0; r < rows; ++r, d += pitch, s += row_step) {
       clear(d, zeros_before);
-      step == 1 ? convert_row(d + zeros_before, s, cols, read) : load_every(d + zeros_before, s, step, cols, read);
+      step == 1 ? convert_row(d + zeros_before, s, cols, read)
+                : load_every(d + zeros_before, s, step, cols, read);
       clear(d + zeros_before + cols, zeros_after);
     }
   });
@@ -152,14 +153,16 @@ inline __attribute__((always_inline)) void transpose_round(vf (&v)[W]) {
 // dst[j * dst_ld + i] = src[i * src_ld + j], one block of at most W x W at a time.
 template <bool Whole, class Src, class Dst, class Read>
 __attribute__((noinline)) void transpose_block(Dst* dst, std::int64_t dst_ld, const Src* src,
-                                               std::int64_t src_ld, std::int64_t rows, std::int64_t cols, Read read) {
+                                               std::int64_t src_ld, std::int64_t rows, std::int64_t cols,
+                                               Read read) {
   vf v[W];
 #pragma GCC unroll 16
   for (int a = 0; a < W; ++a) {
     if constexpr (Whole)
       v[a] = read.whole(src + a * src_ld);
     else
-      v[a] = a >= rows ? vf{} : (cols == W ? read.whole(src + a * src_ld) : read.first(src + a * src_ld, cols));
+      v[a] =
+          a >= rows ? vf{} : (cols == W ? read.whole(src + a * src_ld) : read.first(src + a * src_ld, cols));
   }
   transpose_round<0>(v);
 #pragma GCC unroll 16
@@ -193,8 +196,9 @@ void load_transposed(float* dst, std::int64_t dst_ld, const void* src, sk::DType
 
 void store_transposed(void* dst, sk::DType type, std::int64_t dst_ld, const float* src, std::int64_t src_ld,
                       std::int64_t rows, std::int64_t cols) {
-  with_type(type,
-            [=](auto* t) { transpose(static_cast<decltype(t)>(dst), dst_ld, src, src_ld, rows, cols, AsFloat{}); });
+  with_type(type, [=](auto* t) {
+    transpose(static_cast<decltype(t)>(dst), dst_ld, src, src_ld, rows, cols, AsFloat{});
+  });
 }
 
 }  // namespace

@@ -5,7 +5,8 @@
 
 namespace {
 
-// Registers left for accumulators after V lane vectors and one broadcast: 8x3, 6x4, 4x6 of 32; 4x3, 6x2 of 16.
+// Registers left for accumulators after V lane vectors and one broadcast: 8x3, 6x4, 4x6 of 32; 4x3, 6x2
+// of 16.
 constexpr int kBudget = SK_REGISTERS == 32 ? 24 : 12;
 constexpr int kTileFilters = SK_REGISTERS == 32 ? 8 : 4;
 constexpr int tile_vectors(int F) {
@@ -52,8 +53,8 @@ struct Accumulators {
 };
 
 template <int F, int V>
-void strided_tile(std::int64_t n, const float* a, std::int64_t a_step, const float* b, std::int64_t b_step, float* y,
-                  std::int64_t ldy, const std::int32_t* rows) {
+void strided_tile(std::int64_t n, const float* a, std::int64_t a_step, const float* b, std::int64_t b_step,
+                  float* y, std::int64_t ldy, const std::int32_t* rows) {
   Accumulators<F, V> acc;
   acc.zero();
   for (std::int64_t i = 0; i < n; ++i, a += a_step, b += b_step) acc.step([=](int f) { return a[f]; }, b);
@@ -62,8 +63,8 @@ void strided_tile(std::int64_t n, const float* a, std::int64_t a_step, const flo
 
 #if defined(__AVX512BF16__)
 template <int F, int V>
-void paired_tile(std::int64_t n, const float* a, std::int64_t a_step, const float* b, std::int64_t b_step, float* y,
-                 std::int64_t ldy, const std::int32_t* rows) {
+void paired_tile(std::int64_t n, const float* a, std::int64_t a_step, const float* b, std::int64_t b_step,
+                 float* y, std::int64_t ldy, const std::int32_t* rows) {
   Accumulators<F, V> acc;
   acc.zero();
   for (std::int64_t i = 0; i < n; ++i, a += a_step, b += b_step) {
