@@ -66,6 +66,11 @@ def test_a_missing_record_and_a_dry_run_are_named(tree: Path) -> None:
     assert "did not finish" in record.stale_quotes("see bench/records/broken.json", tree)[0]
 
 
+def test_a_record_of_another_kind_only_has_to_exist(tree: Path) -> None:
+    (tree / "bench/records/cpu.json").write_text(json.dumps({"rows": []}))
+    assert record.stale_quotes("bench/records/cpu.json", tree) == []
+
+
 def test_the_hash_covers_every_gpu_kernel() -> None:
     covered = {p for pattern in record.SOURCES for p in ROOT.glob(pattern)}
     kernels = [*(ROOT / "stripe_kernels/backends/triton").glob("*.py"), *(ROOT / "csrc/cuda").rglob("*.cu*")]
