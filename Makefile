@@ -62,7 +62,7 @@ soak: $(VENV)/.installed-test ## ten minutes of mixed shapes with flat memory
 mutate: $(VENV)/.installed-test ## plants a fault of each class in a copy and shows which test notices
 	$(RUN) tests.mutate --record tests/records/mutations.json
 
-audit: ## known vulnerabilities and licences of what development installs
+audit: $(VENV)/.installed-dev ## known vulnerabilities and licences of what development installs
 	$(PYTHON) -m venv build/audit && build/audit/bin/pip install -q pip-audit pip-licenses
 	build/audit/bin/pip-licenses --python $(BIN)/python --format=markdown --order=license
 	PIPAPI_PYTHON_LOCATION=$(BIN)/python build/audit/bin/pip-audit

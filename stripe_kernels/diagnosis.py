@@ -179,5 +179,7 @@ def _check(case: Any, operands: Any, name: str, which: Pass, budget: Any) -> str
             result = ready.call(operands).to(device)
     except RuntimeError as error:
         return False if "does not run" in str(error) else str(error).splitlines()[0]
+    except (ValueError, TypeError, MemoryError) as error:
+        return f"{type(error).__name__}: {error}"
     failure: str | None = getattr(budget, _RESULT[which]).failure(result)
     return failure

@@ -107,9 +107,11 @@ def main() -> int:
             path.write_text(sound.replace(fault.right, fault.wrong))
             build(folder)
             after = python(folder, *fault.tests)
-            caught[name] = noticed(after.stdout + after.stderr) if after.returncode else None
+            said = noticed(after.stdout + after.stderr)
+            caught[name] = said or f"exit status {after.returncode}" if after.returncode else None
             print(f"{name:32s} {fault.file:32s} {caught[name] or 'NOT NOTICED'}", flush=True)
             path.write_text(sound)
+            build(folder)
         if arguments.record:
             arguments.record.write_text(json.dumps(caught, indent=1) + "\n")
     return 0 if all(caught.values()) else 1

@@ -261,6 +261,7 @@ CORRUPT = {
     "no channels": {"shape": [1, 0, *SHAPE[2:]]},
     "groups that do not divide": {"shape": [*SHAPE[:15], 3]},
     "an extent beyond 2^30": {"shape": [1, 2, 2**30, *SHAPE[3:]]},
+    "extents whose sum overflows": {"shape": [1, 2, 4, 2**30, 4, 1, 2, 4, 2**30, *SHAPE[9:]]},
     "a shape too short": {"shape": SHAPE[:15]},
 }
 

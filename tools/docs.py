@@ -69,7 +69,8 @@ def record(path: Path) -> str:
 def _flat(machine: Any) -> Row:
     if not isinstance(machine, dict):
         return {"machine": machine}
-    return {k: v for k, v in machine.items() if isinstance(v, (str, int, float)) and not isinstance(v, bool)}
+    facts = {**machine, **machine.get("versions", {})}
+    return {k: v for k, v in facts.items() if isinstance(v, (str, int, float)) and not isinstance(v, bool)}
 
 
 def timings(rows: Iterable[Row]) -> str:

@@ -112,16 +112,28 @@ def _file(path: Path) -> nn.Module:
         raise Failure(str(error)) from error
 
 
+def read_weights(path: Path) -> Any:
+    """What a file of safetensors or of torch.save holds. Failure where it is neither, or holds no names."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        said = str(error).splitlines() or [type(error).__name__]
+        raise Failure(f"{path} cannot be read: {said[0]}") from error
+    if not isinstance(state, Mapping):
+        raise Failure(f"{path} holds a {type(state).__name__}, not a state_dict")
+    return state
+
+
 def _load(model: nn.Module, path: Path) -> None:
     """Loads a state_dict: of safetensors, or of torch.save, bare or under "model" or "state_dict"."""
     if not path.is_file():
         raise absent(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state: Any = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_weights(path)
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state.get(key), Mapping) else state
     state = {name.removeprefix("module."): t for name, t in state.items()}

@@ -66,11 +66,14 @@ def _runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text())
-    return {
-        "name": found["recipe"]["method"],
-        "folder": path.parent.resolve(),
-        "accuracy": 1 - found["test_errors"] / found["images"]["test"],
-        "macs_kept": found["macs_kept"],
-        "ms": found.get("latency", {}).get("frozen"),
-    }
+    try:
+        found = json.loads(path.read_text())
+        return {
+            "name": found["recipe"]["method"],
+            "folder": path.parent.resolve(),
+            "accuracy": 1 - found["test_errors"] / found["images"]["test"],
+            "macs_kept": found["macs_kept"],
+            "ms": found.get("latency", {}).get("frozen"),
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} holds no results of a run: {type(error).__name__} {error}") from error

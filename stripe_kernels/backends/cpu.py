@@ -18,6 +18,9 @@ except ImportError as error:
         f"the extension stripe_kernels._cpu is not built or does not load ({error}); run: pip install -e ."
     ) from error
 
+if not hasattr(_cpu, "paired"):
+    raise ImportError("the extension stripe_kernels._cpu is older than this code; run: pip install -e .")
+
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 _NO_STRIDES = (0, 0, 0, 0)

@@ -157,7 +157,10 @@ def norms_as_modules(network: fx.GraphModule) -> None:
             norm = nn.BatchNorm2d(len(tensors["running_var"]), eps, momentum, affine="weight" in tensors)
         norm.num_batches_tracked = None
         for name, t in tensors.items():
-            setattr(norm, name, t)
+            learned = name in ("weight", "bias") and not isinstance(
+                t, nn.Parameter
+            )  # a frozen norm has buffers
+            setattr(norm, name, nn.Parameter(t, requires_grad=False) if learned else t)
         owner = str(owned["running_var"].target).rpartition(".")[0]
         name = f"{owner}.norm".lstrip(".")
         while _has(network, name):

@@ -156,7 +156,11 @@ class _Writer(fx.Interpreter):
             return None
         source: Any = n.args[0]
         if type(layer) is nn.MaxPool2d and value.dtype == torch.float32:
-            if layer.return_indices or pair(layer.dilation, "dilation", 1) != (1, 1):
+            x = reads[source]
+            pixels = x.shape[1] > 1 and x.stride(1) == 1 and value.stride(1) == 1
+            rows = x.stride(3) == 1 and value.stride(3) == 1
+            plain = not layer.return_indices and pair(layer.dilation, "dilation", 1) == (1, 1)
+            if not plain or not (pixels or rows):
                 return None
             stride = layer.kernel_size if layer.stride is None else layer.stride
             window = (

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from stripe_kernels import ops
+from stripe_kernels import freeze, ops
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.optimize import compact, in_channels_last
 from tests.compile.zoo import NETS, masked
@@ -55,6 +56,44 @@ def test_lists_give_the_bits_of_single_calls(name: str) -> None:
                     expected = tree_leaves(without(images))
             assert [t.stride() for t in y] == [t.stride() for t in expected]
             assert all(map(torch.equal, y, expected))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.mT,
+        lambda x: x[..., ::2],
+        lambda x: x[..., :1].expand(-1, -1, -1, 8),
+        lambda x: x[:1].contiguous(memory_format=torch.channels_last).expand(2, -1, -1, -1),
+        lambda x: x[:0].contiguous(memory_format=torch.channels_last),
+    ],
+    ids=["transposed", "sliced", "expanded columns", "expanded images", "no images"],
+)
+def test_a_pool_takes_what_torch_takes(view: Callable[[Tensor], Tensor]) -> None:
+    model = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()).eval()
+    model[1].weight.data[::2, :, 0] = 0
+    frozen = freeze(model)
+    x = view(torch.randn(2, 3, 8, 16))
+    with torch.inference_mode():
+        y, expected = layer_by_layer(compact(frozen, (torch.randn(1, 3, 8, 8),)))(x), model(x)
+    torch.testing.assert_close(y, expected)
+
+
+def test_a_frozen_norm_of_buffers_folds() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, t in (("weight", torch.rand(4)), ("bias", torch.rand(4)), ("mean", torch.rand(4))):
+                self.register_buffer(name, t)
+            self.register_buffer("var", torch.rand(4) + 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, False)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Frozen(), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(compact(model, (x,))(x), model(x))
 
 
 def test_a_residual_network_is_one_list() -> None:

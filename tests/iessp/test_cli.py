@@ -176,6 +176,9 @@ def test_mistakes_end_with_one_line(
             ("bench", "factories_of_a_user:make", "--weights", "other.pt"),
             "other.pt does not fit Sequential: Missing key",
         ),
+        (("bench", "resnet20", "--weights", "empty.pt"), "empty.pt cannot be read: "),
+        (("bench", "resnet20", "--weights", "list.pt"), "list.pt holds a list, not a state_dict"),
+        (("bench", "resnet20", "--weights", "torn.safetensors"), "torn.safetensors cannot be read: "),
     ],
 )
 def test_failures_end_with_one_line_and_status_1(
@@ -187,6 +190,8 @@ def test_failures_end_with_one_line_and_status_1(
 ) -> None:
     (here / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     torch.save({"3.bias": torch.zeros(16)}, here / "other.pt")
+    torch.save([torch.zeros(1)], here / "list.pt")
+    (here / "empty.pt").touch()
     assert call(monkeypatch, *arguments, "--json") == 1
     captured = capsys.readouterr()
     assert message in captured.err.splitlines()[-1]
