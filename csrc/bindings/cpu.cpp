@@ -38,9 +38,9 @@ ConvShape conv_shape(const Ints& v) {
   for (int i : {s.N, s.H, s.W, s.P, s.Q, s.pad_top, s.pad_left})
     require(i >= 0, "sizes and padding are not negative");
   require(s.C % s.groups == 0 && s.K % s.groups == 0, "groups divide C and K");
-  for (std::int64_t i :
-       {std::int64_t(s.N) * s.P, (std::int64_t(s.P) + s.H) * s.stride_h, (std::int64_t(s.Q) + s.W) * s.stride_w,
-        std::int64_t(s.R) * s.dil_h + s.pad_top, std::int64_t(s.S) * s.dil_w + s.pad_left})
+  for (std::int64_t i : {std::int64_t(s.N) * s.P, (std::int64_t(s.P) + s.H) * s.stride_h,
+                         (std::int64_t(s.Q) + s.W) * s.stride_w, std::int64_t(s.R) * s.dil_h + s.pad_top,
+                         std::int64_t(s.S) * s.dil_w + s.pad_left})
     require(i < (1 << 30), "an extent exceeds 2^30");
   return s;
 }

@@ -6,14 +6,17 @@ paper's abstract (Sensors 25(7):2261, 2025); no equation of the paper was availa
     a[k,t]  = sum_c W[k,c,t]^2 alive[c] / sum_c W[k,c,t]^2                          what upstream leaves of it
     m       = RECEIVE mean_p mean_k h_p,  p the producers of x                        their message
     h[k]    = relu(FC1 [e[k,:], a[k,:], m])
-    z[k,:]  = gain e[k,:] + y[k,:] - mean_k' y[k',:] + b[k,:],   y[k,:] = FC2 h[k]
-    M       = sigmoid((z - theta) / tau),   g = M (z >= theta) with the gradient of M
+    z[k,:]  = y[k,:] - mean_k' y[k',:] + b[k,:],   y[k,:] = gain e[k,:] + FC2 h[k]
+    M       = sigmoid(z / tau),   g = M (z >= theta) with the gradient of M
 
-theta is the threshold that meets the budget's falling target (`StripeLoss` sets it): what is learned is which
-stripes live, not how many. With `exact` off M = sigmoid(z / tau), and theta only holds on to stripes, where
-z >= 0 would leave less than the target: Adam moves all gates under pressure at one speed, and without that
-floor they die together, before lambda can follow; with it they still die late. The best stripe of a layer
-always lives.
+theta is 0, so that M > 1/2 lives, unless that would leave less than the budget's falling target: then it is
+the threshold that meets the target (`StripeLoss` sets it). Adam moves all gates under pressure at one speed;
+without this floor they die together, before lambda can follow; with it they still die late. The best stripe of
+a layer always lives.
+
+`exact`, off by default: theta always meets the target, M = sigmoid((z - theta) / tau), y = FC2 h, and gain e is
+added after the mean is taken out; what is learned is which stripes live, not how many. One seed each: on 12,800
+CIFAR images 62.7 % held out against 62.1 %, in `iessp demo` 9 test errors of 359 against 3.
 
 FC1, FC2, RECEIVE and gain are shared by the filters of a layer: about 600 weights for 3x3. b is free.
 Variance, not power: a channel that a dead filter left constant says nothing, its constant folds into the
@@ -54,7 +57,7 @@ class IEMGate(StripeGate):
         "aliveness": True,  # False: a = 1
         "statistic": True,  # False: q = 1, so that e is the norm of the stripe
         "centre": True,  # False: y keeps its mean over the filters
-        "exact": True,  # False: theta only holds on to stripes
+        "exact": False,  # True: theta meets the target at every step, and what e says of a tap is not centred
         "through_information": False,  # True: the gate's gradient reaches W through e
         "bias": 2.0,  # where b starts: sigmoid(2) = 0.88
         "gain": 1.0,  # where gain starts: how strongly z follows e before anything is learned
@@ -125,11 +128,12 @@ class IEMGate(StripeGate):
         if weight is not None:
             e = self._information(self._energy(weight, self.variance()[None])[:, 0])
             features = torch.cat([e, features[:, e.shape[1] :]], dim=1)
-        y = self.fc2(self.hidden(features))
+        e, y = self.gain * features[:, : self.fc2.out_features], self.fc2(self.hidden(features))
+        if not self.exact:
+            e, y = 0.0, e + y
         if self.use["centre"]:
             y = y - y.mean(0)
-        e = features[:, : self.fc2.out_features]
-        return (self.gain * e + y).view_as(self.bias) + self.bias
+        return (e + y).view_as(self.bias) + self.bias
 
     def hidden(self, features: Tensor) -> Tensor:
         """h [K, HIDDEN]."""

@@ -29,7 +29,8 @@ from iessp.train import Trainer, count_errors, write_results
 DEFAULT = ("dense", "iem", "filter-skeleton", "magnitude", "random", "l1-filter", "slim")
 ABLATION = (
     "iem",
-    *(f"iem({part}=false)" for part in ("module", "message", "aliveness", "statistic", "centre", "exact")),
+    *(f"iem({part}=false)" for part in ("module", "message", "aliveness", "statistic", "centre")),
+    "iem(exact=true)",
 )
 LATENCY_SECONDS = 3.0
 TRIAL_SEED = 1000  # of no run in a table

@@ -191,7 +191,7 @@ def test_through_information_is_a_switch() -> None:
 
 
 def test_the_target_holds_on_to_stripes_the_gate_would_drop() -> None:
-    model = attached(module=False, exact=False)
+    model = attached(module=False)
     learn(model)
     gate = iessp.gates(model)["5"]
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_the_target_holds_on_to_stripes_the_gate_would_drop() -> None:
 
 
 def test_exact_gates_are_cut_where_the_budget_says() -> None:
-    model = attached(module=False)
+    model = attached(module=False, exact=True)
     learn(model)
     gate = iessp.gates(model)["5"]
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_exact_gates_are_cut_where_the_budget_says() -> None:
 
 @pytest.mark.parametrize("switch", ["module", "message", "aliveness", "statistic", "centre", "exact"])
 def test_every_part_is_a_switch(switch: str) -> None:
-    model = attached(**{switch: False})
+    model = attached(**{switch: not IEMGate.options[switch]})
     learn(model)
     model.train()(torch.randn(2, 3, 9, 8)).sum().backward()
     for gate in iessp.gates(model).values():

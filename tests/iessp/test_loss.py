@@ -71,7 +71,7 @@ def test_penalty_is_the_weighted_share() -> None:
 
 def test_exact_gates_follow_the_target_and_lambda_does_not_wind_up() -> None:
     steps = 200
-    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8), exact=True)
     loss = iessp.StripeLoss(model, budget=0.24, steps=steps)
     clock, targets = copy.deepcopy(loss), []
     for step in range(steps):
@@ -88,14 +88,14 @@ def test_exact_gates_follow_the_target_and_lambda_does_not_wind_up() -> None:
 @pytest.mark.parametrize("budget", [0.24, 0.6])
 def test_controller_meets_the_target_in_time_and_does_not_wind_up(budget: float) -> None:
     steps = 300
-    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8), exact=False)
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
     loss = iessp.StripeLoss(model, budget=budget, steps=steps)
     history = train(model, loss, steps)
     by_then = history[round(0.6 * steps)]
     assert abs(by_then["hard"] - budget) < 0.03
     assert abs(by_then["wanted"] - budget) < 0.1, "the gates agree: the target is not merely forced on them"
     learning = [h["hard"] for h in history[: round(0.75 * steps)]]
-    assert min(learning) > budget - 0.06, "held above the target, but for what gates move between two holds"
+    assert min(learning) > budget - 0.05, "held above the target, but for what gates move between two holds"
     assert max(h["pressure"] for h in history) < LAMBDA_RANGE[1] / 10, "lambda stays far from its bound"
     assert -1e-6 < budget - history[-1]["hard"] < 0.002, "to the cheapest stripe: 0.14 % of this network"
     assert history[-1]["ce"] < 0.7, "and the task is learned: chance is 1.39"
@@ -118,14 +118,14 @@ def feed(loss: iessp.StripeLoss, task: float, steps: int) -> list[float]:
 
 
 def test_pressure_rises_while_the_share_is_above_its_target() -> None:
-    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8), exact=False)
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
     loss = controlled(model)
     pressure = feed(loss, 0.5, 300)
     assert pressure[-1] > pressure[100] > 0
 
 
 def test_anti_windup_releases_the_pressure_below_the_target() -> None:
-    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8), exact=False)
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
     loss = controlled(model)
     feed(loss, 0.5, 440)  # gates cannot follow: the share stays 1
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_anti_windup_releases_the_pressure_below_the_target() -> None:
 
 
 def test_the_link_to_the_output_loss_is_not_integrated_away() -> None:
-    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8), exact=False)
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
     calm, troubled = controlled(model), controlled(copy.deepcopy(model))
     low, high = feed(calm, 0.5, 200), feed(troubled, 3.0, 200)
     # A loss that stays high keeps the pressure low as long as it lasts, and holds the dual step meanwhile.
@@ -155,7 +155,7 @@ def test_the_link_to_the_output_loss_is_not_integrated_away() -> None:
 
 
 def test_after_the_deadline_the_budget_wins() -> None:
-    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8), exact=False)
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
     loss = controlled(model)
     feed(loss, 3.0, 440)
     held = float(loss.pressure)
