@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import sys
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ class Recipe:
     trial_epochs: int = 0
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            self._check_type(f.name, str(f.type))
         for kind, given, valid in (
             ("model", self.model, MODELS),
             ("data set", self.data, DATASETS),
@@ -79,6 +82,14 @@ class Recipe:
                 f"{self.method} has no budget in milliseconds, got {self.budget!r}: give a share of MACs"
             )
         object.__setattr__(self, "sizes", tuple((float(share), int(size)) for share, size in self.sizes))
+
+    def _check_type(self, name: str, annotation: str) -> None:
+        """Raises ValueError where a field holds something else than it is declared to; TOML knows no tuples."""
+        value, kinds = getattr(self, name), annotation.split("[")[0].split(" | ")
+        taken = {"float": (float, int), "tuple": (tuple, list)}
+        types = tuple(t for k in kinds for t in taken.get(k, (getattr(builtins, k),)))
+        if not isinstance(value, types) or (isinstance(value, bool) and "bool" not in kinds):
+            raise ValueError(f"{name} takes {' or '.join(kinds)}, got {value!r}")
 
     @property
     def milliseconds(self) -> float | None:

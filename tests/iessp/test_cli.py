@@ -377,6 +377,16 @@ def test_train_freeze_bench(
     assert "speed-up" in words(capsys)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [("epochs", "abc", "int"), ("epochs", 1.5, "int"), ("lr", "fast", "float"), ("sizes", 3, "tuple"),
+     ("budget", [], "float or str"), ("adaptive", 1, "bool"), ("seed", True, "int")],
+)  # fmt: skip
+def test_a_recipe_says_what_a_field_takes(field: str, value: object, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} takes {kind}, got "):
+        read("digits").but(**{field: value})
+
+
 def test_bundled_recipes_are_valid() -> None:
     assert {"digits", "vgg16-cifar10", "resnet56-cifar10"} <= set(bundled())
     for name in bundled():
