@@ -1,6 +1,5 @@
-// stripe_kernels._cpu: pointers, strides and sizes in, nothing out. Everything that indexes memory is
-// validated when a kernel object is built; a call then only names tensors whose shapes the caller checked
-// against the plan.
+// stripe_kernels._cpu: pointers, strides and sizes in, nothing out. Everything that indexes memory is validated when a
+// kernel object is built; a call then only names tensors whose shapes the caller checked against the plan.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -16,8 +16,7 @@ struct TensorView {
   void* data = nullptr;
   DType dtype = DType::f32;
   std::int64_t stride[4] = {0, 0, 0, 0};
-  // Unless kUnpaired, channel c of this view is two bfloat16 channels, at c and this many elements further;
-  // see paired().
+  // Unless kUnpaired, channel c of this view is two bfloat16 channels, at c and this many elements further; see paired().
   std::int64_t pair = kUnpaired;
 
   char* at(std::int64_t n, std::int64_t c, std::int64_t h, std::int64_t w) const {
@@ -26,8 +25,8 @@ struct TensorView {
   }
 };
 
-// The view of a bfloat16 tensor with an even number of channels whose elements are two neighbouring channels
-// each, to be moved as one 32-bit cell: the first in the low half.
+// The view of a bfloat16 tensor with an even number of channels whose elements are two neighbouring channels each, to be
+// moved as one 32-bit cell: the first in the low half.
 inline TensorView paired(TensorView t) {
   const std::int64_t between = t.stride[1];
   t.stride[1] *= 2;

@@ -1,8 +1,8 @@
-// Calls of kernels that follow each other in a network, made as one: a layer of a small network takes less
-// time than getting from Python to its kernel.
+// Calls of kernels that follow each other in a network, made as one: a layer of a small network takes less time than
+// getting from Python to its kernel.
 //
-// Tensors between the calls lie in an arena; tensors that come from outside or go there are pointers given to
-// run(). Kernels, packed weights and biases belong to the caller and outlive the list.
+// Tensors between the calls lie in an arena; tensors that come from outside or go there are pointers given to run().
+// Kernels, packed weights and biases belong to the caller and outlive the list.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -26,8 +26,7 @@ class CallList {
   CallList(const CallList&) = delete;  // the calls hold its address
   CallList& operator=(const CallList&) = delete;
 
-  // A tensor `offset` bytes into the arena, or where pointer number `slot` of run() points; returns its
-  // number.
+  // A tensor `offset` bytes into the arena, or where pointer number `slot` of run() points; returns its number.
   int add_arena(DType type, const std::int64_t (&stride)[4], std::int64_t offset);
   int add_slot(DType type, const std::int64_t (&stride)[4], int slot);
 

@@ -1,8 +1,6 @@
-// dx[n, c, h, w] = sum over live stripes (k, t) of  w[row(k, t), c] * dy[n, k, p, q],  h = p * stride_h + r *
-// dil_h - pad_top
+// dx[n, c, h, w] = sum over live stripes (k, t) of  w[row(k, t), c] * dy[n, k, p, q],  h = p * stride_h + r * dil_h - pad_top
 //
-// (filter, tap) is only a reduction index here: accumulators stay in registers over the whole list of
-// stripes.
+// (filter, tap) is only a reduction index here: accumulators stay in registers over the whole list of stripes.
 #pragma once
 #include <memory>
 #include <vector>

@@ -1,5 +1,5 @@
-// The loop fprop and dgrad share around their micro-kernels: blocks over the team, or, where blocks are too
-// few, one block at a time with the team splitting its channels.
+// The loop fprop and dgrad share around their micro-kernels: blocks over the team, or, where blocks are too few, one
+// block at a time with the team splitting its channels.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -19,8 +19,7 @@ struct Part {
 // Cuts `work` (one entry a channel) into at most `parts` stretches of like sums.
 std::vector<Part> balanced_parts(int group, const std::vector<int>& work, int parts);
 
-// compute(part index, block plan, panel, lanes): adds into lanes [part channels][output_stride], zeroed if
-// `zero`.
+// compute(part index, block plan, panel, lanes): adds into lanes [part channels][output_stride], zeroed if `zero`.
 template <class Compute>
 void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& parts, int part_count,
            int in_channels, int out_channels, const TensorView& x, const TensorView& y, const Epilogue& e,

@@ -1,9 +1,8 @@
-// y[n, k, p, q] = epilogue( sum over live taps t of filter k, sum over c of  w[row(k, t), c] * x[n, c, p',
-// q'] ) with p' = p * stride_h + r * dil_h - pad_top, q' likewise, t = (r, s).
+// y[n, k, p, q] = epilogue( sum over live taps t of filter k, sum over c of  w[row(k, t), c] * x[n, c, p', q'] )
+// with p' = p * stride_h + r * dil_h - pad_top, q' likewise, t = (r, s).
 //
-// Every tap has its own packed list of filters, cut into tiles of 4 to 8: exact at one filter. Accumulators
-// go to the lanes of y after each tap; this costs 3 memory operations per C multiply-adds and is why C < 32
-// is less efficient.
+// Every tap has its own packed list of filters, cut into tiles of 4 to 8: exact at one filter. Accumulators go to the
+// lanes of y after each tap; this costs 3 memory operations per C multiply-adds and is why C < 32 is less efficient.
 #pragma once
 #include <memory>
 #include <vector>
@@ -16,8 +15,7 @@ namespace sk {
 
 class Fprop {
  public:
-  // `paired`: bfloat16 products on cells of two neighbouring channels; x is bfloat16, C/groups even, and the
-  // set has them.
+  // `paired`: bfloat16 products on cells of two neighbouring channels; x is bfloat16, C/groups even, and the set has them.
   Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, const IsaKernels& isa,
         bool paired = false);
 

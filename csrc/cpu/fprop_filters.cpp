@@ -50,8 +50,7 @@ void FpropFilters::pack_weight(const void* weight, DType type, float* packed) co
 
 namespace {
 
-// Pixels a tile broadcasts, so that F * V comes nearest to filling the registers: 4 vectors of filters take
-// 6, not 8.
+// Pixels a tile broadcasts, so that F * V comes nearest to filling the registers: 4 vectors of filters take 6, not 8.
 int tile_pixels(const IsaKernels& isa, int vectors) {
   int best = 1, most = 0;
   for (int f = isa.tile_filters; f >= isa.tile_filters / 2; --f) {
@@ -116,8 +115,7 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
   int widest = 0;
   for (const Part& p : parts_) widest = std::max(widest, p.end - p.begin);
   const std::int64_t part_floats = padded(pixels * widest);
-  // Halves are widened once; float32 is read where it lies, unless its strides are too far for a tile's
-  // 32-bit offsets.
+  // Halves are widened once; float32 is read where it lies, unless its strides are too far for a tile's 32-bit offsets.
   const std::int64_t reach =
       images_ * std::abs(x.stride[0]) + s.H * std::abs(x.stride[2]) + s.W * std::abs(x.stride[3]);
   const bool copy = x.dtype != DType::f32 || reach > std::numeric_limits<std::int32_t>::max();

@@ -1,12 +1,10 @@
-// fprop with lanes along the filters that keep a tap: for few pixels, where pixel lanes stay empty and
-// reading the weights is the work.
+// fprop with lanes along the filters that keep a tap: for few pixels, where pixel lanes stay empty and reading the weights
+// is the work.
 //
-//   z[pixel, j] = sum over c of  x[n, c, p', q'] * w[row(filter j of tap t), c]      pixels that tap t
-//   reaches, exactly y[pixel, filter j] += z[pixel, j]                                               one
-//   scalar scatter a tap: 1/C of the work
+//   z[pixel, j] = sum over c of  x[n, c, p', q'] * w[row(filter j of tap t), c]      pixels that tap t reaches, exactly
+//   y[pixel, filter j] += z[pixel, j]                                               one scalar scatter a tap: 1/C of the work
 //
-// The broadcast operand is x itself, in any memory format: nothing is packed, padded or wasted on
-// out-of-image taps.
+// The broadcast operand is x itself, in any memory format: nothing is packed, padded or wasted on out-of-image taps.
 #pragma once
 #include <vector>
 

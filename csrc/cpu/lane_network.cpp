@@ -27,8 +27,7 @@ struct LaneNetwork::Activation3 {
   std::int64_t plane;   // floats between channels
 };
 
-// Runs on one block; a team may share it, and then every member calls run and the network puts a barrier
-// after it.
+// Runs on one block; a team may share it, and then every member calls run and the network puts a barrier after it.
 struct LaneNetwork::Step {
   virtual ~Step() = default;
   virtual void run(float* arena, float* staging, const Team& team) const = 0;

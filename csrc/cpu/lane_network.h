@@ -1,9 +1,8 @@
-// A whole frozen network on activations that stay in batch lanes: [channel][pixel][image], one block of
-// images at a time.
+// A whole frozen network on activations that stay in batch lanes: [channel][pixel][image], one block of images at a time.
 //
-// Nothing is transposed, padded or copied between layers, a block's activations stay in this core's caches,
-// and threads meet only where blocks are too few to share out. Convolutions are stripe fprops (a full
-// skeleton makes one dense; a linear layer is a 1x1 convolution on a 1x1 map).
+// Nothing is transposed, padded or copied between layers, a block's activations stay in this core's caches, and threads meet
+// only where blocks are too few to share out. Convolutions are stripe fprops (a full skeleton makes one dense; a linear layer
+// is a 1x1 convolution on a 1x1 map).
 #pragma once
 #include <memory>
 #include <vector>
@@ -32,9 +31,8 @@ class LaneNetwork {
   LaneNetwork(int images, int parts, const IsaKernels& isa);
   ~LaneNetwork();
 
-  // An activation of C x H x W that lies `offset` floats into a thread's arena; returns its number. Who lives
-  // where, and that two that are needed at once do not overlap, is the caller's plan. Channels are
-  // channel_floats(h, w) apart.
+  // An activation of C x H x W that lies `offset` floats into a thread's arena; returns its number. Who lives where, and
+  // that two that are needed at once do not overlap, is the caller's plan. Channels are channel_floats(h, w) apart.
   int add_activation(int c, int h, int w, std::int64_t offset);
   std::int64_t channel_floats(int h, int w) const;
 
@@ -46,8 +44,7 @@ class LaneNetwork {
   void add_pointwise(const float* scale, const float* shift, Activation activation, int x, int residual,
                      int y);
 
-  // x [N, C, H, W] into activation `input`; activation `output` to y. Any N; the last block may be partly
-  // filled.
+  // x [N, C, H, W] into activation `input`; activation `output` to y. Any N; the last block may be partly filled.
   void run(const TensorView& x, int n, int input, const TensorView& y, int output, int threads) const;
   std::int64_t bytes_per_thread() const { return arena_floats_ * 4; }
 

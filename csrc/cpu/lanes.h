@@ -1,9 +1,8 @@
 // Moves a block of a tensor [N, C, H, W] into rows of float lanes and back:
 //
-//   lanes[c * c_stride + ((image * rows + row) * pitch + col)]                       batch == 1: lanes run
-//   along pixels lanes[c * c_stride + (row * pitch + col) * batch + image]                        batch  > 1:
-//   lanes run along images row, col  <->  h = (first_row + row) * step_h + h0,  w = (first_col + col) *
-//   step_w + w0
+//   lanes[c * c_stride + ((image * rows + row) * pitch + col)]                       batch == 1: lanes run along pixels
+//   lanes[c * c_stride + (row * pitch + col) * batch + image]                        batch  > 1: lanes run along images
+//   row, col  <->  h = (first_row + row) * step_h + h0,  w = (first_col + col) * step_w + w0
 #pragma once
 #include <cstdint>
 
@@ -22,16 +21,16 @@ struct LaneMap {
   std::int64_t c_stride = 0;
 };
 
-// Channels [c_first, c_first + count) of x; positions outside the tensor become zero when lanes run along
-// pixels and are left as they are when lanes run along images (nothing reads them there).
+// Channels [c_first, c_first + count) of x; positions outside the tensor become zero when lanes run along pixels and
+// are left as they are when lanes run along images (nothing reads them there).
 void load_lanes(const IsaKernels& isa, const TensorView& x, const LaneMap& m, int c_first, int count,
                 float* lanes);
 
 void store_lanes(const IsaKernels& isa, const TensorView& y, const LaneMap& m, int c_first, int count,
                  const float* lanes);
 
-// In place over channels of a block: activation(lane * scale[c] + shift[c] + residual). A residual passes
-// through `strip`, kFinishStrip channels of c_stride floats; without one it may be null.
+// In place over channels of a block: activation(lane * scale[c] + shift[c] + residual). A residual passes through `strip`,
+// kFinishStrip channels of c_stride floats; without one it may be null.
 constexpr int kFinishStrip = 16;
 void finish_lanes(const IsaKernels& isa, const Epilogue& e, const LaneMap& m, int c_first, int count,
                   float* lanes, float* strip);

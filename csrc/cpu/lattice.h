@@ -3,8 +3,8 @@
 //   out(i, j) = sum over taps t of  W_t * plane[t.plane](i + t.dr, j + t.ds)
 //   plane(a, b) = in[a * step_h + row0, b * step_w + col0], zero outside the tensor
 //
-// fprop of stride s splits its input into s*s planes, so that a tap is a pointer offset. dgrad of stride s
-// has one plane and s*s output lattices: lattice (i, j) is pixel (out_h0 + i * out_sh, out_w0 + j * out_sw).
+// fprop of stride s splits its input into s*s planes, so that a tap is a pointer offset. dgrad of stride s has one
+// plane and s*s output lattices: lattice (i, j) is pixel (out_h0 + i * out_sh, out_w0 + j * out_sw).
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -58,8 +58,8 @@ struct Lattice {
   }
 };
 
-// fprop: one lattice; `live[t]` says whether any filter keeps tap t. With `plane_per_tap` every tap owns a
-// plane (an im2col that is exact for small maps: no lane is spent on the halo, and every load is aligned).
+// fprop: one lattice; `live[t]` says whether any filter keeps tap t. With `plane_per_tap` every tap owns a plane
+// (an im2col that is exact for small maps: no lane is spent on the halo, and every load is aligned).
 Lattice fprop_lattice(const ConvShape& s, const std::vector<bool>& live, bool plane_per_tap);
 
 // dgrad: stride_h * stride_w lattices over the input pixels, each with the taps that reach it.

@@ -2,9 +2,9 @@
 //
 //   panel[plane][channel][lane]     lane = (row * pitch + col) * images + image
 //
-// `images` is 1 (lanes run along pixels; rows are `pitch` apart so that a tap is an offset, the zero columns
-// between them shared by neighbours) or a multiple of the vector (lanes run along the batch; nothing is
-// padded and out-of-image taps are skipped).
+// `images` is 1 (lanes run along pixels; rows are `pitch` apart so that a tap is an offset, the zero columns between
+// them shared by neighbours) or a multiple of the vector (lanes run along the batch; nothing is padded and
+// out-of-image taps are skipped).
 #pragma once
 #include <cstdint>
 
@@ -14,8 +14,8 @@
 
 namespace sk {
 
-// How a plan lays lanes. `pixels`: along rows of one image. `gather`: along the pixels of several images, one
-// plane per tap. `batch`: along images.
+// How a plan lays lanes. `pixels`: along rows of one image. `gather`: along the pixels of several images, one plane
+// per tap. `batch`: along images.
 enum class LaneMode : int { pixels = 0, gather = 1, batch = 2 };
 
 struct Block {

@@ -1,5 +1,4 @@
-// One OpenMP pool, torch's own: its wheel and this extension share libgomp. The number of threads comes with
-// each call.
+// One OpenMP pool, torch's own: its wheel and this extension share libgomp. The number of threads comes with each call.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,8 +14,7 @@ struct Team {
   std::int64_t end(std::int64_t n) const { return n * (thread + 1) / threads; }
 };
 
-// Runs body on a team of at most `threads`; a forked child runs alone, because libgomp's threads do not
-// survive a fork.
+// Runs body on a team of at most `threads`; a forked child runs alone, because libgomp's threads do not survive a fork.
 void run_team(int threads, const std::function<void(const Team&)>& body);
 
 // A float buffer of this calling thread, 64-byte aligned, kept between calls. Throws std::bad_alloc.

@@ -46,8 +46,7 @@ Schedule::Schedule(Lattice lattice, const Tiling& tiling, int lanes, int batch_s
     output_stride_ =
         static_cast<std::int64_t>(tiling_.rows) * out_pitch_ * tiling_.images + tiling_.resident_gap;
   } else {
-    // A tap left of column 0 lands in the previous row's zeros; one right of the last column must not reach
-    // data.
+    // A tap left of column 0 lands in the previous row's zeros; one right of the last column must not reach data.
     pitch_ = gather ? l.cols : std::max({cols.hi + std::max(0, -ds_min), l.cols, l.cols + ds_max});
     panel_cols_ = pitch_;
     out_pitch_ = pitch_;

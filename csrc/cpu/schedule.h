@@ -1,5 +1,5 @@
-// What fprop and dgrad share: how a plan cuts a lattice into blocks, where a block's lanes lie, and the runs
-// of lanes each set of taps covers.
+// What fprop and dgrad share: how a plan cuts a lattice into blocks, where a block's lanes lie, and the runs of lanes
+// each set of taps covers.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -10,10 +10,9 @@
 
 namespace sk {
 
-// How a plan lays lanes. pixels: along the rows of one image, rows one pitch apart so that a tap is an
-// offset; the zero columns between rows serve both neighbours. gather: along the pixels of several images,
-// one plane per tap (an im2col; no halo lanes, aligned loads). batch: along images; nothing is padded,
-// out-of-image taps are skipped exactly.
+// How a plan lays lanes. pixels: along the rows of one image, rows one pitch apart so that a tap is an offset; the zero
+// columns between rows serve both neighbours. gather: along the pixels of several images, one plane per tap (an
+// im2col; no halo lanes, aligned loads). batch: along images; nothing is padded, out-of-image taps are skipped exactly.
 enum class LaneMode : int { pixels = 0, gather = 1, batch = 2 };
 
 struct Tiling {
@@ -22,8 +21,8 @@ struct Tiling {
   int rows = 1;          // lattice rows per block
   int filter_parts = 1;  // > 1: the team shares one block's panel and splits its filters (channels in dgrad)
   int window = 12;       // vectors of lanes that stay close to the core while all taps pass over them
-  // Batch lanes only: the panel is a whole activation that already lies in lanes, channels this many floats
-  // further apart than the map is large. 0: the panel is packed from a tensor.
+  // Batch lanes only: the panel is a whole activation that already lies in lanes, channels this many floats further apart
+  // than the map is large. 0: the panel is packed from a tensor.
   int resident_gap = 0;
 };
 

@@ -39,8 +39,7 @@ struct Stripes {
   }
 };
 
-// n filters (or channels) in the fewest tiles of at most `most`, as even as possible: 9 -> 5 + 4, never 8
-// + 1.
+// n filters (or channels) in the fewest tiles of at most `most`, as even as possible: 9 -> 5 + 4, never 8 + 1.
 template <class Fn>
 void split_evenly(int n, int most, Fn fn) {
   const int parts = (n + most - 1) / most;

@@ -1,8 +1,7 @@
-// dw[row(k, t), c] = sum over n, p, q of  dy[n, k, p, q] * x[n, c, p', q']     (live stripes only; p', q' as
-// in fprop)
+// dw[row(k, t), c] = sum over n, p, q of  dy[n, k, p, q] * x[n, c, p', q']     (live stripes only; p', q' as in fprop)
 //
-// Lanes run along c, and both tensors are turned pixel-major first: exact borders, no halo, no horizontal
-// sums. Every thread owns stripes, so the sums have one order whatever the number of threads.
+// Lanes run along c, and both tensors are turned pixel-major first: exact borders, no halo, no horizontal sums. Every
+// thread owns stripes, so the sums have one order whatever the number of threads.
 #pragma once
 #include <vector>
 

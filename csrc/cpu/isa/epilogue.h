@@ -5,8 +5,8 @@
 
 namespace {
 
-// exp(x) to about one ulp: 2^n * p(r), r = x - n ln 2 in two parts; Taylor to r^7/7!, |r| <= ln(2)/2.
-// Infinite above 88: a finite bound there would let silu(-1e38) through as -0.6.
+// exp(x) to about one ulp: 2^n * p(r), r = x - n ln 2 in two parts; Taylor to r^7/7!, |r| <= ln(2)/2. Infinite above
+// 88: a finite bound there would let silu(-1e38) through as -0.6.
 inline vf exponential(vf x) {
   const vf low = splat(-87.f), high = splat(88.f);
   const vf clamped = x < low ? low : (x > high ? high : x);

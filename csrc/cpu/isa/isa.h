@@ -17,16 +17,13 @@ struct IndexedStep {
 };
 
 // y[rows[f], v*W + lane] += sum_i a[i, f] * b[i, v*W + lane]
-//   a: i-th row at a + i * a_step, F consecutive scalars, broadcast;  b: i-th row at b + i * b_step, V
-//   vectors of lanes.
+//   a: i-th row at a + i * a_step, F consecutive scalars, broadcast;  b: i-th row at b + i * b_step, V vectors of lanes.
 using StridedTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const float* b,
                              std::int64_t b_step, float* y, std::int64_t ldy, const std::int32_t* rows);
-// The same, zero at the start, with operand rows at a + F * steps[i].scalar and b + steps[i].lanes; y rows
-// are consecutive.
+// The same, zero at the start, with operand rows at a + F * steps[i].scalar and b + steps[i].lanes; y rows are consecutive.
 using IndexedTile = void (*)(std::int64_t n, const float* a, const float* b, const IndexedStep* steps,
                              float* y, std::int64_t ldy);
-// y[f * ldy + v*W + lane] += sum_{n,h,w} a[f_off[f] + steps . a] * b[steps . b + v*W + lane] over a box of
-// pixels.
+// y[f * ldy + v*W + lane] += sum_{n,h,w} a[f_off[f] + steps . a] * b[steps . b + v*W + lane] over a box of pixels.
 struct BoxSteps {
   std::int64_t count[3];  // images, rows, columns
   std::int64_t a[3], b[3];
@@ -51,9 +48,8 @@ struct IsaKernels {
   void (*load_row)(float* dst, const void* src, DType type, std::int64_t step, std::int64_t n);
   // dst[i * step] = type(src[i])
   void (*store_row)(void* dst, DType type, std::int64_t step, const float* src, std::int64_t n);
-  // `pair` in what follows: kUnpaired, or float(v) is the cell of v and of the value `pair` elements further
-  // (TensorView::pair). Rows: zeros_before zeros, then float(src[r * row_step + i * step]) for i < cols, then
-  // zeros_after zeros, at dst + r * pitch.
+  // `pair` in what follows: kUnpaired, or float(v) is the cell of v and of the value `pair` elements further (TensorView::pair).
+  // Rows: zeros_before zeros, then float(src[r * row_step + i * step]) for i < cols, then zeros_after zeros, at dst + r * pitch.
   void (*load_rows)(float* dst, std::int64_t pitch, const void* src, DType type, std::int64_t row_step,
                     std::int64_t step, std::int64_t rows, std::int64_t zeros_before, std::int64_t cols,
                     std::int64_t zeros_after, std::int64_t pair);

@@ -5,8 +5,7 @@
 
 namespace {
 
-// Registers left for accumulators after V lane vectors and one broadcast: 8x3, 6x4, 4x6 of 32; 4x3, 6x2
-// of 16.
+// Registers left for accumulators after V lane vectors and one broadcast: 8x3, 6x4, 4x6 of 32; 4x3, 6x2 of 16.
 constexpr int kBudget = SK_REGISTERS == 32 ? 24 : 12;
 constexpr int kTileFilters = SK_REGISTERS == 32 ? 8 : 4;
 constexpr int tile_vectors(int F) {

@@ -33,8 +33,7 @@ typedef std::uint16_t vh_unaligned __attribute__((vector_size(2 * SK_LANES), ali
 
 inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
 inline void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
-// s - 0 is s for every s, so nothing is subtracted; 0 + s would turn -0 into 0, and the compiler would have
-// to add.
+// s - 0 is s for every s, so nothing is subtracted; 0 + s would turn -0 into 0, and the compiler would have to add.
 inline vf splat(float s) { return s - vf{}; }
 
 struct bf16 {
