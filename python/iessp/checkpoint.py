@@ -36,6 +36,19 @@ def load(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def read(path: Path) -> Any:
+    """What one file of torch.save or of safetensors holds, on the CPU; ValueError with its name for any other."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # readers say "no" to files of strangers in every type there is
+        said = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} cannot be read: {said[0]}") from error
+
+
 def saved(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, oldest first."""
     return sorted(path for path in folder.glob("step-*.pt") if re.fullmatch(r"step-\d{8}\.pt", path.name))

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import stripe_kernels
+from iessp import checkpoint
 from iessp.cli_frame import Failure
 from iessp.factory import absent, make
 from iessp.models import MODELS, build
@@ -112,28 +112,16 @@ def _file(path: Path) -> nn.Module:
         raise Failure(str(error)) from error
 
 
-def read_weights(path: Path) -> Any:
-    """What a file of safetensors or of torch.save holds. Failure where it is neither, or holds no names."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        said = str(error).splitlines() or [type(error).__name__]
-        raise Failure(f"{path} cannot be read: {said[0]}") from error
-    if not isinstance(state, Mapping):
-        raise Failure(f"{path} holds a {type(state).__name__}, not a state_dict")
-    return state
-
-
 def _load(model: nn.Module, path: Path) -> None:
     """Loads a state_dict: of safetensors, or of torch.save, bare or under "model" or "state_dict"."""
     if not path.is_file():
         raise absent(path)
-    state = read_weights(path)
+    try:
+        state = checkpoint.read(path)
+    except ValueError as error:
+        raise Failure(str(error)) from error
+    if not isinstance(state, Mapping):
+        raise Failure(f"{path} holds a {type(state).__name__}, not a state_dict")
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state.get(key), Mapping) else state
     state = {name.removeprefix("module."): t for name, t in state.items()}

@@ -39,11 +39,7 @@ def load_run(path: Path) -> Frozen:
     Raises FileNotFoundError for a folder without one, ValueError for a file that is none.
     """
     if path.is_file():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            said = str(error).splitlines() or [type(error).__name__]
-            raise ValueError(f"{path} cannot be read: {said[0]}") from error
+        state = checkpoint.read(path)
         if not isinstance(state, dict) or "recipe" not in state:
             raise ValueError(f"{path} is no checkpoint of a run; --weights takes a state_dict")
     else:
