@@ -46,9 +46,16 @@ CXXFLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"),
     *("-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"),
 ]
-NVCCFLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+NVCCFLAGS = [
+    "-O3",
+    "-std=c++17",
+    "--threads=0",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+]
 
-# Machine code where a chip has kernels of its own, PTX for the rest. Never PTX of 90a: no other chip runs it.
+# Machine code where a chip has kernels of its own, PTX for the rest. Never PTX of 90a: no other chip runs it. Files
+# named *_sm90.cu are written in its instructions and compiled for it alone.
 CUDA_TARGETS = [
     ("compute_80", "sm_80"),
     ("compute_80", "compute_80"),
@@ -156,7 +163,11 @@ def add_cuda(graph: NinjaGraph, output: Path, nvcc: str) -> None:
     graph.rule("nvcc", command, depfile="$out.d", deps="gcc")
     graph.rule("nvlink", f"{shlex.quote(nvcc)} -shared -cudart=static $in -o $out $flags")
     flags = NVCCFLAGS + include(CSRC)
-    objects = [graph.compile("nvcc", source, flags + targets) for source in sources("cuda/*.cu")]
+    hopper = [target for target in targets if target.endswith("sm_90a")]
+    objects = [
+        graph.compile("nvcc", source, flags + (hopper if source.stem.endswith("_sm90") else targets))
+        for source in sources("cuda/*.cu")
+    ]
     # nvcc, not the host compiler: only it knows where cuda_runtime.h is (what PATH names may be a wrapper).
     python = include(pybind11.get_include(), sysconfig.get_path("include"))
     objects.append(graph.compile("nvcc", CSRC / "bindings/cuda.cpp", flags + python))

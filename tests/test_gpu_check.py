@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from bench.gpu_check import record
+from bench.gpu_check.probes import merge_over_math
+from bench.gpu_check.report import probe_text
 from bench.gpu_check.rows import crossovers, settings
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +103,20 @@ def test_crossover_lies_where_the_ratio_passes_one() -> None:
 def test_crossover_outside_what_was_measured_is_a_bound(ratio: float, bound: str, density: float) -> None:
     (found,) = crossovers([row(0.1, ratio), row(0.5, ratio)])
     assert (found["bound"], found["density"]) == (bound, density)
+
+
+def test_merge_hides_behind_the_products_of_enough_channels() -> None:
+    """2048 multiply-adds and 16 merged values a cycle: a value costs as much as 128 channels of products."""
+    found: dict[str, Any] = {
+        "wgmma": [{"rows": 128, "n": 128, "one_group": 1900.0, "two_groups": 2048.0}],
+        "merge": [{"rows": 128, "n": 128, "merge": 16.0, "wgmma_slowed": 1.1, "merge_slowed": 1.2}],
+    }
+    (ratio,) = merge_over_math(found)
+    assert (ratio["C=64"], ratio["C=128"], ratio["C=512"]) == (2.0, 1.0, 0.25)
+    text = probe_text({**found, "merge_over_math": [ratio]})
+    assert "2048" in text
+    assert "0.25" in text
+    assert "written for 9.0" in probe_text({"left_out": "the probes are written for 9.0"})
 
 
 def test_settings_cover_passes_dtypes_and_densities() -> None:

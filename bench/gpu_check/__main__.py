@@ -23,6 +23,7 @@ from bench.machine import commit
 
 # Seconds after the start at which each stage has to be over; what is not done by then is listed.
 DEADLINES = {"build": 90, "checks": 170, "sanitizer": 270, "layers": 510, "networks": 580}
+PROBES = 60.0  # seconds, most of them compilation
 DRY = {"build": 90, "checks": 30, "sanitizer": 30, "layers": 60, "networks": 90}
 
 
@@ -44,14 +45,18 @@ def say(text: str) -> None:
 _START = time.perf_counter()
 
 
-def checks_only(device: Device) -> int:
-    """The small set that compute-sanitizer watches."""
+def checks_only(device: Device, kernels: list[str]) -> int:
+    """Few cases, for a process of its own: 0, WRONG, or 3 when the device is lost."""
     from bench.gpu_check import checks
 
-    found = checks.correctness(device, checks.SMALL, float("inf"))
+    found = checks.correctness(
+        device, checks.SMALL, float("inf"), kernels or checks.kernels(device, {"dense"})
+    )
     for failure in found["failures"]:
         print(failure)
-    return 1 if found["failures"] else 0
+    if not checks.alive(device):
+        return 3
+    return tools.WRONG if found["failures"] else 0
 
 
 def check(
@@ -73,29 +78,39 @@ def check(
         found["build"] = tools.build(ends["build"] - time.perf_counter())
         say(f"build: {'ok' if found['build']['ok'] else found['build']['output']}")
     # Imported after the build, which may bring the CUDA extension.
-    from bench.gpu_check import checks, networks, rows
+    from bench.gpu_check import checks, networks, probes, rows
     from stripe_kernels.testing import CASES
 
     torch.backends.cudnn.benchmark = True
     names = checks.SMALL[:1] if dry_run else tuple(CASES)
     found["kernels"] = checks.kernels(device)
-    found["correctness"] = checks.correctness(device, names, ends["checks"])
+    # torch's own are no kernels of ours: they are timed, not checked.
+    ours = checks.kernels(device, () if dry_run else {"dense"})
+    lost = {} if dry_run else tools.first_tries(ours, ends["tries"] - time.perf_counter())
+    found["lost"] = lost
+    say(f"first tries: {', '.join(lost) or 'every kernel'} {'lost' if lost else 'ran'}")
+    ours = [name for name in ours if name not in lost]
+    found["correctness"] = checks.correctness(device, names, ends["checks"], ours)
     say(f"correctness: {found['correctness']['done']} done, {len(found['correctness']['failures'])} failures")
     save(found)
-    found["promises"] = checks.promises(device)
+    found["promises"] = checks.promises(device, lost)
     say(f"promises: {sum(v == 'ok' for v in found['promises'].values())} of {len(found['promises'])} kept")
     if not dry_run:
-        found["sanitizer"] = tools.sanitize(ends["sanitizer"] - time.perf_counter())
+        native = [name for name in ours if name.startswith("cuda_")]
+        found["sanitizer"] = tools.sanitize(native, ends["sanitizer"] - time.perf_counter())
         say(
             "sanitizer: "
             + ", ".join(f"{row['command'].split()[0]} {row['ok']}" for row in found["sanitizer"])
         )
     save(found)
+    if not dry_run:
+        found["probes"] = probes.probe(PROBES)
+        say(f"probes: {found['probes'].get('left_out', 'done')}")
     rounds = 3 if dry_run else rows.ROUNDS
     ceilings = rows.Ceilings.probe(device)
     found["ceilings"] = {"copy_bytes_per_second": ceilings.copy, "gemm_flops": ceilings.gemm}
     found["layers"], found["layers_left_out"] = rows.layer_rows(
-        device, ceilings, ends["layers"], dry_run, rounds
+        device, ceilings, ends["layers"], dry_run, rounds, lost
     )
     found["crossovers"] = rows.crossovers(found["layers"])
     say(f"layers: {len(found['layers'])} rows, {len(found['layers_left_out'])} left out")
@@ -113,12 +128,13 @@ def main() -> int:
     parser.add_argument(
         "--checks-only", action="store_true", help="a small correctness set, for compute-sanitizer"
     )
+    parser.add_argument("--kernels", nargs="*", default=[], help="with --checks-only: these alone")
     parser.add_argument("--no-build", action="store_true", help="the extensions are built already")
     parser.add_argument("--out", type=Path, default=record.RECORDS, help="folder of the record")
     options = parser.parse_args()
     device = Device.find(options.dry_run)
     if options.checks_only:
-        return checks_only(device)
+        return checks_only(device, options.kernels)
     save = partial(record.write, folder=options.out, slug=device.slug)
     found = check(device, options.dry_run, not options.no_build, save)
     path = save(found)

@@ -17,7 +17,13 @@ try:
 except ImportError:
     TritonError = RuntimeError
 
-FAILURES = (RuntimeError, TritonError)  # of a kernel that cannot be compiled, launched or captured
+# Of a kernel that cannot be compiled, launched or captured.
+FAILURES = (RuntimeError, TritonError, ValueError, AssertionError, TypeError, AttributeError)
+
+
+def set_precision(dtype: str) -> None:
+    """tf32 or strict float32, for cuDNN, cuBLAS and the kernels here alike."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype != "float32"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from bench.gpu_check.device import FAILURES, Device, interleave
-from bench.gpu_check.rows import set_precision
+from bench.gpu_check.device import FAILURES, Device, interleave, set_precision
 from bench.skeletons import iid
 from bench.timing import Ratio
 from iessp.models import build

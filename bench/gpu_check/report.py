@@ -59,6 +59,28 @@ def network_table(rows: list[dict[str, Any]]) -> str:
     return _table(lines)
 
 
+def probe_text(found: dict[str, Any]) -> str:
+    """What decides about wgmma: multiply-adds a processor and cycle by columns, and what the merge costs."""
+    if "wgmma" not in found:
+        return f"probes: {found.get('left_out', 'none in a dry run')}"
+    rates = [["wgmma rows x columns", "one group", "two groups"]]
+    rates += [
+        [f"{r['rows']} x {r['n']}", f"{r['one_group']:.0f}", f"{r['two_groups']:.0f}"] for r in found["wgmma"]
+    ]
+    keys = [k for k in found["merge_over_math"][0] if k.startswith("C=")]
+    merges = [["merge over math", "values a cycle", "wgmma slowed", *keys]]
+    for m, over in zip(found["merge"], found["merge_over_math"], strict=True):
+        merges.append(
+            [
+                f"{m['rows']} x {m['n']}",
+                f"{m['merge']:.1f}",
+                f"{m['wgmma_slowed']:.2f}",
+                *(f"{over[k]:.2f}" for k in keys),
+            ]
+        )
+    return f"{_table(rates)}\n\n{_table(merges)}"
+
+
 def _crossovers(found: list[dict[str, Any]]) -> str:
     lines = [["crossover density", "kernel", "d"]]
     for row in found:
@@ -82,7 +104,10 @@ def _slow(row: dict[str, Any]) -> str:
 def _troubles(found: dict[str, Any]) -> list[str]:
     """Everything that did not go as it should, one line each."""
     checks = found["correctness"]
-    lines = [f"WRONG {text}" for text in checks["failures"]]
+    lines = [f"LOST {name}: {reason}" for name, reason in found.get("lost", {}).items()]
+    if not found["dry_run"] and not any(name.startswith("cuda_") for name in found["kernels"]):
+        lines.append(f"no CUDA kernel was built: {found.get('build', {}).get('output', 'not tried')[-1500:]}")
+    lines += [f"WRONG {text}" for text in checks["failures"]]
     if checks["skipped_for_time"]:
         lines.append(f"{checks['skipped_for_time']} correctness checks: no time")
     lines += [f"{what}: {result}" for what, result in found["promises"].items() if result != "ok"]
@@ -115,6 +140,7 @@ def report(found: dict[str, Any]) -> str:
         f"{found['device']}, sources {found['sources']}, commit {found['commit']}, {found['versions']}",
         "\n".join(_troubles(found)) or "no troubles",
         f"copy {found['ceilings']['copy_bytes_per_second'] / 1e9:.0f} GB/s, GEMM {gemm}",
+        probe_text(found.get("probes", {})),
         _crossovers(found["crossovers"]),
         layer_table(found["layers"]),
         network_table(found["networks"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise, product
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu_check.checks import PASSES, RESULT, kernels
-from bench.gpu_check.device import FAILURES, Device, interleave
+from bench.gpu_check.device import FAILURES, Device, interleave, set_precision
 from bench.job import Oracle
 from bench.skeletons import iid
 from bench.timing import Ratio, Sample
@@ -86,11 +86,6 @@ def settings(dry_run: bool) -> list[Setting]:
     return first + crossover + others + single + strict
 
 
-def set_precision(dtype: str) -> None:
-    """tf32 or strict float32, for cuDNN, cuBLAS and the kernels here alike."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype != "float32"
-
-
 def _dense(problem: Case, which: str, weight: Tensor) -> Callable[[Operands], Tensor]:
     """cuDNN on the filter with its zeros."""
     s = problem.shape
@@ -106,7 +101,7 @@ def _dense(problem: Case, which: str, weight: Tensor) -> Callable[[Operands], Te
 
 
 def _contestants(
-    device: Device, problem: Case, operands: Operands, which: str
+    device: Device, problem: Case, operands: Operands, which: str, without: Collection[str]
 ) -> tuple[dict[str, Prepared], dict[str, str]]:
     """Contestants by name, and the reasons of those that refuse. Weights are packed once for fprop, in
     every call for dgrad."""
@@ -117,13 +112,13 @@ def _contestants(
     (_, predicted), *_ = prepared(problem, operands, which, "dense").values()
     found = {"cudnn": Prepared(_dense(problem, which, weight), predicted)}
     refused = {}
-    for kernel in kernels(device):
+    for kernel in kernels(device, without):
         if kernel == "dense" or kernel.startswith("cpu_"):
             continue
         try:
             calls = prepared(problem, operands, which, kernel, repack=which == "dgrad")
-        except RuntimeError as error:
-            refused[kernel] = str(error)
+        except FAILURES as error:
+            refused[kernel] = str(error)[:500]
             continue
         found |= dict(list(calls.items())[:CONFIGS])
     return found, refused
@@ -179,13 +174,15 @@ def _inputs(problem: Case, dtype: str, device: Device) -> tuple[Operands, Oracle
     return operands, Oracle(problem, operands), sets
 
 
-def layer_row(device: Device, setting: Setting, ceilings: Ceilings, rounds: int) -> dict[str, Any]:
+def layer_row(
+    device: Device, setting: Setting, ceilings: Ceilings, rounds: int, without: Collection[str] = ()
+) -> dict[str, Any]:
     """One line: every contestant's median, spread and paired ratio to cuDNN; those whose result is wrong
     are not timed."""
     set_precision(setting.dtype)
     problem = setting.case()
     operands, oracle, sets = _inputs(problem, setting.dtype, device)
-    calls, refused = _contestants(device, problem, operands, setting.which)
+    calls, refused = _contestants(device, problem, operands, setting.which, without)
     ready, wrong = {}, {}
     for name, (call, _) in calls.items():
         try:
@@ -242,9 +239,14 @@ def _auto(samples: dict[str, Sample], calls: dict[str, Prepared]) -> dict[str, A
 
 
 def layer_rows(
-    device: Device, ceilings: Ceilings, deadline: float, dry_run: bool, rounds: int = ROUNDS
+    device: Device,
+    ceilings: Ceilings,
+    deadline: float,
+    dry_run: bool,
+    rounds: int = ROUNDS,
+    without: Collection[str] = (),
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows, and the settings there was no time for."""
+    """Rows, and the settings there was no time for or that raised, with the reason."""
     rows, left = [], []
     for setting in settings(dry_run):
         if time.perf_counter() > deadline:
@@ -252,7 +254,13 @@ def layer_rows(
                 f"{setting.which} {setting.dtype} {setting.name} N={setting.batch} d={setting.density}"
             )
             continue
-        rows.append(layer_row(device, setting, ceilings, rounds))
+        try:
+            rows.append(layer_row(device, setting, ceilings, rounds, without))
+        except FAILURES as error:
+            left.append(
+                f"{setting.which} {setting.dtype} {setting.name} N={setting.batch} d={setting.density}: "
+                f"{type(error).__name__}: {str(error)[:300]}"
+            )
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return rows, left

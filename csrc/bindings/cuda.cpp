@@ -68,6 +68,7 @@ const Spec kSpecs[] = {
     {"dgrad_mma", dgrad_mma, dgrad_mma_bytes, [](const TableCheck& t, const Layout&) { t.dgrad_mma(); }},
     {"wgrad_mma", wgrad_mma, wgrad_mma_bytes,
      [](const TableCheck& t, const Layout& l) { t.wgrad(4, 8, 8, l.slab); }},
+    {"fprop_sm90", fprop_sm90, fprop_sm90_bytes, [](const TableCheck& t, const Layout&) { t.fprop_sm90(); }},
 };
 
 const Spec& spec_of(const std::string& name) {

@@ -114,6 +114,40 @@ class TableCheck {
     }
   }
 
+  // A tile of filters: channel, count, segments, their end, blocks, group; a segment: origin, phase, blocks, their end.
+  void fprop_sm90() const {
+    const Walk& w = l_.walk;
+    const int n = l_.width, phases = w.in_step_h * w.in_step_w, pitch = l_.pitch;
+    require(l_.dtype != DType::f32, "16-bit values");
+    require(n == 64 || n == 128 || n == 256, "width is 64, 128 or 256 columns");
+    require(rows_ <= (n == 64 ? 256 : n == 128 ? 128 : 64), "a patch has accumulators");
+    require(w.in_step_h <= 4 && w.in_step_w <= 4 && phases <= 4, "at most four phases of the stride");
+    require(w.patch_h <= 256 && w.patch_w <= 256 && w.tile_n <= 256, "a patch fits a box");
+    require(w.classes == 1 && l_.splits == 1 && l_.slab >= 2, "one class, no splits, two stages");
+    require(pitch % 2 == 0 && pitch >= l_.tile_out + l_.tile_out % 2,
+            "sums have room for the filters, in pairs");
+    require((l_.steps - l_.items) / 8 >= l_.groups * l_.tiles_out, "a tile of filters has eight integers");
+    const int segments = (l_.entries - l_.steps) / 8, blocks = (l_.classes - l_.lists) / n;
+    require(l_.lists - l_.entries >= blocks, "a block has its number of rounds");
+    for (int i = 0; i < l_.groups * l_.tiles_out; ++i) {
+      const int* f = &t_[l_.items + 8 * i];
+      require(0 <= f[5] && f[5] < l_.groups && f[1] > 0 && f[1] <= l_.tile_out, "filters exist");
+      require(f[0] >= f[5] * l_.group_out && f[0] + f[1] <= (f[5] + 1) * l_.group_out,
+              "filters lie in their group");
+      require(0 <= f[2] && f[2] <= f[3] && f[3] <= segments, "segments exist");
+      int sum = 0;
+      for (int g = f[2]; g < f[3]; ++g) {
+        const int* s = &t_[l_.steps + 8 * g];
+        require(0 <= s[2] && s[2] < phases && s[2] / w.in_step_w < w.in_h && s[2] % w.in_step_w < w.in_w,
+                "a phase has pixels");
+        require(0 <= s[3] && s[3] < s[4] && s[4] <= blocks, "blocks exist");
+        sum += s[4] - s[3];
+      }
+      require(sum == f[4], "blocks are counted");
+    }
+    for (int b = 0; b < blocks; ++b) require(0 <= entry(b) && entry(b) <= n / 32, "rounds exist");
+  }
+
   static void require(bool ok, const std::string& what) {
     if (!ok) throw std::invalid_argument("stripe_kernels._cuda: tables do not hold: " + what);
   }

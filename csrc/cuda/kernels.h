@@ -16,6 +16,9 @@ int fprop_mma(const Params&, void* stream);
 int dgrad_mma(const Params&, void* stream);
 int wgrad_mma(const Params&, void* stream);
 
+// Hopper alone (sm_90a): wgmma and its copy engine; bfloat16, float16; channels last.
+int fprop_sm90(const Params&, void* stream);
+
 // Shared memory of a block in bytes, so that Python can choose layouts that fit.
 int fprop_ffma_bytes(const Layout&);
 int dgrad_ffma_bytes(const Layout&);
@@ -23,6 +26,7 @@ int wgrad_ffma_bytes(const Layout&);
 int fprop_mma_bytes(const Layout&);
 int dgrad_mma_bytes(const Layout&);
 int wgrad_mma_bytes(const Layout&);
+int fprop_sm90_bytes(const Layout&);
 
 // out[i] = finish(partial[0][i] + partial[1][i] + ...), in this order; channel of i: i / channel_stride %
 // channels.

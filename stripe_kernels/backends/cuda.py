@@ -3,13 +3,16 @@
 cuda_ffma       float32, strict; exact at one filter or stripe, any strides
 cuda_mma        bfloat16, float16 on tensor cores, channels last
 cuda_mma_tf32   float32 operands rounded to tf32 on tensor cores, channels last
+cuda_wgmma      bfloat16, float16 on Hopper's own instructions, channels last; fprop
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from stripe_kernels.backends import cuda_cost, cuda_ffma, cuda_mma, cuda_mma_grad
+import torch
+
+from stripe_kernels.backends import cuda_cost, cuda_ffma, cuda_mma, cuda_mma_grad, cuda_wgmma
 from stripe_kernels.backends.cuda_tables import Layout
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
 
@@ -74,6 +77,41 @@ def _refuse_mma(dtypes: tuple[str, ...]) -> Any:
     return refuse
 
 
+def _chip() -> str | None:
+    """Why the current device is not one of compute capability 9.0; None without a device, where nothing runs anyway."""
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability()
+    if capability == (9, 0):
+        return None
+    return f"is compiled for sm_90a alone; this device has compute capability {capability[0]}.{capability[1]}"
+
+
+def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
+    reason = _unfit(problem, ("bfloat16", "float16"))
+    if reason:
+        return reason
+    s = problem.shape
+    if which != "fprop":
+        return f"computes fprop; cuda_mma has {which}"
+    if not problem.channels_last and max(s.H * s.W, s.P * s.Q) > 1:
+        return "takes channels_last tensors"
+    if s.group_c % 8:
+        return f"needs C/groups in multiples of 8 (16 bytes), got {s.group_c}"
+    if s.stride[0] * s.stride[1] > cuda_wgmma.PHASES:
+        return f"takes strides of at most {cuda_wgmma.PHASES} phases, got {s.stride}"
+    if s.H * s.W and not any(cuda_wgmma.room(problem, config) for config in cuda_wgmma.CONFIGS):
+        return (
+            f"a patch with the halo of its taps, {s.group_c} channels and a tile of sums exceed "
+            f"{cuda_wgmma.SHARED_BYTES} bytes of shared memory"
+        )
+    return _chip()
+
+
+def _build_wgmma(problem: Problem, which: Pass, config: Config) -> Any:
+    return cuda_wgmma.WgmmaFprop(_cuda, problem, config)
+
+
 def _build_ffma(problem: Problem, which: Pass, config: Config) -> Any:
     return cuda_ffma.RUNNERS[which](_cuda, problem, config)
 
@@ -86,3 +124,4 @@ def _build_mma(problem: Problem, which: Pass, config: Config) -> Any:
 register(Kernel("cuda_ffma", _refuse_ffma, cuda_cost.ffma, _build_ffma, automatic=False))
 register(Kernel("cuda_mma", _refuse_mma(("bfloat16", "float16")), cuda_cost.mma, _build_mma, automatic=False))
 register(Kernel("cuda_mma_tf32", _refuse_mma(("float32",)), cuda_cost.mma, _build_mma, automatic=False))
+register(Kernel("cuda_wgmma", _refuse_wgmma, cuda_cost.wgmma, _build_wgmma, automatic=False))

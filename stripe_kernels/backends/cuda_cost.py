@@ -6,8 +6,9 @@ problem until tune() replaces it.
 
 from __future__ import annotations
 
-from stripe_kernels.backends import cuda_ffma, cuda_mma, cuda_mma_grad
+from stripe_kernels.backends import cuda_ffma, cuda_mma, cuda_mma_grad, cuda_wgmma
 from stripe_kernels.backends.cuda_columns import BANDS, STRIPES, WHOLE, column_tiles
+from stripe_kernels.backends.cuda_stripes import ROUND
 from stripe_kernels.backends.cuda_tables import Layout
 from stripe_kernels.registry import Config, Pass, Problem
 
@@ -109,4 +110,28 @@ def _mma_fprop(problem: Problem) -> dict[Config, float]:
             for splits in _splits(blocks, most):
                 cycles = work * walk.blocks * walk.classes
                 found[mode, how, splits] = _seconds(problem, "fprop", cycles, blocks * splits, splits, size)
+    return found
+
+
+def wgmma(problem: Problem, which: Pass) -> dict[Config, float]:
+    """A block of columns takes what is longest: 2048 multiply-adds a cycle, its operands from shared memory together
+    with the merge of two warpgroups in turn (128 bytes a cycle), or its weights from the second-level cache (28)."""
+    found: dict[Config, float] = {}
+    for config in cuda_wgmma.CONFIGS:
+        if cuda_wgmma.room(problem, config) is None:
+            continue
+        width = config[0]
+        patch, tiles, layout = cuda_wgmma.tiles_of(problem, config)
+        rows, channels = -(-patch.rows // 64), cuda_wgmma.chunks_of(problem) * cuda_wgmma.CHUNK
+        math = rows * 64 * width * channels / 2048
+        operands = rows * (64 + width) * channels * 2
+        cycles = 0.0
+        for tile in tiles:
+            for _, blocks in tile.segments:
+                merged = [8 * rows * 64 * ROUND * len(rounds) for rounds in blocks]
+                cycles += sum(max(math, (operands + m) / 128, width * channels * 2 / 28) for m in merged)
+                cycles += patch.rows * channels * 2 / 28
+            cycles += patch.places * layout.pitch * 4 / 128 + 600
+        items = len(tiles) * patch.walk.blocks
+        found[config] = _seconds(problem, which, cycles * patch.walk.blocks, items, 1, 2)
     return found

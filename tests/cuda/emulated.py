@@ -23,8 +23,7 @@ CXX = os.environ.get("CXX", "c++")
 
 
 def device_sources() -> list[Path]:
-    """The .cu files g++ can compile: all but those written in one architecture's own instructions."""
-    return sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if not p.stem.endswith("_sm90"))
+    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
 
 
 def hash_of(*texts: str) -> str:
@@ -87,6 +86,17 @@ def load(path: Path) -> ModuleType:
 def backwards(native: ModuleType) -> Iterator[None]:
     """The threads of a block in falling order."""
     switch = ctypes.CDLL(native.__file__).emulate_backwards
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(False)
+
+
+@contextmanager
+def late(native: ModuleType) -> Iterator[None]:
+    """Copies and products of sm_90 happen as late as they may."""
+    switch = ctypes.CDLL(native.__file__).emulate_late
     switch(True)
     try:
         yield

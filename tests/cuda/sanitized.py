@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from stripe_kernels.backends import cuda_ffma, cuda_mma, cuda_mma_grad
+from stripe_kernels.backends import cuda_ffma, cuda_mma, cuda_mma_grad, cuda_wgmma
 from stripe_kernels.registry import PASSES
 from stripe_kernels.testing import CASES
 from tests.cuda import emulated
 from tests.cuda.problems import check, problem_of
 from tests.cuda.test_ffma import FAR
 from tests.cuda.test_mma import WIDE
+from tests.cuda.test_wgmma import EVERYTHING, check_wgmma, refused
 
 # Odd everywhere, so that no row, chunk or tile ends where its memory does.
 NAMES = (
@@ -37,6 +38,13 @@ def main(extension: str) -> None:
                 runner = MMA[which](native, problem_of(c, "channels_last", torch.bfloat16), config)
                 check(runner, c, which, torch.bfloat16, "channels_last", "mma")
                 count += 1
+    for c in (*WIDE, EVERYTHING):
+        for config in cuda_wgmma.CONFIGS[:2]:
+            if not refused(problem_of(c, "channels_last", torch.bfloat16), config):
+                check_wgmma(native, c, torch.bfloat16, config)
+                with emulated.late(native):
+                    check_wgmma(native, c, torch.bfloat16, config)
+                count += 2
     print(f"{count} launches within their budgets")
 
 

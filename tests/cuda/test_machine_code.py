@@ -22,7 +22,8 @@ ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 KERNELS = sorted(p.stem for p in (ROOT / "csrc/cuda").glob("*_*.cu"))
 
 # Registers a thread may use for the blocks an SM is meant to hold: 65536 / (threads * blocks), 255 at most.
-MOST_REGISTERS = {"ffma": 128, "mma": 255}
+# sm90: what its three warpgroups begin with; they trade registers then.
+MOST_REGISTERS = {"ffma": 128, "mma": 255, "sm90": 168}
 TENSOR_INSTRUCTIONS = {"mma": "HMMA", "sm90": "HGMMA"}
 
 
@@ -45,28 +46,27 @@ def disassembler() -> str | None:
     return shutil.which("cuobjdump") or (shutil.which("cuobjdump", path=str(bundled)) if bundled else None)
 
 
-def compile_for(kernel: str, architecture: str) -> list[Function]:
+def compile_for(source: Path, architecture: str) -> list[Function]:
     """Compiled once for these sources; the findings are kept under build/."""
-    target = (
-        emulated.ROOT / "build/machine_code" / emulated.hash_of(str(NVCC)) / f"{kernel}.{architecture}.json"
-    )
+    kernel, digest = source.stem, emulated.hash_of(str(NVCC), source.read_text())
+    target = emulated.ROOT / "build/machine_code" / digest / f"{kernel}.{architecture}.json"
     with emulated.built_once(target.parent, target.stem):
         if not target.exists():
             target.write_text(
-                json.dumps([asdict(f) for f in examine(kernel, architecture, target.with_suffix(".cubin"))])
+                json.dumps([asdict(f) for f in examine(source, architecture, target.with_suffix(".cubin"))])
             )
     return [Function(**f) for f in json.loads(target.read_text())]
 
 
-def examine(kernel: str, architecture: str, cubin: Path) -> list[Function]:
+def examine(source: Path, architecture: str, cubin: Path) -> list[Function]:
     options = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "-cubin"]
     target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
-    source = ROOT / f"csrc/cuda/{kernel}.cu"
     result = subprocess.run(
         [NVCC, *options, target, str(source), "-o", str(cubin)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr, result.stderr
+    assert "Performance Loss" not in result.stderr, result.stderr  # wgmma that the assembler runs one by one
     assembly = subprocess.run(
         [disassembler(), "-sass", str(cubin)], capture_output=True, text=True, check=True
     ).stdout
@@ -111,10 +111,14 @@ def architectures_of_nvcc() -> list[str]:
     return [a for a in ARCHITECTURES if a.rstrip("a") in listing]
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.skipif(
+needs_compiler = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+needs_disassembler = pytest.mark.skipif(
     disassembler() is None, reason="cuobjdump is not installed: it comes with CUDA, and with triton"
 )
+
+
+@needs_compiler
+@needs_disassembler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_machine_code(kernel: str, architecture: str) -> None:
@@ -123,7 +127,7 @@ def test_machine_code(kernel: str, architecture: str) -> None:
     family = kernel.rpartition("_")[2]
     if family == "sm90" and architecture != "sm_90a":
         pytest.skip("written in the instructions of sm_90a")
-    functions = compile_for(kernel, architecture)
+    functions = compile_for(ROOT / f"csrc/cuda/{kernel}.cu", architecture)
     assert functions, "no kernel found in the assembler's report"
     for f in functions:
         where = f"{f.name} on {architecture}"
@@ -133,10 +137,35 @@ def test_machine_code(kernel: str, architecture: str) -> None:
         assert f.shared <= 1024, f"{where}: shared memory is dynamic, got {f.shared} bytes of its own"
         assert f.instructions.get("LDL", 0) == f.instructions.get("STL", 0) == 0, f"{where} uses local memory"
         wanted = TENSOR_INSTRUCTIONS.get(family, "FFMA")
-        assert f.instructions.get(wanted, 0) >= 16, f"{where} has no {wanted}: {f.instructions}"
+        least = 4 if family == "sm90" else 16  # one wgmma is 64 rows of products: four a chunk of channels
+        assert f.instructions.get(wanted, 0) >= least, f"{where} has no {wanted}: {f.instructions}"
         assert f.instructions.get("LDGSTS", 0) or f.instructions.get("UTMALDG", 0), (
             f"{where} does not copy asynchronously"
         )
+        if family == "sm90":
+            for opcode in ("UTMALDG", "UBLKCP", "SYNCS", "USETMAXREG"):
+                assert f.instructions.get(opcode, 0), f"{where} has no {opcode}: {f.instructions}"
+
+
+@needs_compiler
+@needs_disassembler
+def test_probes_are_what_they_time() -> None:
+    """Of every probe: no local memory, and the products and additions it is named for."""
+    if "sm_90a" not in architectures_of_nvcc():
+        pytest.skip("this nvcc does not know sm_90a")
+    functions = compile_for(ROOT / "bench/gpu_check/probes.cu", "sm_90a")
+    shapes = set()
+    for f in functions:
+        tiles, n, first, second = map(
+            int, re.search(r"probeILi(\d+)ELi(\d+)ELi(\d)ELi(\d)E", f.name).groups()
+        )
+        assert f.spills == f.stack == 0, f
+        products = f.instructions.get("HGMMA", 0)
+        assert products % (4 * tiles) == 0, f
+        assert (products > 0) == (1 in (first, second)), f
+        assert 2 not in (first, second) or f.instructions["FADD"] >= tiles * n // 2, f
+        shapes.add((tiles, n))
+    assert {n for _, n in shapes} >= {8, 16, 32, 64, 96, 128, 192, 256}
 
 
 def test_extension_imports_without_a_driver() -> None:

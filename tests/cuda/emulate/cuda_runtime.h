@@ -4,7 +4,9 @@
 // A fiber runs until it waits: at a barrier for its block, in a warp instruction for its warp. Fibers run in
 // the order of their numbers or, when `backwards` is set, against it: a read of shared memory that no barrier
 // separates from its write differs between the two. Shared memory is allocated anew for every block, to the
-// byte, and poisoned with NaN. It cannot judge timing, or races inside one warp instruction.
+// byte, and poisoned with NaN. What is asynchronous on sm_90 happens at once or, when `late` is set, as late as
+// it may: copies when every thread waits, products when their group is waited for. It cannot judge timing, or
+// races inside one warp instruction.
 #pragma once
 #include <ucontext.h>
 
@@ -21,6 +23,7 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -28,6 +31,9 @@ struct dim3 {
 };
 struct alignas(16) float4 {
   float x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
 };
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -37,7 +43,8 @@ struct alignas(16) uint4 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -45,6 +52,9 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+// Few, so that a block of a persistent grid has several items.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 2, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t e) { return e ? "invalid value" : "no error"; }
@@ -56,7 +66,7 @@ inline int min(int a, int b) { return a < b ? a : b; }
 
 namespace emulate {
 
-inline bool backwards = false;
+inline bool backwards = false, late = false;
 inline constexpr std::size_t kStack = 128 * 1024;
 
 struct Copy {
@@ -65,11 +75,22 @@ struct Copy {
   int bytes;
 };
 
+// One asynchronous product of a warpgroup, as one thread sees it; run(all lanes' d, product, warp) does a warp's.
+struct Product {
+  float* d;
+  std::uint64_t a, b;
+  bool accumulate;
+  int group;
+  void (*run)(float* const*, const Product&, int);
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool done = false;
   std::vector<Copy> copies;  // asynchronous copies arrive when they are waited for, not before
+  std::vector<Product> products;
+  int groups = 0;  // committed
 };
 
 struct Meeting {
@@ -79,13 +100,15 @@ struct Meeting {
 
 struct Warp {
   Meeting meeting;
+  std::uint64_t products = 0;  // a digest: the four warps of a warpgroup issue the same
   alignas(16) unsigned char operand[32][64], result[32][64];
 };
 
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  Meeting meeting;
+  Meeting meeting, named[16];
+  std::vector<std::function<void()>> copies;  // of the copy engine, on their way
   std::vector<unsigned char> shared;
   ucontext_t scheduler;
   int running = 0;
@@ -93,6 +116,22 @@ struct Block {
   std::function<void()> kernel;
 };
 inline Block block;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulate: %s\n", what);
+  std::abort();
+}
+
+// Shared memory as instructions address it: it begins somewhere, at a multiple of 128 and no more.
+constexpr std::uint32_t kSharedBase = 0x480;
+inline std::uint32_t address_of(const void* p) {
+  return kSharedBase + static_cast<std::uint32_t>(static_cast<const unsigned char*>(p) - block.shared.data());
+}
+inline unsigned char* at_address(std::uint32_t address, std::size_t bytes) {
+  if (address < kSharedBase || address - kSharedBase + bytes > block.shared.size())
+    fail("an address lies outside shared memory");
+  return block.shared.data() + (address - kSharedBase);
+}
 
 inline void yield() { swapcontext(&block.fibers[block.running].context, &block.scheduler); }
 
@@ -141,10 +180,13 @@ inline void run_block(int threads, std::size_t shared_bytes) {
   if (static_cast<int>(block.fibers.size()) < threads) block.fibers.resize(threads);
   block.warps = std::vector<Warp>(threads / 32);
   block.meeting = {};
+  for (Meeting& m : block.named) m = {};
   for (int t = 0; t < threads; ++t) {
     Fiber& f = block.fibers[t];
     f.done = false;
     f.copies.clear();
+    f.products.clear();
+    f.groups = 0;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = kStack;
@@ -162,10 +204,22 @@ inline void run_block(int threads, std::size_t shared_bytes) {
       alive -= block.fibers[t].done;
     }
     if (!block.progress && alive > 0) {
-      std::fprintf(stderr, "emulate: %d threads wait for others that never come\n", alive);
-      std::abort();
+      if (block.copies.empty()) {
+        std::fprintf(stderr, "emulate: %d threads wait for others that never come\n", alive);
+        std::abort();
+      }
+      const auto one = backwards ? block.copies.end() - 1 : block.copies.begin();
+      const std::function<void()> copy = *one;
+      block.copies.erase(one);
+      copy();
     }
   }
+  if (!block.copies.empty()) fail("a block ends while copies are on their way");
+  for (int t = 0; t < threads; ++t)
+    if (!block.fibers[t].products.empty()) fail("a thread ends with products nobody waited for");
+  for (int w = 0; w < threads / 32; ++w)
+    if (block.warps[w].products != block.warps[w / 4 * 4].products)
+      fail("the warps of a warpgroup issue different products");
 }
 
 }  // namespace emulate

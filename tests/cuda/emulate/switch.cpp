@@ -2,3 +2,6 @@
 
 // Threads of a block run in falling order from now on, or in rising order again.
 extern "C" __attribute__((visibility("default"))) void emulate_backwards(bool on) { emulate::backwards = on; }
+
+// Copies and products of sm_90 happen as late as they may from now on, or at once again.
+extern "C" __attribute__((visibility("default"))) void emulate_late(bool on) { emulate::late = on; }

@@ -62,6 +62,7 @@ inline float exponential(float x) { return std::exp(x); }
 using std::fmaf;
 
 inline unsigned char* shared_memory() { return emulate::block.shared.data(); }
+inline std::uint32_t shared_address(const void* p) { return emulate::address_of(p); }
 
 inline void barrier() {
   emulate::meet(emulate::block.meeting, static_cast<int>(blockDim.x), [] {});

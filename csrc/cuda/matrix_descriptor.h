@@ -1,0 +1,16 @@
+// How wgmma finds an operand in shared memory. Plain C++: the emulation decodes what this encodes.
+#pragma once
+#include <cstdint>
+
+#include "cuda/instructions.h"
+
+namespace sk::cuda {
+
+// A matrix whose rows are 128 bytes apart and swizzled by 128 bytes: 16-byte piece p of row r lies at place
+// p ^ (r % 8). `address` is that of row 0 (a multiple of 1024 bytes), or 32 bytes further for each 16 values of K.
+__device__ inline std::uint64_t matrix_descriptor(std::uint32_t address) {
+  constexpr std::uint64_t eight_rows = 1024 >> 4, swizzle_128 = 1;
+  return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | eight_rows << 32 | swizzle_128 << 62;
+}
+
+}  // namespace sk::cuda

@@ -1,0 +1,29 @@
+// What warps of sm_90 do in fours: trade registers, and meet without the rest of the block.
+#pragma once
+#include "cuda/instructions.h"
+
+namespace sk::cuda {
+
+constexpr int kWarpgroup = 128;
+
+// Registers a thread of this warpgroup has from here on; all four warps call it.
+template <int Registers>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+template <int Registers>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+// A barrier of warpgroup 0 or 1. A number in a register would claim all sixteen barriers.
+__device__ inline void warpgroup_barrier(int group) {
+  if (group == 0)
+    asm volatile("bar.sync 1, %0;" ::"n"(kWarpgroup) : "memory");
+  else
+    asm volatile("bar.sync 2, %0;" ::"n"(kWarpgroup) : "memory");
+}
+
+__device__ inline void warp_barrier() { __syncwarp(); }
+
+}  // namespace sk::cuda

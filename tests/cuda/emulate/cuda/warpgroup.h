@@ -1,0 +1,27 @@
+// What csrc/cuda/warpgroup.h is on a GPU, on a CPU.
+#pragma once
+#include "cuda/instructions.h"
+
+namespace sk::cuda {
+
+constexpr int kWarpgroup = 128;
+
+template <int Registers>
+void give_registers() {
+  static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256);
+}
+template <int Registers>
+void take_registers() {
+  static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256);
+}
+
+inline void warpgroup_barrier(int group) {
+  if (emulate::block.running / kWarpgroup != group) emulate::fail("a thread waits with another warpgroup");
+  emulate::meet(emulate::block.named[1 + group], kWarpgroup, [] {});
+}
+
+inline void warp_barrier() {
+  emulate::meet(emulate::block.warps[emulate::block.running / 32].meeting, 32, [] {});
+}
+
+}  // namespace sk::cuda

@@ -1,0 +1,210 @@
+"""The kernel of Hopper's own instructions, run on the CPU, against the float64 oracle: copies and products at once and
+as late as they may, threads in both orders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from stripe_kernels import list_kernels, registry
+from stripe_kernels.backends.cuda_stripes import ROUND, Patch, blocks_of, patch_of
+from stripe_kernels.backends.cuda_tables import DTYPES as CODES
+from stripe_kernels.backends.cuda_wgmma import CONFIGS, SHARED_BYTES, WgmmaFprop, room, tiles_of
+from stripe_kernels.geometry import ConvShape
+from stripe_kernels.phases import phases
+from stripe_kernels.registry import Config, Problem
+from stripe_kernels.skeleton import FilterSkeleton
+from stripe_kernels.testing import Budget, Case, budgets, case
+from tests.cuda import emulated
+from tests.cuda.problems import check, problem_of
+from tests.cuda.test_layouts import SHAPES
+from tests.cuda.test_layouts import problem as random_problem
+from tests.cuda.test_mma import PROBLEMS as MMA_PROBLEMS
+
+# Two blocks of the grid share everything: several items each, blocks and tiles of filters, more chunks than stages.
+EVERYTHING = case("several of everything", N=3, C=136, H=13, W=17, K=150, density=0.3)
+DEEP = case("more chunks than stages", N=1, C=648, H=5, W=5, K=40, density=0.4)
+PROBLEMS = (
+    *MMA_PROBLEMS, EVERYTHING, DEEP,
+    case("four phases", N=2, C=16, H=11, W=9, K=20, R=5, S=4, stride=(2, 2), padding=(2, 1)),
+    case("phases nobody reads", N=3, C=8, H=8, W=7, K=9, R=1, S=1, stride=(2, 2), padding=(0, 0)),
+    case("three rows apart", N=2, C=24, H=14, W=6, K=9, stride=(3, 1), dilation=(1, 2), padding=(2, 2)),
+    case("one row", N=2, C=8, H=1, W=40, K=9, R=1, S=3, padding=(0, 1)),
+)  # fmt: skip
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def refused(problem: Problem, config: Config) -> bool:
+    u, v = problem.shape.stride
+    return u * v > 4 or room(problem, config) is None
+
+
+def check_wgmma(native: ModuleType, c: Case, dtype: torch.dtype, config: Config) -> torch.Tensor:
+    runner = WgmmaFprop(native, problem_of(c, "channels_last", dtype), config)
+    return check(runner, c, "fprop", dtype, "channels_last", f"wgmma {config}")
+
+
+@pytest.mark.parametrize("c", PROBLEMS, ids=lambda c: c.name)
+def test_within_the_budget(native: ModuleType, c: Case) -> None:
+    ran = 0
+    for dtype, config in zip(DTYPES * 2, CONFIGS, strict=True):
+        if refused(problem_of(c, "channels_last", dtype), config):
+            continue
+        at_once = check_wgmma(native, c, dtype, config)
+        with emulated.late(native):
+            assert torch.equal(check_wgmma(native, c, dtype, config), at_once)
+        ran += 1
+    strides = c.shape.stride[0] * c.shape.stride[1]
+    assert ran or strides > 4 or c.name == "taps far apart"
+
+
+def test_no_wait_is_missing(native: ModuleType) -> None:
+    """The bits depend neither on the order of threads nor on when copies and products happen."""
+    for c, config in product((EVERYTHING, DEEP, PROBLEMS[1]), CONFIGS[:2]):
+        if refused(problem_of(c, "channels_last", torch.bfloat16), config):
+            continue
+        first = check_wgmma(native, c, torch.bfloat16, config)
+        with emulated.backwards(native):
+            assert torch.equal(check_wgmma(native, c, torch.bfloat16, config), first)
+            with emulated.late(native):
+                assert torch.equal(check_wgmma(native, c, torch.bfloat16, config), first)
+
+
+def test_epilogue(native: ModuleType) -> None:
+    """In float32 after the sums, rounded once: against the float64 epilogue of the float32 convolution."""
+    c = case("several chunks", N=3, C=136, H=5, W=5, K=19, density=0.3)
+    o = c.operands(torch.bfloat16, "channels_last")
+    runner = WgmmaFprop(native, problem_of(c, "channels_last", torch.bfloat16), CONFIGS[0])
+    packed = runner.pack(o.weight)
+    conv = budgets(c, o).y.expected
+    for bias, scale, residual, activation in (
+        (o.bias, o.scale, o.residual, "relu"),
+        (None, o.scale, None, "silu"),
+        (o.bias, None, o.residual.contiguous(), "hardswish"),
+    ):
+        z = conv if scale is None else conv * scale.double()[:, None, None]
+        z = z if bias is None else z + bias.double()[:, None, None]
+        z = getattr(torch.nn.functional, activation)(z if residual is None else z + residual.double())
+        y = runner(o.x, packed, bias, scale, residual, activation)
+        Budget.of(z, z.to(torch.bfloat16)).check(y, activation)
+
+
+def test_nan_reaches_its_readers_alone(native: ModuleType) -> None:
+    c = case("one image", N=2, C=24, H=9, W=8, K=23)
+    o = c.operands(torch.bfloat16, "channels_last")
+    x = o.x.clone()
+    for n, h, w in ((0, 6, 5), (0, 0, 7), (1, 8, 0)):
+        x[n, 3, h, w] = torch.nan
+    live = torch.from_numpy(c.skeleton.live.copy())
+    reads = torch.nn.functional.conv2d(
+        x.isnan().float(), live[:, None].expand(-1, 24, -1, -1).float(), padding=1
+    )
+    for config in CONFIGS:
+        runner = WgmmaFprop(native, problem_of(c, "channels_last", torch.bfloat16), config)
+        y = runner(x, runner.pack(o.weight), None, None, None, "none")
+        assert torch.equal(y.isnan(), reads > 0)
+
+
+def lands(patch: Patch, skeleton: FilterSkeleton, s: ConvShape) -> None:
+    """Every output pixel gets from every tap exactly the input pixel it reads, wherever values wrap around."""
+    w = patch.walk
+    (images, th, tw), (gh, gw) = w.tile, w.patch
+    for phase in phases(skeleton, s):
+        if not phase.taps or not phase.pixels:
+            continue
+        rows = np.arange(patch.rows)
+        h = rows // gw % gh + patch.vertical.origin[phase.h0]
+        v = rows % gw + patch.horizontal.origin[phase.w0]
+        whole_h, whole_w = th == s.P, tw == s.Q
+        real = ((h >= 0) & (h < phase.rows) | ~np.bool_(whole_h)) & (
+            (v >= 0) & (v < phase.columns) | ~np.bool_(whole_w)
+        )
+        for tap in phase.taps:
+            place = rows - patch.offset(phase, tap.i, tap.j)
+            n, i, j = place // (gh * gw), place // gw % gh, place % gw
+            hit = (place >= 0) & (place < patch.places) & (i < th) & (j < tw) & real
+            assert (n == rows // (gh * gw))[hit].all(), (s, tap)
+            assert (h == i + tap.i)[hit].all(), (s, tap)
+            assert (v == j + tap.j)[hit].all(), (s, tap)
+            wanted = {
+                (m, a, b)
+                for m in range(images)
+                for a in range(th)
+                for b in range(tw)
+                if (not whole_h or 0 <= a + tap.i < phase.rows)
+                and (not whole_w or 0 <= b + tap.j < phase.columns)
+            }
+            assert wanted == set(zip(n[hit].tolist(), i[hit].tolist(), j[hit].tolist(), strict=True)), (
+                s,
+                tap,
+            )
+
+
+@pytest.mark.parametrize("most", [64, 256])
+def test_every_output_pixel_gets_its_own(most: int) -> None:
+    cases = [(c.skeleton, c.shape) for c in PROBLEMS]
+    cases += [(random_problem(s, "bfloat16").skeleton, s) for s in SHAPES]
+    for skeleton, s in cases:
+        patch = patch_of(skeleton, s, most)
+        if patch is not None:
+            assert patch.rows <= most
+            lands(patch, skeleton, s)
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
+def test_a_round_has_no_filter_twice_and_blocks_have_every_stripe_once(width: int, density: float) -> None:
+    live = np.random.default_rng(1).random((70, 9)) < density
+    columns = [(int(k), int(t), i) for i, (k, t) in enumerate(np.argwhere(live))]
+    blocks = blocks_of(columns, width)
+    rounds = [r for block in blocks for r in block]
+    assert all(len(block) * ROUND <= width for block in blocks)
+    assert all(len(r) == ROUND for r in rounds)
+    for r in rounds:
+        filters = [c[0] for c in r if c is not None]
+        assert len(filters) == len(set(filters))
+    assert sorted(c for r in rounds for c in r if c is not None) == sorted(columns)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.C}x{s.H}x{s.W}-{s.K}x{s.R}x{s.S}")
+def test_candidates_fit_a_block_of_sm_90(native: ModuleType, shape: ConvShape) -> None:
+    p = random_problem(shape, "bfloat16")
+    for config in CONFIGS:
+        if room(p, config) is not None:
+            *_, layout = tiles_of(p, config)
+            used = native.shared_bytes("fprop_sm90", CODES["bfloat16"], layout.integers())
+            assert used <= SHARED_BYTES, f"{config} needs {used} bytes"
+
+
+@pytest.mark.skipif("cuda_wgmma" not in list_kernels(), reason="stripe_kernels._cuda is not built")
+def test_refusals_give_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = registry.find("cuda_wgmma")
+    p = random_problem(SHAPES[0], "bfloat16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernel.refuse(p, "fprop") is None
+    assert not kernel.automatic
+    for wrong, which, reason in (
+        (replace(p, device="cpu"), "fprop", "not on cpu"),
+        (replace(p, dtype="float32"), "fprop", "not float32"),
+        (p, "dgrad", "computes fprop"),
+        (replace(p, channels_last=False), "fprop", "channels_last"),
+        (
+            random_problem(ConvShape(1, 12, 5, 5, 9, 3, 3), "bfloat16"),
+            "fprop",
+            "multiples of 8 (16 bytes), got 12",
+        ),
+        (random_problem(ConvShape(1, 8, 9, 9, 9, 3, 3, (3, 2)), "bfloat16"), "fprop", "4 phases, got (3, 2)"),
+        (random_problem(ConvShape(1, 2048, 9, 9, 9, 3, 3), "bfloat16"), "fprop", "bytes of shared memory"),
+    ):
+        assert reason in kernel.refuse(wrong, which)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, reason in (((8, 0), "sm_90a alone"), ((10, 0), "10.0")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert reason in kernel.refuse(p, "fprop")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert kernel.refuse(p, "fprop") is None
