@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _FORMS_KEPT = 64  # runners a weight's forms are kept for
@@ -42,9 +43,14 @@ def packed_weight(runner: Any, weight: Tensor) -> Any:
         _snapshots[id(weight)] = found
     packed = found.forms.get(runner)
     if packed is None:
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return runner.pack(weight)  # its memory is the graph's, and empty until a replay
         if len(found.forms) >= _FORMS_KEPT:
             found.forms.clear()
-        packed = found.forms[runner] = runner.pack(weight)
+        packed = runner.pack(weight)
+        if weight.is_cuda:  # other streams use it from now on, and know nothing of this one
+            torch.cuda.current_stream(weight.device).synchronize()
+        found.forms[runner] = packed
     return packed
 
 

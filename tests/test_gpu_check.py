@@ -8,15 +8,19 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.gpu_check import record
+from bench.gpu_check import record, tools
+from bench.gpu_check.checks import aligned
+from bench.gpu_check.device import Device
 from bench.gpu_check.probes import merge_over_math
 from bench.gpu_check.report import probe_text
 from bench.gpu_check.rows import crossovers, settings
+from stripe_kernels.testing import CASES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -117,6 +121,84 @@ def test_merge_hides_behind_the_products_of_enough_channels() -> None:
     assert "2048" in text
     assert "0.25" in text
     assert "written for 9.0" in probe_text({"left_out": "the probes are written for 9.0"})
+
+
+def test_a_kernel_that_hangs_or_crashes_is_lost_and_a_wrong_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    programs = {
+        "right": "pass",
+        "wrong": f"raise SystemExit({tools.WRONG})",
+        "lost its device": "print('an illegal access'); raise SystemExit(3)",
+        "crashes": "import os; os.abort()",
+        "hangs": "import time; time.sleep(60)",
+    }
+    monkeypatch.setattr(tools, "_alone", lambda names: [sys.executable, "-c", programs[names[0]]])
+    lost = tools.first_tries(list(programs), seconds=5.0)
+    assert set(lost) == {"lost its device", "crashes", "hangs"}
+    assert "an illegal access" in lost["lost its device"]
+    assert lost["hangs"].startswith("hangs")
+
+
+def test_the_stages_of_a_gpu_in_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a dry run leaves out: every stage in the order and with the deadlines of a GPU, programs replaced."""
+    from bench.gpu_check import __main__ as program
+    from bench.gpu_check import checks, networks, probes, report, rows
+
+    few = {name: CASES[name] for name in checks.SMALL}
+    monkeypatch.setattr("stripe_kernels.testing.CASES", few)
+    monkeypatch.setattr(
+        tools, "first_tries", lambda kernels, seconds: {"cuda_ffma": "hangs: "} if kernels else {}
+    )
+    monkeypatch.setattr(
+        tools, "sanitize", lambda kernels, seconds: [{"command": "memcheck", "ok": True, "output": ""}]
+    )
+    monkeypatch.setattr(probes, "probe", lambda seconds: {"left_out": "no GPU"})
+    tiny = rows.settings(dry_run=True)[:1]
+    monkeypatch.setattr(rows, "settings", lambda dry_run: tiny)
+    monkeypatch.setattr(rows, "ROUNDS", 3)
+    monkeypatch.setattr(networks, "NETWORKS", ())
+    for module in (checks, rows):  # Triton's interpreter would take minutes
+        monkeypatch.setattr(
+            module,
+            "kernels",
+            lambda device, without=(): [n for n in ("dense", "stripe_gemm") if n not in without],
+        )
+    monkeypatch.setattr(program, "_START", time.perf_counter())
+    saved: list[int] = []
+    found = program.check(
+        Device("cpu", "a CPU in a GPU's place", 0),
+        False,
+        False,
+        lambda record: saved.append(len(record)) or tmp_path,
+    )
+    assert found["complete"]
+    assert len(saved) == 3
+    assert found["correctness"]["failures"] == []
+    assert found["correctness"]["skipped_for_time"] == 0
+    assert "cuda_ffma" not in found["layers"][0]["refused"]
+    assert "no GPU" in report.report(found)
+
+
+def test_checks_only_tries_the_kernels_it_is_given() -> None:
+    """What first_tries and compute-sanitizer start, on the CPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    command = [*tools._alone(["stripe_gemm"]), "--dry-run"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_aligned_cases_have_channels_that_tensor_cores_take() -> None:
+    for case in CASES.values():
+        shape = aligned(case).shape
+        assert shape.group_c % 8 == shape.group_k % 8 == 0
+        assert (shape.R, shape.S, shape.stride, shape.groups) == (
+            case.shape.R,
+            case.shape.S,
+            case.shape.stride,
+            case.shape.groups,
+        )
 
 
 def test_settings_cover_passes_dtypes_and_densities() -> None:

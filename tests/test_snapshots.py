@@ -272,3 +272,41 @@ def test_a_changed_skeleton_tensor_is_read_again() -> None:
     second = stripe_conv2d(x, weight, skeleton)
     assert first[:, 1].count_nonzero() == second[:, 0].count_nonzero() == 0
     assert torch.equal(first[:, 0], second[:, 1])
+
+
+def test_a_form_packed_in_a_capture_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is the graph's: before a replay it holds nothing. One packed outside is complete for every stream."""
+    from stripe_kernels import snapshots
+
+    class Weight:  # a CUDA tensor as far as a snapshot looks at one
+        is_cuda, _version, device = True, 0, "cuda:0"
+
+        def is_inference(self) -> bool:
+            return False
+
+        def data_ptr(self) -> int:
+            return 64
+
+    class Runner:
+        packed = 0
+
+        def pack(self, weight: Weight) -> int:
+            self.packed += 1
+            return self.packed
+
+    class Stream:
+        waited = 0
+
+        def synchronize(self) -> None:
+            self.waited += 1
+
+    weight, runner, stream, capturing = Weight(), Runner(), Stream(), [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    assert [snapshots.packed_weight(runner, weight) for _ in range(2)] == [1, 2]
+    assert stream.waited == 0
+    capturing[0] = False
+    assert [snapshots.packed_weight(runner, weight) for _ in range(2)] == [3, 3]
+    assert stream.waited == 1
+    capturing[0] = True
+    assert snapshots.packed_weight(runner, weight) == 3

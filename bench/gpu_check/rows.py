@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu_check.checks import PASSES, RESULT, kernels
+from bench.gpu_check.checks import PASSES, RESULT, alive, kernels
 from bench.gpu_check.device import FAILURES, Device, interleave, set_precision
 from bench.job import Oracle
 from bench.skeletons import iid
@@ -261,6 +261,9 @@ def layer_rows(
                 f"{setting.which} {setting.dtype} {setting.name} N={setting.batch} d={setting.density}: "
                 f"{type(error).__name__}: {str(error)[:300]}"
             )
+        if not alive(device):
+            left.append("every later row: the device is lost")
+            break
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return rows, left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,20 @@ _ENOUGH = 4000  # characters of output kept
 WRONG = 1  # status of --checks-only when results are wrong, and nothing worse
 
 
-def run(command: list[str], seconds: float, keep: bool = False) -> dict[str, Any]:
+def run(
+    command: list[str], seconds: float, keep: bool = False, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """What became of a program: its output where it failed, or where it is to be kept."""
     start = time.perf_counter()
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, seconds))
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=max(1.0, seconds),
+        )
         code, output = done.returncode, done.stdout + ("" if keep and done.returncode == 0 else done.stderr)
     except subprocess.TimeoutExpired as stopped:
         code, output = None, f"stopped after {stopped.timeout:.0f} s"
@@ -62,10 +72,12 @@ def sanitize(kernels: list[str], seconds: float) -> list[dict[str, Any]]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if shutil.which(tool) is None:
         return [{"command": "compute-sanitizer", "ok": None, "output": "not installed"}]
+    # Every tensor an allocation of its own: inside the allocator's large ones memcheck sees no end of a tensor.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     options = ["--error-exitcode", "9", "--print-limit", "20"]
 
     def check(name: str) -> dict[str, Any]:
-        return run([tool, "--tool", name, *options, *_alone(kernels)], seconds)
+        return run([tool, "--tool", name, *options, *_alone(kernels)], seconds, environment=alone)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(check, ("memcheck", "racecheck")))

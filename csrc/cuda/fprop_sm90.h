@@ -104,7 +104,8 @@ struct Turns {
 // and their pixel tiles go around the grid.
 template <class Item>
 __device__ inline void for_each_item(const Layout& l, const int* tables, const Item& item) {
-  const int pixels = tiles(l.walk), total = l.groups * l.tiles_out * pixels;
+  const int pixels = tiles(l.walk);
+  const long long total = static_cast<long long>(l.groups) * l.tiles_out * pixels;
   const auto* filters = reinterpret_cast<const FilterTile*>(tables + l.items);
   for (int i = blockIdx.x; i < total; i += gridDim.x) item(filters[i / pixels], tile_of(l.walk, i % pixels));
 }

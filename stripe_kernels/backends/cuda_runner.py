@@ -72,7 +72,8 @@ class CudaRunner:
                 return self.launch(inp, weights, out, strides, epilogue, channels)
         bias, scale, residual, activation = epilogue
         bias, scale = (None if t is None else t.float().contiguous() for t in (bias, scale))
-        if residual is not None and residual.stride() != out.stride():
+        # Read in pairs, as `out` is written: a slice may begin between two.
+        if residual is not None and (residual.stride() != out.stride() or residual.data_ptr() % 16):
             residual = torch.empty_like(out).copy_(residual)
         finish = (
             *(0 if t is None else t.data_ptr() for t in (scale, bias, residual)),

@@ -45,15 +45,23 @@ def built_once(folder: Path, name: str = "") -> Iterator[None]:
         yield
 
 
-def build(*flags: str) -> Path:
-    """The extension, from build/ where these very sources were compiled before."""
+def options(root: Path, *flags: str) -> list[str]:
+    """Of the compiler, for the sources below `root`."""
     import pybind11
 
-    includes = [
-        f"-I{p}" for p in (EMULATE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
-    ]
-    options = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", *flags, *includes]
-    target = BUILD / hash_of(CXX, *options) / "_cuda.so"
+    folders = (
+        root / "tests/cuda/emulate",
+        root / "csrc",
+        pybind11.get_include(),
+        sysconfig.get_path("include"),
+    )
+    includes = [f"-I{p}" for p in folders]
+    return ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", *flags, *includes]
+
+
+def build(*flags: str) -> Path:
+    """The extension, from build/ where these very sources were compiled before."""
+    target = BUILD / hash_of(CXX, *options(ROOT, *flags)) / "_cuda.so"
     with built_once(target.parent):
         if not target.exists():
             sources = [*device_sources(), ROOT / "csrc/bindings/cuda.cpp", EMULATE / "switch.cpp"]
@@ -62,7 +70,7 @@ def build(*flags: str) -> Path:
                 "-shared",
                 "-x",
                 "c++",
-                *options,
+                *options(ROOT, *flags),
                 *map(str, sources),
                 "-o",
                 f"{target}.new",

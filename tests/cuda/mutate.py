@@ -1,0 +1,204 @@
+"""Plants faults in a copy of the wgmma kernel and its layout, and shows that the emulation notices each.
+
+    python -m tests.cuda.mutate [FAULT ...] [--record tests/records/cuda-mutations.json]
+
+Without a fault the same problems have to agree with the oracle; with one, some result has to be wrong, two runs have to
+differ, or the emulation has to stop: a wait that never ends, memory out of bounds, products nobody waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from tests.cuda import emulated
+
+ROOT = emulated.ROOT
+SECONDS = 300  # of one run; then it counts as noticed
+
+
+@dataclass(frozen=True)
+class Fault:
+    file: str
+    right: str
+    wrong: str
+
+
+KERNEL = "csrc/cuda/fprop_sm90.cu"
+FAULTS = {
+    "operands read without their swizzle": Fault(
+        "csrc/cuda/matrix_descriptor.h", "swizzle_128 = 1;", "swizzle_128 = 0;"
+    ),
+    "eight rows in half their distance": Fault("csrc/cuda/matrix_descriptor.h", "1024 >> 4", "512 >> 4"),
+    "every other step of channels": Fault(KERNEL, "w + 2 * k, c + k", "w + 4 * k, c + k"),
+    "weights swizzled for other rows": Fault(
+        "stripe_kernels/backends/cuda_wgmma.py", "place ^ column % 8", "place ^ column % 4"
+    ),
+    "the patch begins one pixel further": Fault(
+        KERNEL, "tile.j + segment.origin_w", "tile.j + segment.origin_w + 1"
+    ),
+    "a margin too narrow": Fault(
+        "stripe_kernels/backends/cuda_stripes.py", "or high >= axis.extent:", "or high > axis.extent:"
+    ),
+    "x awaited in the wrong phase": Fault(
+        KERNEL,
+        "mbarrier_wait(s.x_empty + c, turn ^ 1);",
+        "mbarrier_wait(s.x_empty + c, turn);",
+    ),
+    "x not awaited": Fault(KERNEL, "    mbarrier_wait(s.x_full + c, turn);\n", ""),
+    "weights not awaited": Fault(KERNEL, "    mbarrier_wait(s.full + ring.stage, ring.parity);\n", ""),
+    "a full stage overwritten": Fault(
+        KERNEL,
+        "          mbarrier_wait(s.empty + ring.stage, ring.parity ^ 1);\n",
+        "",
+    ),
+    "more bytes announced than come": Fault(
+        KERNEL,
+        "mbarrier_expect(s.full + ring.stage, N * kRowBytes);",
+        "mbarrier_expect(s.full + ring.stage, N * kRowBytes + 16);",
+    ),
+    "a stage given back while it is read": Fault(KERNEL, "      wgmma_wait<1>();\n", ""),
+    "sums read before the products end": Fault(KERNEL, "  wgmma_wait<0>();\n", ""),
+    "multiplying out of turn": Fault(KERNEL, "  start.take();\n#pragma", "#pragma"),
+    "merging out of turn": Fault(KERNEL, "        merging.take();\n        if", "        if"),
+    "x given back by the first block": Fault(
+        KERNEL,
+        "if (block + 1 == segment.blocks_end && lane == 0)",
+        "if (block == segment.blocks && lane == 0)",
+    ),
+    "no barrier between rounds": Fault("csrc/cuda/merge_sm90.h", "    warpgroup_barrier(group);\n", ""),
+    "sums left for the next item": Fault(KERNEL, "      *place = {0.f, 0.f};\n", ""),
+    "a filter twice in a round": Fault(
+        "stripe_kernels/backends/cuda_stripes.py",
+        "_spread(columns[i::count])",
+        "_spread(columns[len(columns) * i // count : len(columns) * (i + 1) // count])",
+    ),}  # fmt: skip
+
+
+def check(extension: str) -> None:
+    """The problems, in every order; AssertionError at the first that shows a fault."""
+    import torch
+
+    from stripe_kernels.backends.cuda_wgmma import CONFIGS
+    from tests.cuda.problems import problem_of
+    from tests.cuda.test_wgmma import DEEP, EVERYTHING, MMA_PROBLEMS, check_wgmma, refused
+
+    native = emulated.load(Path(extension))
+    cases = (*(c for c in MMA_PROBLEMS if c.name in ("lopsided", "grouped", "strided")), DEEP, EVERYTHING)
+    for c, config in product(cases, CONFIGS[:2]):
+        if refused(problem_of(c, "channels_last", torch.bfloat16), config):
+            continue
+        first = check_wgmma(native, c, torch.bfloat16, config)
+        with emulated.late(native):
+            assert torch.equal(check_wgmma(native, c, torch.bfloat16, config), first), (
+                "late copies change the bits"
+            )
+        with emulated.backwards(native):
+            again = check_wgmma(native, c, torch.bfloat16, config)
+            assert torch.equal(again, first), "the order of threads changes the bits"
+
+
+class Builder:
+    """Objects of the sound sources, compiled once; only the kernel of the faults is compiled again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sources = [
+            *emulated.device_sources(),
+            ROOT / "csrc/bindings/cuda.cpp",
+            emulated.EMULATE / "switch.cpp",
+        ]
+        for source in self.sources:
+            self._compile(ROOT, source.relative_to(ROOT))
+
+    def _object(self, source: Path) -> Path:
+        return self.folder / f"{source.name}.o"
+
+    def _compile(self, tree: Path, source: Path) -> None:
+        options = emulated.options(tree)
+        command = [
+            *emulated.CXX.split(),
+            "-x",
+            "c++",
+            "-c",
+            *options,
+            str(tree / source),
+            "-o",
+            str(self._object(source)),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(result.stderr)
+
+    def link(self, tree: Path) -> Path:
+        self._compile(tree, Path(KERNEL))
+        target = tree / "_cuda.so"
+        objects = [str(self._object(source)) for source in self.sources]
+        subprocess.run([*emulated.CXX.split(), "-shared", *objects, "-o", str(target)], check=True)
+        return target
+
+
+def verdict(tree: Path, extension: Path) -> str | None:
+    """What noticed a fault; None when nothing did."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "python")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "tests.cuda.mutate", "--check", str(extension)]
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"did not end within {SECONDS} s"
+    if done.returncode == 0:
+        return None
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("emulate:", "AssertionError"))]
+    return lines[-1][:200] if lines else f"exit status {done.returncode}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("fault", nargs="*", choices=[[], *FAULTS], help="all without a name")
+    parser.add_argument("--record", type=Path, help="write what noticed each fault here as JSON")
+    parser.add_argument("--check", metavar="SO", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.check:
+        check(arguments.check)
+        return 0
+    caught: dict[str, str | None] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        builder, tree = Builder(Path(temporary)), Path(temporary) / "tree"
+        for part in ("csrc", "stripe_kernels", "python", "tests"):
+            shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+        sound = verdict(tree, builder.link(tree))
+        if sound:
+            sys.exit(f"without a fault: {sound}")
+        for name in arguments.fault or FAULTS:
+            fault = FAULTS[name]
+            path = tree / fault.file
+            text = path.read_text()
+            if text.count(fault.right) != 1:
+                sys.exit(f"{fault.file} no longer has what {name!r} replaces once: {fault.right!r}")
+            path.write_text(text.replace(fault.right, fault.wrong))
+            caught[name] = verdict(tree, builder.link(tree))
+            path.write_text(text)
+            print(f"{name:40s} {caught[name] or 'NOT NOTICED'}", flush=True)
+    if arguments.record:
+        arguments.record.write_text(json.dumps(caught, indent=1) + "\n")
+    return 0 if all(caught.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
