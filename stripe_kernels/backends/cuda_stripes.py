@@ -53,9 +53,10 @@ def _wraps(axis: Axis, offsets: dict[int, Offsets], size: dict[int, int], out: i
 
 
 def _axis(tile: int, out: int, offsets: dict[int, Offsets], size: dict[int, int]) -> Axis:
-    """The smallest extent that holds every pixel a tile reads and lets nothing wrap onto it."""
+    """The smallest extent that holds every pixel a tile reads, a place for each that it writes, and lets nothing wrap
+    onto these."""
     whole = tile == out
-    origin, extent = {}, 1
+    origin, extent = {}, tile
     for phase, taps in offsets.items():
         first, last = min(taps), tile - 1 + max(taps)
         if whole:

@@ -104,6 +104,9 @@ def check(extension: str) -> None:
         with emulated.backwards(native):
             again = check_wgmma(native, c, torch.bfloat16, config)
             assert torch.equal(again, first), "the order of threads changes the bits"
+            with emulated.late(native):  # the newest copies arrive first
+                last = check_wgmma(native, c, torch.bfloat16, config)
+                assert torch.equal(last, first), "the order of copies changes the bits"
 
 
 class Builder:

@@ -34,6 +34,7 @@ PROBLEMS = (
     case("four phases", N=2, C=16, H=11, W=9, K=20, R=5, S=4, stride=(2, 2), padding=(2, 1)),
     case("phases nobody reads", N=3, C=8, H=8, W=7, K=9, R=1, S=1, stride=(2, 2), padding=(0, 0)),
     case("three rows apart", N=2, C=24, H=14, W=6, K=9, stride=(3, 1), dilation=(1, 2), padding=(2, 2)),
+    case("padding wider than the map", N=2, C=8, H=2, W=1, K=8, R=5, S=4, padding=(4, 5), density=0.5),
     case("one row", N=2, C=8, H=1, W=40, K=9, R=1, S=3, padding=(0, 1)),
 )  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16)
