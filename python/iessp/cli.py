@@ -122,7 +122,11 @@ def train(
     chosen = _recipe(recipe, changes)
     with ranks.joined(device) as device:
         folder = out or Path("runs") / chosen.name
-        trainer = Trainer(chosen, load(chosen.data, data_dir), folder, device)
+        splits = load(chosen.data, data_dir)
+        start = folder / "pretrained"
+        if before := chosen.before():
+            train_with_bar(Trainer(before, splits, start, device), "pretrained", tensorboard)
+        trainer = Trainer(chosen, splits, folder, device, start)
         train_with_bar(trainer, chosen.name, tensorboard)
         if ranks.mine() != 0:
             return None

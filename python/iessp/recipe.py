@@ -21,6 +21,12 @@ else:
 RECIPES = Path(__file__).parent / "recipes"
 UNPRUNED = ("dense", "slim")  # trained without gates; slim is thinner throughout, to the same MACs
 
+# What a run shares with the one it starts from, whatever the method and its trials changed.
+PRETRAINED_ALIKE = (
+    "model", "width", "data", "budget", "images", "resolution", "batch", "seed", "momentum", "weight_decay",
+    "label_smoothing", "crop", "channels_last", "bfloat16",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -38,6 +44,9 @@ class Recipe:
     )
     timed_batch: int = 1  # images that a budget in milliseconds is for
 
+    images: int = 0  # train on about so many of the training images; 0: on all
+    resolution: int = 0  # the size that all images are brought to, whatever they are used for; 0: as they are
+    pretrain: dict[str, Any] = field(default_factory=dict)  # fields of the dense run to start from
     epochs: int = 16
     batch: int = 64
     seed: int = 0
@@ -128,6 +137,15 @@ class Recipe:
         """As `but`; options of the method are added to those that are there, not put in their place."""
         options = {**self.options, **changes.get("options", {})}
         return self.but(**{**changes, "options": options})
+
+    def before(self) -> Recipe | None:
+        """The recipe of the run that this one starts from: dense, or as thin as `slim` is."""
+        if not self.pretrain:
+            return None
+        same = {name: getattr(self, name) for name in PRETRAINED_ALIKE}
+        return Recipe(self.name, method="slim" if self.method == "slim" else "dense").but(
+            **{**same, **self.pretrain}
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from iessp import runs
 from iessp.attach import METHODS
-from iessp.data.images import Splits
+from iessp.data.images import Splits, reduced
 from iessp.progress import console, train_with_bar
 from iessp.recipe import UNPRUNED, Recipe, parse_changes
 from iessp.report import draw_curves, draw_skeletons, table
@@ -51,6 +51,7 @@ def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: in
 
     Where the machine is busy no latency is measured; the same command fills it in later.
     """
+    splits = reduced(splits, recipe.images, recipe.resolution)
     tried = {method: tune(recipe, method, splits, out, device) for method in methods}
     chosen = {
         method: max(trials, key=lambda t: t["held_out_accuracy"])
@@ -62,8 +63,7 @@ def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: in
         for method in methods:
             changes = chosen[method]["changes"] if method in chosen else {}
             cell = with_method(recipe, method).changed(changes).but(seed=seed, trials={}, trial_epochs=0)
-            trainer = Trainer(cell, splits, folder_of(out, method) / str(seed), device)
-            train_with_bar(trainer, f"{method} {seed}")
+            trainer = _trained(cell, splits, out, folder_of(out, method) / str(seed), device)
             finished[method, seed] = trainer
             _write(out, recipe, splits, seeds, tried, finished)
     for trainer in finished.values():
@@ -79,6 +79,17 @@ def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: in
     return out / "table.json"
 
 
+def _trained(recipe: Recipe, splits: Splits, out: Path, folder: Path, device: str) -> Trainer:
+    """The finished run of `recipe` in `folder`, after the one in OUT/pretrained that it starts from, if any."""
+    before, start = recipe.before(), None
+    if before is not None:
+        start = out / "pretrained" / before.method / str(before.seed)
+        train_with_bar(Trainer(before, splits, start, device), f"pretrained {before.method} {before.seed}")
+    trainer = Trainer(recipe, splits, folder, device, start)
+    train_with_bar(trainer, f"{recipe.method} {recipe.seed} in {folder}")
+    return trainer
+
+
 def tune(recipe: Recipe, method: str, splits: Splits, out: Path, device: str) -> list[dict[str, Any]]:
     """The method's trials, each a run of `trial_epochs` judged on the held-out images; empty without any.
 
@@ -90,10 +101,11 @@ def tune(recipe: Recipe, method: str, splits: Splits, out: Path, device: str) ->
     found = []
     for index, changes in enumerate(recipe.trials.get(name, [])):
         short = {"seed": TRIAL_SEED, "epochs": recipe.trial_epochs, "trials": {}, "trial_epochs": 0}
+        if recipe.pretrain:  # one seed's network is enough to choose on
+            short["pretrain"] = {**recipe.pretrain, "seed": 0}
         cell = with_method(recipe, name).changed(changes).but(**short)
         folder = folder_of(out / "trials", name) / str(index)
-        trainer = Trainer(cell, splits, folder, device)
-        train_with_bar(trainer, f"trial of {name}, {changes}")
+        trainer = _trained(cell, splits, out, folder, device)
         path = folder / "held_out.json"
         if not path.exists():
             errors = count_errors(trainer.model, trainer.splits.held_out, trainer.splits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from iessp import checkpoint, ranks
 from iessp.attach import attach, freeze, gate_parameters, gates, param_groups, skeletons
 from iessp.budget import compacted_macs_kept, macs_kept
-from iessp.data.images import Images, Splits, augment, normalise, shuffled
+from iessp.data.images import Images, Splits, augment, normalise, reduced, shuffled
+from iessp.data.stream import Stream
 from iessp.latency import Latency, measure, priced
 from iessp.loss import StripeLoss
 from iessp.models import build
@@ -57,31 +58,35 @@ class Trainer:
 
     A folder that holds checkpoints of the same recipe is resumed; of another recipe, ValueError names what
     differs. `model` is gated while skeletons are learned and runs on the stripe kernels after that
-    (recipe.packed).
+    (recipe.packed). start: the folder of the finished run that recipe.pretrain asks for.
     """
 
-    def __init__(self, recipe: Recipe, splits: Splits, folder: Path, device: str = "cpu"):
+    def __init__(
+        self, recipe: Recipe, splits: Splits, folder: Path, device: str = "cpu", start: Path | None = None
+    ):
         self.recipe, self.folder, self.device = recipe, folder, torch.device(device)
-        self.splits = splits.to(self.device)
+        self.splits = reduced(splits, recipe.images, recipe.resolution).to(self.device)
         if recipe.batch % ranks.count():
             raise ValueError(f"a batch of {recipe.batch} cannot be shared by {ranks.count()} ranks")
-        self.per_epoch = max(1, len(splits.train) // recipe.batch)
+        self.per_epoch = max(1, len(self.splits.train) // recipe.batch)
         self.steps = self.per_epoch * recipe.epochs
         self.step, self.seconds = 0, 0.0
         self.equality: dict[str, float] = {}  # frozen against masked, when the network was packed
         self.skeletons: dict[str, Tensor] = {}
-        self._order: tuple[int, list[Tensor]] | None = None  # of the present epoch's batches
-        self._build()
+        self._coming: tuple[int, Iterator[Images]] | None = (
+            None  # step of the next batch, batches from there on
+        )
         state = checkpoint.load(folder / "checkpoints")
+        self._build(trained_weights(start, recipe) if state is None and recipe.pretrain else None)
         if state is not None:
             self._restore(state)
 
     # -- construction
 
-    def _build(self) -> None:
+    def _build(self, weights: dict[str, Tensor] | None) -> None:
         recipe, splits = self.recipe, self.splits
         self.example = torch.zeros(1, splits.channels, splits.size, splits.size, device=self.device)
-        self.model = assemble(recipe, len(splits.classes), self.example)
+        self.model = assemble(recipe, len(splits.classes), self.example, weights)
         self.network = probe(self.model, self.example)
         self.loss: StripeLoss | None = None
         self.budget = 1.0 if recipe.milliseconds else float(recipe.budget)  # share of what it counts
@@ -132,7 +137,8 @@ class Trainer:
         masked = self.model
         self.skeletons = {name: s.cpu() for name, s in skeletons(masked).items()}
         self.model, self.loss = freeze(masked), None
-        x = normalise(self.splits.held_out.x[:EQUALITY_IMAGES], self.splits)
+        some = torch.arange(min(EQUALITY_IMAGES, len(self.splits.held_out)))
+        x = normalise(self.splits.held_out.take(some).to(self.device).x, self.splits)
         equality = compare(self.model, masked, x)
         if not equality.ok:
             warnings.warn(f"the frozen network differs from the masked one: {equality}", stacklevel=2)
@@ -242,15 +248,22 @@ class Trainer:
         return "packed" if self.skeletons else "dense"
 
     def _batch(self, size: int | None) -> tuple[Tensor, Tensor]:
-        recipe, epoch, within = self.recipe, self.step // self.per_epoch, self.step % self.per_epoch
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, list(shuffled(len(self.splits.train), recipe.batch, recipe.seed, epoch)))
-        images = self.splits.train.take(self._order[1][within].to(self.device))
+        """This rank's images of this step: a function of (seed, step), whole or in parts the same."""
+        recipe = self.recipe
+        if self._coming is None or self._coming[0] != self.step or self.step % self.per_epoch == 0:
+            self._coming = (self.step, self._epoch(self.step // self.per_epoch, self.step % self.per_epoch))
+        images = next(self._coming[1])
+        self._coming = (self.step + 1, self._coming[1])
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
-        x = augment(images.x, generator, recipe.crop, self.splits.flip)
-        mine = slice(ranks.mine(), None, ranks.count())  # the batch is the same for any number of ranks
-        x, y = normalise(x[mine], self.splits, size), images.y[mine]
-        return (x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x), y
+        part = (ranks.mine(), ranks.count())
+        x = normalise(augment(images.x, generator, recipe.crop, self.splits.flip, part), self.splits, size)
+        return (x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x), images.y
+
+    def _epoch(self, epoch: int, within: int) -> Iterator[Images]:
+        """The batches of an epoch from the one at `within` on, of each the images that are this rank's."""
+        order = shuffled(len(self.splits.train), self.recipe.batch, self.recipe.seed, epoch)
+        mine = [batch[ranks.mine() :: ranks.count()] for batch in list(order)[within:]]
+        return self.splits.train.batches(mine, salt=self.recipe.seed * 1_000_003 + epoch)
 
     # -- results
 
@@ -293,11 +306,24 @@ class Log:
         self.file.close()
 
 
-def assemble(recipe: Recipe, classes: int, example: Tensor) -> nn.Module:
-    """The recipe's network, freshly initialised, gated for the methods that prune; example [1, C, H, W]."""
+def trained_weights(folder: Path | None, recipe: Recipe) -> dict[str, Tensor]:
+    """The weights that recipe.pretrain asks for; raises ValueError when `folder` holds another run's."""
+    state = checkpoint.load(folder / "checkpoints") if folder else None
+    if state is None or Recipe.from_dict(state["recipe"]) != recipe.before():
+        raise ValueError(f"{recipe.name} starts from a pretrained network, which {folder} is not")
+    return state["model"]
+
+
+def assemble(
+    recipe: Recipe, classes: int, example: Tensor, weights: dict[str, Tensor] | None = None
+) -> nn.Module:
+    """The recipe's network with the given weights or freshly initialised, gated for the methods that prune;
+    example [1, C, H, W]."""
     torch.manual_seed(recipe.seed)
     width = slim_width(recipe, classes, example) if recipe.method == "slim" else recipe.width
     model = build(recipe.model, classes, example.shape[1], width).to(example.device)
+    if weights is not None:
+        model.load_state_dict(weights)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return attach(model, recipe.method, example_input=example, **recipe.options) if recipe.pruned else model
@@ -329,13 +355,13 @@ def slim_width(recipe: Recipe, classes: int, example: Tensor) -> float:
 
 
 @torch.inference_mode()
-def count_errors(model: nn.Module, images: Images, splits: Splits, batch: int = 256) -> int:
+def count_errors(model: nn.Module, images: Images | Stream, splits: Splits, batch: int = 256) -> int:
     """Wrongly classified images, at the data's own size."""
     training = model.training
     model.eval()
     wrong = 0
-    for x, y in zip(images.x.split(batch), images.y.split(batch), strict=True):
-        wrong += int((model(normalise(x, splits)).argmax(1) != y).sum())
+    for part in images.batches(list(torch.arange(len(images)).split(batch))):
+        wrong += int((model(normalise(part.x, splits)).argmax(1) != part.y).sum())
     model.train(training)
     return wrong
 

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from iessp.data import load
-from iessp.data.images import Images, augment, normalise, shuffled
+from iessp.data.images import Images, augment, normalise, shuffled, subset
+from iessp.data.stream import imagenet
+from iessp.recipe import Recipe
+from iessp.train import Interrupted, Trainer, count_errors
 
 
 def test_digits_are_split_once_and_for_all() -> None:
@@ -161,6 +165,76 @@ def test_a_folder_of_images_by_class(tmp_path: Path) -> None:
     (tmp_path / "test" / "cow").mkdir()
     with pytest.raises(ValueError, match="has classes"):
         load("folder", tmp_path)
+
+
+def photographs(root: Path) -> Path:
+    """24 + 4 images of two classes in several sizes: the left half of each one colour, the right another."""
+    random = np.random.default_rng(0)
+    for part, n in (("train", 12), ("val", 2)):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = random.integers(0, 255, (int(random.integers(20, 40)), 30 + i, 3), np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i:02}.png")
+    return root
+
+
+def test_a_stream_gives_the_same_pixels_for_any_number_of_workers_and_from_any_batch_on(
+    tmp_path: Path,
+) -> None:
+    photographs(tmp_path)
+    order = [torch.tensor([3, 1, 4]), torch.tensor([5, 9]), torch.tensor([2, 6, 0])]
+    alone, helped = (imagenet(tmp_path, size=16, workers=n).train for n in (0, 2))
+    first, second = (list(s.batches(order, salt=7)) for s in (alone, helped))
+    assert [len(images) for images in first] == [3, 2, 3]
+    for a, b, index in zip(first, second, order, strict=True):
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.y, alone.y[index])
+    (resumed,) = helped.batches(order[2:], salt=7)
+    assert torch.equal(resumed.x, first[2].x)
+    (other,) = alone.batches(order[2:], salt=8)
+    assert not torch.equal(other.x, resumed.x), "another epoch, another part of the image"
+    (plain,) = alone.batches(order[2:])
+    assert torch.equal(plain.x, alone.take(order[2]).x)
+
+
+def test_the_evaluation_form_is_the_centre(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (tmp_path / part / "only").mkdir(parents=True)
+        for i in range(10):
+            pixels = np.zeros((16, 32, 3), np.uint8)
+            pixels[1:15, 9:23] = 200  # 7/8 of the shorter side, in the middle
+            Image.fromarray(pixels).save(tmp_path / part / "only" / f"{i}.png")
+    splits = imagenet(tmp_path, size=14, workers=0)
+    assert (len(splits.train), len(splits.held_out), len(splits.test)) == (9, 1, 10)
+    assert (splits.channels, splits.size) == (3, 14)
+    assert splits.test.take(torch.tensor([0])).x.eq(200).all()
+
+
+def test_training_from_a_stream_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    splits = imagenet(photographs(tmp_path / "images"), size=16, workers=1)
+    recipe = Recipe(name="stream", model="resnet20", width=0.25, data="imagenet", epochs=2, batch=8, crop=1)
+    whole = Trainer(recipe, splits, tmp_path / "whole")
+    whole.run()
+    stopped = Trainer(recipe, splits, tmp_path / "stopped")
+    with pytest.raises(Interrupted):
+        stopped.run(stop=lambda: stopped.step >= 3)
+    resumed = Trainer(recipe, splits, tmp_path / "stopped")
+    resumed.run()
+    expected = whole.model.state_dict()
+    assert all(
+        torch.equal(v, expected[k]) for k, v in resumed.model.state_dict().items() if isinstance(v, Tensor)
+    )
+    assert count_errors(whole.model, splits.test, splits) <= len(splits.test)
+
+
+def test_a_subset_is_stratified_and_fixed() -> None:
+    train = load("digits").train
+    few = subset(train, 200)
+    assert abs(len(few) - 200) <= 10
+    share = few.y.bincount() / train.y.bincount()
+    assert float(share.max() - share.min()) < 0.02
+    assert torch.equal(few.x, subset(train, 200).x)
 
 
 def test_idx_files_packed_or_not(tmp_path: Path) -> None:

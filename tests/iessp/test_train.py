@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import iessp
 from iessp import checkpoint
 from iessp.data import load
 from iessp.data.images import Images, Splits
@@ -205,3 +206,24 @@ def test_training_learns_the_digits(tmp_path: Path) -> None:
 def test_learning_rate_is_a_triangle() -> None:
     recipe = TINY.but(lr=0.2, rise=0.25)
     assert [round(learning_rate(recipe, d), 3) for d in (0, 0.125, 0.25, 0.625, 1)] == [0, 0.1, 0.2, 0.1, 0]
+
+
+def test_a_run_starts_from_the_weights_of_the_run_before_it(splits: Splits, tmp_path: Path) -> None:
+    recipe = TINY.but(pretrain={"epochs": 2, "lr": 0.1}, gate_lr=0.1, options={"bias": 1.0}, images=64)
+    before = recipe.before()
+    assert before is not None
+    assert before == recipe.but(method="magnitude", options={}, lr=0.2).before(), "one for all methods"
+    with pytest.raises(ValueError, match="starts from a pretrained network"):
+        Trainer(recipe, splits, tmp_path / "run", start=tmp_path / "first")
+    first = Trainer(before, splits, tmp_path / "first")
+    assert (first.steps, len(first.splits.train)) == (8, 60)
+    first.run()
+    run = Trainer(recipe, splits, tmp_path / "run", start=tmp_path / "first")
+    iessp.detach(run.model, merge=False)
+    assert equal(weights(run.model), weights(first.model))
+    run = Trainer(recipe, splits, tmp_path / "run", start=tmp_path / "first")
+    stop_at(run, 3)
+    resumed = Trainer(recipe, splits, tmp_path / "run", start=tmp_path / "first")
+    assert resumed.step == 3
+    with pytest.raises(ValueError, match="starts from a pretrained network"):
+        Trainer(recipe.but(seed=1), splits, tmp_path / "other", start=tmp_path / "first")

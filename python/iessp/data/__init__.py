@@ -12,6 +12,7 @@ from iessp.data.digits import digits
 from iessp.data.folder import folder, is_folder
 from iessp.data.idx import fashion_mnist, mnist
 from iessp.data.images import Images, Splits
+from iessp.data.stream import imagenet
 
 DATASETS: dict[str, Callable[[Path | None], Splits]] = {
     "digits": digits,
@@ -20,6 +21,7 @@ DATASETS: dict[str, Callable[[Path | None], Splits]] = {
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
     "folder": folder,
+    "imagenet": imagenet,
 }
 
 
@@ -32,7 +34,7 @@ def load(name: str, data_dir: Path | None = None) -> Splits:
     """
     if name not in DATASETS:
         raise ValueError(nearest("data set", name, DATASETS))
-    if name not in ("digits", "folder") and is_folder(data_dir):
+    if name not in ("digits", "folder", "imagenet") and is_folder(data_dir):
         kind = "JPEG copies" if next(data_dir.glob("train/*/*.jpg"), None) else "image files"
         return replace(folder(data_dir), name=f"{name} ({kind})")
     return DATASETS[name](data_dir)

@@ -16,6 +16,13 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
 
 def folder(data_dir: Path | None, size: int | None = None, flip: bool = True) -> Splits:
     """Images of every class in the first image's size, or size x size; a file of another size is resized."""
+    train_dir, test_dir, classes = two_parts(data_dir)
+    train, test = (_read(d, classes, size) for d in (train_dir, test_dir))
+    return split(train_dir.parent.name, train, test, classes, flip)
+
+
+def two_parts(data_dir: Path | None) -> tuple[Path, Path, tuple[str, ...]]:
+    """The folders of training and test images and the classes they share; raises when something is missing."""
     if data_dir is None:
         raise FileNotFoundError(
             "a folder of images needs --data-dir, with train/<class>/ and test/<class>/ in it"
@@ -31,8 +38,7 @@ def folder(data_dir: Path | None, size: int | None = None, flip: bool = True) ->
     other = tuple(sorted(path.name for path in test_dir.iterdir() if path.is_dir()))
     if classes != other:
         raise ValueError(f"{train_dir} has classes {list(classes)} but {test_dir} has {list(other)}")
-    train, test = (_read(d, classes, size) for d in (train_dir, test_dir))
-    return split(data_dir.name, train, test, classes, flip)
+    return train_dir, test_dir, classes
 
 
 def is_folder(data_dir: Path | None) -> bool:
@@ -40,9 +46,8 @@ def is_folder(data_dir: Path | None) -> bool:
     return data_dir is not None and (data_dir / "train").is_dir()
 
 
-def _read(split_dir: Path, classes: Iterable[str], size: int | None) -> Images:
-    from PIL import Image
-
+def listed(split_dir: Path, classes: Iterable[str]) -> tuple[list[Path], list[int]]:
+    """The image files of each class and their labels; raises when there is none."""
     files, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(p for p in (split_dir / name).rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -52,6 +57,13 @@ def _read(split_dir: Path, classes: Iterable[str], size: int | None) -> Images:
         raise FileNotFoundError(
             f"no image ({', '.join(sorted(SUFFIXES))}) in the class folders of {split_dir}"
         )
+    return files, labels
+
+
+def _read(split_dir: Path, classes: Iterable[str], size: int | None) -> Images:
+    from PIL import Image
+
+    files, labels = listed(split_dir, classes)
     with Image.open(files[0]) as first:
         shape = (size, size) if size else first.size
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from iessp.data.stream import Stream
 
 HELD_OUT_SEED = 20_250_407  # the split is part of the data set, not of a run
 
@@ -31,8 +35,21 @@ class Images:
     def to(self, device: torch.device | str) -> Images:
         return Images(self.x.to(device), self.y.to(device))
 
+    @property
+    def channels(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def size(self) -> int:
+        return self.x.shape[-1]
+
     def take(self, index: Tensor) -> Images:
+        index = index.to(self.y.device)
         return Images(self.x[index], self.y[index])
+
+    def batches(self, order: Iterable[Tensor], salt: int | None = None) -> Iterator[Images]:
+        """The images of each index tensor in turn. `salt` is for those that decode as they go: see `stream`."""
+        return map(self.take, order)
 
 
 @dataclass(frozen=True)
@@ -40,9 +57,9 @@ class Splits:
     """train and held_out are for learning and for choices; test is read once, at the end."""
 
     name: str
-    train: Images
-    held_out: Images
-    test: Images
+    train: Images | Stream
+    held_out: Images | Stream
+    test: Images | Stream
     classes: tuple[str, ...]
     mean: tuple[float, ...]  # per channel, of x / 255 over the training images
     std: tuple[float, ...]
@@ -50,11 +67,11 @@ class Splits:
 
     @property
     def channels(self) -> int:
-        return self.train.x.shape[1]
+        return self.train.channels
 
     @property
     def size(self) -> int:
-        return self.train.x.shape[-1]
+        return self.train.size
 
     def to(self, device: torch.device | str) -> Splits:
         return replace(
@@ -66,18 +83,53 @@ def split(
     name: str, train: Images, test: Images, classes: tuple[str, ...], flip: bool, held_out: float = 0.1
 ) -> Splits:
     """Hold out a stratified share of the training images, always the same ones."""
-    random = np.random.default_rng(HELD_OUT_SEED)
-    chosen = []
-    labels = train.y.numpy()
-    for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
-        chosen.append(members[: round(held_out * len(members))])
-    out = torch.zeros(len(train), dtype=torch.bool)
-    out[torch.from_numpy(np.concatenate(chosen))] = True
+    out = held_out_mask(train.y, held_out)
     kept = train.take(~out)
     scaled = kept.x.float().div_(255)
     mean, std = scaled.mean((0, 2, 3)), scaled.std((0, 2, 3)).clamp_min(1e-3)
     return Splits(name, kept, train.take(out), test, classes, tuple(mean.tolist()), tuple(std.tolist()), flip)
+
+
+def held_out_mask(y: Tensor, share: float = 0.1) -> Tensor:
+    """bool [N]: the same share of every class of the labels y."""
+    return _stratified(y, share, HELD_OUT_SEED)
+
+
+def reduced(splits: Splits, images: int, resolution: int) -> Splits:
+    """`splits` with about so many training images, and all brought to one size; 0: as they are. Twice is once."""
+    if images and images < len(splits.train):
+        splits = replace(splits, train=subset(splits.train, images))
+    if resolution and resolution != splits.size:
+        parts = {name: _resized(getattr(splits, name), resolution) for name in ("train", "held_out", "test")}
+        splits = replace(splits, **parts)
+    return splits
+
+
+def _resized(images: Images | Stream, size: int) -> Images | Stream:
+    if not isinstance(images, Images):
+        return replace(images, size=size)
+    parts = [
+        F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
+        for x in images.x.split(4096)
+    ]
+    return Images(torch.cat([x.round().clamp(0, 255).to(torch.uint8) for x in parts]), images.y)
+
+
+def subset(images: Images | Stream, n: int) -> Images | Stream:
+    """About n images, the same share of every class, always the same ones."""
+    chosen = _stratified(images.y, n / len(images), HELD_OUT_SEED + 1).nonzero().flatten()
+    return images.take(chosen) if isinstance(images, Images) else images.part(chosen)
+
+
+def _stratified(y: Tensor, share: float, seed: int) -> Tensor:
+    random, labels = np.random.default_rng(seed), y.cpu().numpy()
+    chosen = []
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        chosen.append(members[: round(share * len(members))])
+    out = torch.zeros(len(y), dtype=torch.bool)
+    out[torch.from_numpy(np.concatenate(chosen))] = True
+    return out
 
 
 def normalise(x: Tensor, splits: Splits, size: int | None = None) -> Tensor:
@@ -91,21 +143,25 @@ def normalise(x: Tensor, splits: Splits, size: int | None = None) -> Tensor:
     return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
-def augment(x: Tensor, generator: torch.Generator, shift: int, flip: bool) -> Tensor:
+def augment(
+    x: Tensor, generator: torch.Generator, shift: int, flip: bool, part: tuple[int, int] = (0, 1)
+) -> Tensor:
     """Shift by up to `shift` pixels, reflecting at the border, and mirror half of the images; one gather for
     the batch.
 
     x [N, C, H, W]; the random numbers come from `generator`, on the CPU, so that they do not depend on the
-    device.
+    device. part: (i, m) when x is images i, i + m, ... of the batch that the numbers are drawn for.
     """
-    n, _, h, w = x.shape
+    (mine, of), (_, _, h, w) = part, x.shape
+    n = len(x) * of
     down = torch.randint(-shift, shift + 1, (n, 1), generator=generator)
     right = torch.randint(-shift, shift + 1, (n, 1), generator=generator)
     mirrored = torch.rand(n, 1, generator=generator) < (0.5 if flip else 0.0)
+    down, right, mirrored = down[mine::of], right[mine::of], mirrored[mine::of]
     columns = torch.where(mirrored, torch.arange(w - 1, -1, -1), torch.arange(w))
     rows = _reflect(torch.arange(h) + down, h).to(x.device)  # [N, H]
     columns = _reflect(columns + right, w).to(x.device)  # [N, W]
-    images = torch.arange(n, device=x.device)[:, None, None]
+    images = torch.arange(len(x), device=x.device)[:, None, None]
     picked = x[images, :, rows[:, :, None], columns[:, None, :]]  # [N, H, W, C]
     return picked.permute(0, 3, 1, 2).contiguous()
 

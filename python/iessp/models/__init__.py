@@ -15,6 +15,7 @@ from iessp.models.vgg import VGG
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg16": VGG,
+    "vgg10": partial(VGG, stages=4),
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (20, 32, 56, 110)},
     **{f"resnet{depth}": partial(imagenet_resnet, depth) for depth in (18, 34, 50)},
     "mobilenetv2": MobileNetV2,

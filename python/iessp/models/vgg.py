@@ -13,14 +13,17 @@ class VGG(nn.Module):
     [N, classes].
 
     Without its last pooling layer (a global mean stands in for it) it also takes 16x16 images; MACs at 32x32
-    are the usual 313 M.
+    are the usual 313 M. stages: only the first so many; with four, 16x16 images end in maps of 2x2, as 32x32 images
+    do with five.
     """
 
-    def __init__(self, classes: int = 10, in_channels: int = 3, width: float = 1.0):
+    def __init__(
+        self, classes: int = 10, in_channels: int = 3, width: float = 1.0, stages: int = len(STAGES)
+    ):
         super().__init__()
         layers: list[nn.Module] = []
         channels = in_channels
-        for stage in STAGES:
+        for stage in STAGES[:stages]:
             if layers:
                 layers.append(nn.MaxPool2d(2))
             for planes in (max(1, round(width * c)) for c in stage):
