@@ -95,6 +95,7 @@ class StripeLoss(nn.Module):
     output_loss: Tensor  # EMA(CE)
     reference: Tensor  # its value at the end of the warm-up
     lambda_now: Tensor
+    aimed: Tensor  # the target that the gates' threshold was last set for
     share_soft: Tensor
     share_hard: Tensor
 
@@ -129,9 +130,10 @@ class StripeLoss(nn.Module):
         device = next(model.parameters()).device
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("pressure", torch.tensor(float(pressure), device=device))
-        for name in ("output_loss", "reference", "lambda_now", "share_soft", "share_hard"):
+        for name in ("output_loss", "reference", "lambda_now", "aimed", "share_soft", "share_hard"):
             self.register_buffer(name, torch.zeros((), device=device))
         self.share_hard.fill_(1.0)
+        self.aimed.fill_(1.0)
         self._enter()
 
     def phase(self) -> Phase:
@@ -191,7 +193,7 @@ class StripeLoss(nn.Module):
         # Where the cut meets the target by itself M says which stripes, not how many: its share is no error.
         exact = all(gate.exact for gate in gates(self.model).values())
         seen = self.share_soft.lerp(wanted_share(self.model), 1.0 if exact else self._progress())
-        error = (seen - self.target()) / BAND
+        error = (seen - (self.aimed if exact else self.target())) / BAND
         link = torch.exp(-self.kappa * self.output_loss)
         if not self.adaptive:
             self.lambda_now.copy_(self.pressure * link)
@@ -234,6 +236,7 @@ class StripeLoss(nn.Module):
             return
         if any(p.requires_grad for gate in found.values() for p in gate.parameters()):
             lowest = threshold(network_of(self.model), scores_of(self.model), self.target())
+            self.aimed.fill_(self.target())
             for gate in found.values():
                 gate.keep_above(lowest)
         else:

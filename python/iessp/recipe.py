@@ -54,7 +54,7 @@ class Recipe:
     rise: float = 0.15
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    gate_lr: float = 0.05  # Adam's, constant
+    gate_lr: float = 0.005  # Adam's, constant
     label_smoothing: float = 0.0
     sizes: tuple[tuple[float, int], ...] = ()  # (from this share on, train at this size); empty: as the data
     crop: int = 0  # pixels a training image is shifted by at most

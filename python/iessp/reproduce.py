@@ -29,20 +29,27 @@ from iessp.train import Trainer, count_errors, write_results
 DEFAULT = ("dense", "iem", "filter-skeleton", "magnitude", "random", "l1-filter", "slim")
 ABLATION = (
     "iem",
-    *(f"iem({part}=false)" for part in ("module", "message", "aliveness", "statistic", "centre")),
-    "iem(exact=true)",
+    *(f"iem({part}=false)" for part in ("module", "message", "aliveness", "statistic", "centre", "exact")),
+    "iem(hard=true)",
+    "iem(kappa=0)",
+    "iem(adaptive=false)",
 )
+LOSS_PARTS = ("kappa", "adaptive")
 LATENCY_SECONDS = 3.0
 TRIAL_SEED = 1000  # of no run in a table
 
 
 def with_method(recipe: Recipe, method: str) -> Recipe:
-    """The recipe with "method" or "method(option=value, ...)"; raises ValueError for what is neither."""
+    """The recipe with "method" or "method(option=value, ...)"; raises ValueError for what is neither.
+
+    kappa and adaptive, the parts of the loss, are written as the method's options are.
+    """
     found = re.fullmatch(r"([\w-]+)(?:\((.*)\))?", method.strip())
     if found is None:
         raise ValueError(f'"{method}" is not METHOD or METHOD(OPTION=VALUE, ...)')
     options = parse_changes([part for part in (found[2] or "").split(",") if part.strip()])
-    return recipe.but(method=found[1], options=options)
+    of_loss = {name: options.pop(name) for name in LOSS_PARTS if name in options}
+    return recipe.but(method=found[1], options=options, **of_loss)
 
 
 def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: int, device: str) -> Path:
@@ -51,7 +58,7 @@ def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: in
 
     Where the machine is busy no latency is measured; the same command fills it in later.
     """
-    splits = reduced(splits, recipe.images, recipe.resolution)
+    splits = reduced(splits, 0, recipe.resolution)  # once, not in every cell
     tried = {method: tune(recipe, method, splits, out, device) for method in methods}
     chosen = {
         method: max(trials, key=lambda t: t["held_out_accuracy"])
@@ -130,7 +137,7 @@ def _write(
         if (method, seed) in finished
     ]
     record = {
-        "what": f"{recipe.model} of width {recipe.width} on {splits.name}",
+        "what": f"{recipe.model} of width {recipe.width} on {splits.name}, {splits.size}x{splits.size}",
         "command": " ".join(
             [
                 "iessp reproduce",
@@ -139,7 +146,11 @@ def _write(
                 *(f'--method "{method}"' for method in tried),
             ]
         ),
-        "images": {"train": len(splits.train), "held_out": len(splits.held_out), "test": len(splits.test)},
+        "images": {
+            "train": recipe.images or len(splits.train),
+            "held_out": len(splits.held_out),
+            "test": len(splits.test),
+        },
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "recipe": {

@@ -433,6 +433,9 @@ def test_reproduce_makes_a_table_and_resumes(
 def test_methods_with_parts_taken_away() -> None:
     recipe = reproduce.with_method(read("digits"), "iem(message=false, gain=2.0)")
     assert (recipe.method, recipe.options) == ("iem", {"message": False, "gain": 2.0})
+    fixed = reproduce.with_method(recipe, "iem(adaptive=false, kappa=0, message=false)")
+    assert (fixed.adaptive, fixed.kappa, fixed.options) == (False, 0, {"message": False})
+    assert all(reproduce.with_method(recipe, method).method == "iem" for method in reproduce.ABLATION)
     with pytest.raises(ValueError, match=r'"iem\[" is not METHOD'):
         reproduce.with_method(recipe, "iem[")
 

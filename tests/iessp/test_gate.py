@@ -66,8 +66,10 @@ def test_settled_gates_mask_and_merge(method: str) -> None:
 
 def test_straight_through_has_the_soft_gradient() -> None:
     soft = torch.tensor([0.2, 0.49, 0.51, 0.9], requires_grad=True)
-    hard = straight_through(soft, soft > 0.5)
-    assert hard.tolist() == pytest.approx([0, 0, 0.51, 0.9])
+    graded = straight_through(soft, soft > 0.5, hard=False)
+    assert graded.tolist() == pytest.approx([0, 0, 0.51, 0.9])
+    hard = straight_through(soft, soft > 0.5, hard=True)
+    assert hard.tolist() == pytest.approx([0, 0, 1, 1])
     hard.backward(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert soft.grad.tolist() == [1, 2, 3, 4]
 
@@ -191,7 +193,7 @@ def test_through_information_is_a_switch() -> None:
 
 
 def test_the_target_holds_on_to_stripes_the_gate_would_drop() -> None:
-    model = attached(module=False)
+    model = attached(module=False, exact=False)
     learn(model)
     gate = iessp.gates(model)["5"]
     with torch.no_grad():
@@ -216,7 +218,7 @@ def test_exact_gates_are_cut_where_the_budget_says() -> None:
     assert torch.equal(gate.live(), gate.soft() >= 0.5)
 
 
-@pytest.mark.parametrize("switch", ["module", "message", "aliveness", "statistic", "centre", "exact"])
+@pytest.mark.parametrize("switch", ["module", "message", "aliveness", "statistic", "centre", "hard", "exact"])
 def test_every_part_is_a_switch(switch: str) -> None:
     model = attached(**{switch: not IEMGate.options[switch]})
     learn(model)
