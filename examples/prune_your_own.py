@@ -43,7 +43,7 @@ def main(steps: int) -> None:
 
     iessp.attach(model, method="iem", example_input=x[:1])  # 2
     budgeted = iessp.StripeLoss(model, budget=0.25, steps=steps, weight_decay=1e-3)  # 3
-    groups = iessp.param_groups(model, lr=3e-3, gate_lr=0.05, weight_decay=1e-3)  # 4
+    groups = iessp.param_groups(model, lr=3e-3, gate_lr=0.005, weight_decay=1e-3)  # 4
     optimiser = torch.optim.AdamW(groups)  # 5
     model.train()
     for _ in range(steps):

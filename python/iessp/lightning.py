@@ -44,7 +44,7 @@ class StripePruning(Callback):
         method: str = "iem",
         module: str = "",
         example_input: Tensor | None = None,
-        gate_lr: float = 0.05,
+        gate_lr: float = 0.005,
         weight_decay: float = 0.0,
         exclude: Iterable[str] = (),
         loss_options: dict[str, Any] | None = None,
