@@ -69,6 +69,8 @@ def stripe_conv2d(
     live = as_skeleton(skeleton)
     stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     pads = resolve_padding(padding, live.shape[1:], stride, dilation)
+    if not isinstance(groups, int):
+        raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1 or live.shape[0] % groups:
         raise ValueError(f"groups={groups} must be positive and divide K={live.shape[0]} filters")
     op = ops.StripeOp.of(live.text, stride, pads, dilation, groups, kernel)
@@ -93,6 +95,8 @@ def convolve(
     activation: str = "none",
 ) -> Tensor:
     """fprop with torch's manners: [C, H, W] inputs, and autocast as F.conv2d does it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor [N, C, H, W] or [C, H, W], got {type(x).__name__}")
     if _autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         bias, scale, residual = (None if t is None else t.to(dtype) for t in (bias, scale, residual))

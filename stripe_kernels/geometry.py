@@ -120,10 +120,8 @@ class ConvShape:
     def idle_column(self) -> bool:
         """Whether a stride beyond 1 leaves a column of the filter that meets the image in no output pixel: 1x3 on
         one pixel with padding 1 and stride 2."""
-        starts = [q * self.stride[1] - self.padding[1] for q in range(self.Q)]
-        return self.stride[1] > 1 and not all(
-            any(0 <= start + c * self.dilation[1] < self.W for start in starts) for c in range(self.S)
-        )
+        shape = self.W, self.Q, self.stride[1], self.padding[1]
+        return self.stride[1] > 1 and not all(_inside(*shape, c * self.dilation[1]) for c in range(self.S))
 
     def macs(self, stripes: int) -> int:
         """Multiply-adds of `stripes` live stripes, out-of-image taps counted (as is usual)."""
@@ -133,8 +131,14 @@ class ConvShape:
         """Taps of an output pixel that fall inside the image, on average: 3x3 on 4x4 with padding 1 has 6.25 of 9."""
 
         def reach(size: int, out: int, taps: int, stride: int, pad: int, dilation: int) -> float:
-            hits = sum(0 <= i * stride + t * dilation - pad < size for i in range(out) for t in range(taps))
-            return hits / max(out, 1)
+            return sum(_inside(size, out, stride, pad, t * dilation) for t in range(taps)) / max(out, 1)
 
         rows = reach(self.H, self.P, self.R, self.stride[0], self.padding[0], self.dilation[0])
         return rows * reach(self.W, self.Q, self.S, self.stride[1], self.padding[1], self.dilation[1])
+
+
+def _inside(size: int, out: int, stride: int, pad: int, offset: int) -> int:
+    """How many i in [0, out) have i * stride + offset - pad in [0, size); arithmetic, since `out` may be anything."""
+    start = pad - offset
+    first, end = -(-start // stride), -(-(start + size) // stride)
+    return max(0, min(end, out) - max(first, 0))

@@ -61,9 +61,13 @@ class StripeConv2d(nn.Module):
         self.stride, self.dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
         self.padding: Any = padding if isinstance(padding, str) else pair(padding, "padding", 0)
         self.padding_mode: Any = padding_mode
+        if not all(isinstance(n, int) for n in (in_channels, out_channels, groups)):
+            raise TypeError(
+                f"in_channels, out_channels and groups must be ints, got {(in_channels, out_channels, groups)}"
+            )
         if groups < 1 or in_channels < 1 or out_channels < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
-                f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}"
+                f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}, all positive"
             )
         if live.shape != (out_channels, *self.kernel_size):
             raise ValueError(

@@ -1,6 +1,7 @@
-"""Every fenced code block of README.md and docs/ runs, a document's blocks in order and in one place; links hold.
+"""Every code block of the documents runs, a document's blocks in order and in one place, or says why not; links hold.
 
-python blocks share their names, sh blocks are run line by line. Indented blocks are installs and long runs.
+python blocks share their names, sh blocks are run line by line, text blocks are no code. An indented block stands
+under a comment `<!-- not run: REASON -->`. `<!-- needs: PACKAGE, ... -->` skips a document where one is missing.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ import stripe_kernels
 from tools import docs
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", *PAGES, ROOT / "CONTRIBUTING.md", ROOT / "bench/README.md"]
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"(?:\A|(?<=\n)\n)((?:    [^\n]*\n)+)")
+_EXCUSED = re.compile(r"<!-- not run: [^>]{10,} -->\n\n$")
+_NEEDS = re.compile(r"<!-- needs: (.*?) -->")
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 RUNNER = """
-import subprocess, sys
+import atexit, subprocess, sys
 
 names = {"__name__": "__main__"}
 for language, line, code in BLOCKS:
@@ -33,27 +38,49 @@ for language, line, code in BLOCKS:
     else:
         for command in code.splitlines():
             print("$", command, flush=True)
-            if subprocess.run(["bash", "-c", command]).returncode:
+            if command.endswith(" &"):  # a server: up when it has said something, ended with the document
+                server = subprocess.Popen(["bash", "-c", "exec " + command[:-2]], stdout=subprocess.PIPE)
+                atexit.register(server.kill)
+                if not server.stdout.readline():
+                    sys.exit(f"{place}: {command} said nothing")
+            elif subprocess.run(["bash", "-c", command]).returncode:
                 sys.exit(f"{place}: {command} failed")
 """
 
 
 def blocks(document: Path) -> list[tuple[str, int, str]]:
-    """(language, line of the fence, code)"""
+    """(language, line of the fence, code) of what is to be run"""
     text = document.read_text()
-    return [(f[1], text[: f.start()].count("\n") + 1, f[2]) for f in _FENCE.finditer(text)]
+    fences = [(f[1], text[: f.start()].count("\n") + 1, f[2]) for f in _FENCE.finditer(text)]
+    return [fence for fence in fences if fence[0] != "text"]
 
 
-def test_fences_have_a_language_that_is_run() -> None:
-    for document in DOCUMENTS:
-        for language, line, _ in blocks(document):
-            assert language in ("python", "sh"), f"{document.name}:{line}: indent what is not to be run"
+def unexcused(text: str) -> list[str]:
+    """First lines of the indented blocks that neither run nor say why."""
+    text = _FENCE.sub("", text)
+    return [b[1].splitlines()[0] for b in _INDENTED.finditer(text) if not _EXCUSED.search(text[: b.start(1)])]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
+def test_every_block_is_run_or_says_why_not(document: Path) -> None:
+    for language, line, _ in blocks(document):
+        assert language in ("python", "sh"), f"{document.name}:{line}: language {language!r} is not run"
+    assert not unexcused(document.read_text())
+
+
+def test_a_block_without_an_excuse_is_noticed() -> None:
+    assert unexcused("words:\n\n    make test\n    make lint\n\nmore\n") == ["    make test"]
+    assert unexcused("<!-- not run: takes too long -->\n\n    make test\n") == []
+    assert unexcused("<!-- not run: why -->\n\n    make test\n") == ["    make test"]
+    assert unexcused("<!-- not run: half an hour -->\n\nwords:\n\n    make test\n") == ["    make test"]
+    assert unexcused("```python\nif x:\n\n    y()\n```\n") == []
 
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d)], ids=lambda d: d.stem)
 def test_every_block_runs(document: Path, tmp_path: Path) -> None:
-    if "stripe_kernels.hub" in document.read_text():
-        pytest.importorskip("huggingface_hub")
+    for names in _NEEDS.findall(document.read_text()):
+        for name in names.split(", "):
+            pytest.importorskip(name)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     tools = tmp_path / ".bin"
     tools.mkdir()
@@ -75,7 +102,7 @@ def test_every_block_runs(document: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.stem)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
     for target in _LINK.findall(document.read_text()):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
@@ -83,7 +110,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 def test_pages_of_the_site_are_all_in_its_navigation() -> None:
     listed = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert listed == {document.name for document in DOCUMENTS[1:]}
+    assert listed == {page.name for page in PAGES}
 
 
 def test_generated_parts() -> None:

@@ -113,6 +113,16 @@ def test_macs_count_the_live_stripes() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
 @pytest.mark.parametrize("name", CASES)
+def test_taps_inside_the_image_are_counted(name: str, stride: int) -> None:
+    s = dataclasses.replace(CASES[name].shape, stride=(1, stride))
+    top, left, bottom, right = s.padding
+    image = F.pad(torch.ones(1, 1, s.H, s.W), (left, right, top, bottom))
+    met = F.conv2d(image, torch.ones(1, 1, s.R, s.S), None, s.stride, 0, s.dilation)
+    assert s.taps_inside() == pytest.approx(float(met.mean()))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("name", CASES)
 def test_an_idle_column_is_one_no_output_pixel_reads(name: str, stride: int) -> None:
     s = dataclasses.replace(CASES[name].shape, stride=(1, stride))
     _, left, _, right = s.padding

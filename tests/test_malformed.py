@@ -109,6 +109,9 @@ WRONG_SETTINGS = {
     "zero dilation": ({"dilation": (0, 1)}, "dilation.*0"),
     "zero groups": ({"groups": 0}, "groups=0"),
     "negative groups": ({"groups": -2}, "groups=-2"),
+    "groups as text": ({"groups": "2"}, "groups must be an int, got '2'"),
+    "padding beyond all memory": ({"padding": 2**20}, "allocate"),
+    "padding beyond all integers": ({"padding": 2**62}, "padding=4611686018427387904"),
     "groups that do not divide K": ({"groups": 3}, "groups=3.*K=4"),
     "groups that do not divide C": ({"groups": 2}, "5 channels.*groups=2.*10"),
     "dilation beyond the map": ({"dilation": 4}, "6 < 9"),
@@ -129,7 +132,8 @@ WRONG_MODULES = {
     "negative padding": ({"padding": (0, -1)}, "padding"),
     "zero stride": ({"stride": 0}, "stride"),
     "zero kernel size": ({"kernel_size": 0}, "kernel_size"),
-    "no channels": ({"in_channels": 0}, "in_channels=0"),
+    "no channels": ({"in_channels": 0}, "in_channels=0.*all positive"),
+    "channels that are no number": ({"in_channels": 5.0}, r"must be ints, got \(5\.0, 4, 1\)"),
     "groups": ({"groups": 2}, "groups=2.*in_channels=5"),
     "padding mode": ({"padding_mode": "mirror"}, "'mirror'"),
     "same padding with a stride": ({"padding": "same", "stride": 2}, "strided"),
@@ -199,6 +203,8 @@ def test_what_is_no_tensor_is_a_typed_error() -> None:
     for name, value in itertools.product(("x", "weight"), (None, 3, [[1.0]], X.numpy())):
         with pytest.raises((*TYPED, AttributeError)):
             call(**{name: value})
+    with pytest.raises(TypeError, match="x must be a tensor .* got ndarray"):
+        call(x=X.numpy())
 
 
 @pytest.mark.parametrize("kernel", NATIVE)

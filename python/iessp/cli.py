@@ -10,6 +10,7 @@ import torch
 import typer
 
 from iessp import ranks
+from iessp.attach import nearest
 from iessp.cli_frame import app, main, verb
 from iessp.recipe import Recipe, bundled, parse_changes, read
 from iessp.reproduce import ABLATION, DEFAULT, known_methods
@@ -34,6 +35,18 @@ def _one_shot(incomplete: str) -> list[str]:
     from iessp.cli_work import ONE_SHOT
 
     return _among(ONE_SHOT)(incomplete)
+
+
+def _device(text: str) -> str:
+    """The name of a device that is there; BadParameter says why another is none."""
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise typer.BadParameter(nearest("device", text, ("cpu", "cuda", "cuda:0")))
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise typer.BadParameter(
+            f'torch sees {torch.cuda.device_count()} GPUs, no "{text}": see iessp doctor'
+        )
+    return text
 
 
 RecipeName = Annotated[
@@ -76,7 +89,7 @@ Changes = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a field of the recipe, as in --set epochs=3; repeatable."
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", callback=_device)]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch chooses.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Images a call.")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Time spent on timing each batch size.")]

@@ -81,7 +81,20 @@ def resolve(text: str, size: str | None = None, weights: Path | None = None) -> 
     if given is None:
         given = _guess(model, name)
     kind = next((p.dtype for p in model.parameters()), torch.float32)
-    return Given(name, model.eval(), given.to(kind), folder)
+    found = Given(name, model.eval(), given.to(kind), folder)
+    _try(found)
+    return found
+
+
+def _try(given: Given) -> None:
+    """Runs the model once: ValueError, in one line, where it does not take the example's size."""
+    try:
+        with torch.inference_mode():
+            given.model(given.example)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        size = "x".join(map(str, given.example.shape[1:]))
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{given.name} does not take images {size} (--input): {reason}") from error
 
 
 def _size(text: str) -> tuple[int, int, int]:

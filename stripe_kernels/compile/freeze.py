@@ -75,6 +75,10 @@ def is_convolution(module: nn.Module) -> bool:
 
 def _named(model: nn.Module, skeletons: Skeletons) -> dict[nn.Module, FilterSkeleton]:
     modules = dict(model.named_modules(remove_duplicate=False))
+    if not isinstance(skeletons, Mapping):
+        raise TypeError(
+            f"skeletons must map names of convolutions to bool [K, R, S], got {type(skeletons).__name__}"
+        )
     chosen: dict[nn.Module, FilterSkeleton] = {}
     for given, skeleton in skeletons.items():
         name = given if given in modules else plain_name(given)

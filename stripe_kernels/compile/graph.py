@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import _assert_is_none
 
 # In-place operations and what they are without the side effect.
 _METHODS_IN_PLACE = {
@@ -38,6 +39,7 @@ _QUESTIONS = (
     getattr, operator.and_, operator.eq, operator.ge, operator.getitem, operator.gt, operator.le, operator.lt,
     operator.mod, operator.ne,
 )  # fmt: skip
+_ASSERTIONS = (torch._assert, _assert_is_none)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
 
 
@@ -132,10 +134,10 @@ def _out_of_place(node: fx.Node) -> Callable[[], None] | None:
 
 
 def drop_assertions(network: fx.GraphModule) -> None:
-    """Takes out torch._assert, which models of timm check their inputs with, and questions nobody reads."""
+    """Takes out assertions, which models of timm check their inputs with, and questions nobody reads."""
     for node in reversed(network.graph.nodes):
         unread = not node.users and (node.op == "get_attr" or calls(node, (), _QUESTIONS, ("size", "dim")))
-        if unread or calls(node, functions=(torch._assert,)):
+        if unread or calls(node, functions=_ASSERTIONS):
             network.graph.erase_node(node)
     network.recompile()
 

@@ -14,6 +14,7 @@ from stripe_kernels.compile.resident import Untranslatable, resident
 from stripe_kernels.modules import StripeConv2d
 
 _PROGRAMS_KEPT = 16  # input signatures a network remembers
+_ABSENT = object()
 
 
 class Network(nn.Module):
@@ -40,8 +41,10 @@ class Network(nn.Module):
         self._programs: dict[Any, Program] = {}
         self._lock = threading.Lock()
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
+    # The first input has a place of its own: torch.export's dynamic_shapes are then those of any one-input model.
+    def forward(self, first: Any = _ABSENT, /, *others: Any, **named: Any) -> Any:
         """What the network it was made from returns, in evaluation mode."""
+        inputs = () if first is _ABSENT else (first, *others)
         if named or not _runs_itself(inputs):
             return self.body(*inputs, **named)
         key = self._key(inputs)

@@ -95,7 +95,7 @@ def compact(model: nn.Module, example: tuple[Tensor, ...]) -> Network:
 
     Raises ValueError where the model has no fixed graph.
     """
-    body = trace(model)
+    body = trace(model, len(example))
     with torch.inference_mode(False), torch.no_grad():
         drop_identities(body)
         without_side_effects(body)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import fx, nn
 
@@ -16,8 +20,20 @@ class _Tracer(fx.Tracer):
         return type(m) in vocabulary.MODULE_NAMES
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def _left_out(forward: Callable[..., Any], given: int | None) -> dict[str, Any]:
+    """Parameters that a call leaves out, with their defaults: those beyond the first `given`. Where that is not known,
+    those of None and bool, which `is None` and `if` cannot ask a symbolic value."""
+    parameters = list(inspect.signature(forward).parameters.values())[given or 1 :]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    plain = (bool, int, float, str) if given else bool
+    return {name: value for name, value in defaults.items() if value is None or isinstance(value, plain)}
+
+
+def trace(model: nn.Module, given: int | None = None) -> fx.GraphModule:
     """The graph of a copy of `model`, in evaluation mode; the input is not touched.
+
+    given: how many inputs it will be called with; the others have their defaults for good.
+    given: how many inputs it will be called with; the others keep their defaults for good.
 
     Raises ValueError with torch.fx's reason for a model whose Python control flow depends on its input.
     """
@@ -28,8 +44,9 @@ def trace(model: nn.Module) -> fx.GraphModule:
         return copied
     with torch.inference_mode(False):
         tracer = _Tracer(param_shapes_constant=True)
+        left_out = _left_out(copied.forward, given)
         try:
-            graph = tracer.trace(copied)
+            graph = tracer.trace(copied, concrete_args=left_out)
         except (fx.proxy.TraceError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"torch.fx cannot follow {type(copied).__name__}: {error}. Control flow that depends on the "
@@ -40,4 +57,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
         network = fx.GraphModule(tracer.root, graph, type(model).__name__)
         norms_as_modules(network)
         drop_assertions(network)
+        for node in network.graph.find_nodes(op="placeholder"):
+            if node.target.rpartition("_")[0] in left_out and not node.users:
+                network.graph.erase_node(node)
+        network.recompile()
         return network

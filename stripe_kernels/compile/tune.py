@@ -96,6 +96,8 @@ def tune(
 
 def sites(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> list[Site]:
     """Every call of fprop in one run of the model, in order; a layer called twice is listed twice."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     with torch.inference_mode(), _evaluating(model), _Watch(model) as watch:
         model(*inputs)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from stripe_kernels import StripeConv2d
+from stripe_kernels import StripeConv2d, freeze, load, save
 from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.optimize import compact, in_channels_last
@@ -279,3 +280,29 @@ def test_what_is_optimized_already_stays(network: tuple[nn.Module, Network, Tens
     assert_same(model, compact(net, (x,)), [x, torch.randn(5, *x.shape[1:])])
     before = nn.Sequential(model, nn.Softmax(1)).eval()
     assert_same(before, compact(nn.Sequential(net, nn.Softmax(1)), (x,)), [x, torch.randn(5, *x.shape[1:])])
+
+
+class WithOptions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, positive: bool = True, gain: float = 2
+    ) -> Tensor:
+        x = self.conv(x)
+        if mask is not None:
+            x = x * mask
+        return gain * (x.relu() if positive else x)
+
+
+def test_inputs_that_are_left_out_keep_their_defaults(tmp_path: Path) -> None:
+    model, x, mask = WithOptions().eval(), torch.randn(2, 3, 9, 9), torch.rand(1, 8, 1, 1)
+    frozen = freeze(model, {"conv": torch.rand(8, 3, 3) < 0.5})
+    network = compact(frozen, (x,))
+    torch.testing.assert_close(network(x), frozen(x))
+    with pytest.raises(TypeError):
+        network(x, mask)
+    torch.testing.assert_close(compact(frozen, (x, mask))(x, mask), frozen(x, mask))
+    save(frozen, tmp_path / "f")
+    torch.testing.assert_close(load(tmp_path / "f")(x, gain=3), frozen(x, gain=3))

@@ -38,7 +38,7 @@ def test_a_network_inside_a_model() -> None:
 @pytest.mark.parametrize("optimized", [False, True])
 def test_torch_export_takes_other_batches(optimized: bool) -> None:
     model, frozen, x = masked("squeeze_excite", 0.24)
-    network = compact(frozen, (x,)).body if optimized else frozen
+    network = compact(frozen, (x,)) if optimized else frozen
     exported = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},))
     assert_same(model, exported.module(), [x, torch.randn(7, *x.shape[1:])])
 

@@ -167,6 +167,8 @@ def test_refusals_name_the_reason() -> None:
         freeze(nn.Sequential(nn.LazyConv2d(4, 3)))
     with pytest.raises(TypeError, match=r"nn\.Module"):
         freeze("model")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must map names .* got list"):
+        freeze(model, [skeleton(model[0])])  # type: ignore[arg-type]
 
 
 def test_a_frozen_model_trains_even_when_frozen_in_inference_mode() -> None:

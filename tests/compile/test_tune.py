@@ -294,6 +294,12 @@ def test_optimize_keeps_the_model_where_the_rewrite_is_inexact(monkeypatch: pyte
     assert not isinstance(kept, Network)
 
 
+def test_what_is_no_module_is_named() -> None:
+    for verb in (tune, explain, optimize):
+        with pytest.raises(TypeError, match=r"expected an nn\.Module, got int"):
+            verb(3, torch.randn(1, 3, 8, 8))  # type: ignore[arg-type]
+
+
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     model, x = small()
     untuned = explain(model, x)

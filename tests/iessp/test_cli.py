@@ -122,6 +122,8 @@ def test_help_suffices(
         (("train", "nowhere.toml"), "recipe file nowhere.toml does not exist"),
         (("freeze", "no/such/run"), "no/such/run does not exist"),
         (("freeze", "."), ". holds no run: expected checkpoints/step-*.pt"),
+        (("train", "digits", "--device", "gpu"), 'unknown device "gpu": did you mean "cpu"?'),
+        (("train", "digits", "--device", "cuda:64"), 'no "cuda:64": see iessp doctor'),
         (("trian", "digits"), "No such command 'trian'. Did you mean 'train'?"),
         (("train", "digits", "--epochs", "3"), "No such option: --epochs"),
         (("prune",), "Missing argument 'MODEL'. (iessp prune --help)"),
@@ -134,6 +136,10 @@ def test_help_suffices(
         (("prune", "resnet20", "--budget", "2"), "budget is a share of MACs in (0, 1], got 2.0"),
         (("prune", "resnet20", "--budget", "fast"), "or a time such as \"2.5 ms\", got 'fast'"),
         (("prune", "resnet20", "--input", "3x20"), '--input "3x20" is not CxHxW, as in 3x32x32'),
+        (
+            ("optimize", "factories_of_a_user:make", "--input", "1x32x32"),
+            "factories_of_a_user:make does not take images 1x32x32 (--input): Given groups=1",
+        ),
         (
             ("prune", "resnet20", "--exclude", "stem.1"),
             'unknown convolution "stem.1": did you mean "stem.0"?',
