@@ -141,8 +141,15 @@ def test_records_become_tables() -> None:
         {**common, "contestant": "onnxruntime", "kind": "dense", "seconds": 5e-3},
         {**common, "contestant": "openvino", "kind": "dense", "status": "wrong: y"},
     ]  # fmt: skip
-    (line,) = docs.timings(rows).splitlines()[2:]
-    assert "| 5 (onnxruntime) | 2 (auto) | **2.50** (2.25-2.75) |" in line
+    (line,) = docs.timings(rows).splitlines()[4:]
+    assert line == "| **2.50** (2.25-2.75) | 5 (onnxruntime) | 2 (auto) |  |"
+    both = docs.timings(
+        [*rows, {**common, "batch": 32, "contestant": "auto", "kind": "stripe", "status": "refused"}]
+    )
+    assert both.startswith(
+        "what vgg16, pass net, density 0.24, skeletons iid, dtype float32, threads 1\n\n| batch |"
+    )
+    assert both.splitlines()[-1] == "| 32 |  |  |  |  |"
     runs = [
         {"method": m, "seed": s, "accuracy": a} for m, s, a in (("a", 0, 0.5), ("a", 1, 0.6), ("b", 0, 0.75))
     ]

@@ -203,7 +203,7 @@ def test_what_is_no_tensor_is_a_typed_error() -> None:
     for name, value in itertools.product(("x", "weight"), (None, 3, [[1.0]], X.numpy())):
         with pytest.raises((*TYPED, AttributeError)):
             call(**{name: value})
-    with pytest.raises(TypeError, match="x must be a tensor .* got ndarray"):
+    with pytest.raises(TypeError, match=r"x must be a tensor .* got ndarray"):
         call(x=X.numpy())
 
 

@@ -24,14 +24,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def verbs() -> str:
-    """A section for every verb of `iessp`: what its --help prints on a terminal of 90 columns."""
+    """A section for every verb of `iessp`: what its --help prints on a terminal of 84 columns."""
     from typer.main import get_command
     from typer.testing import CliRunner
 
     from iessp.cli import app
 
     group: Any = get_command(app)
-    run = CliRunner(env={"COLUMNS": "90", "TERMINAL_WIDTH": "90", "TERM": "dumb"})
+    run = CliRunner(env={"COLUMNS": "84", "TERMINAL_WIDTH": "84", "TERM": "dumb"})
     shown = {
         name: run.invoke(app, [name, "--help"], catch_exceptions=False).stdout for name in group.commands
     }
@@ -73,39 +73,35 @@ def _flat(machine: Any) -> Row:
     return {k: v for k, v in facts.items() if isinstance(v, (str, int, float)) and not isinstance(v, bool)}
 
 
-def timings(rows: Iterable[Row]) -> str:
-    """The fastest of each kind in every comparison of bench's rows, and what was refused or wrong."""
+def timings(rows: Sequence[Row]) -> str:
+    """The fastest of each kind in every comparison of bench's rows; what all comparisons share stands above them."""
     keys = ("what", "which", "batch", "density", "source", "dtype", "threads")
+    titles = dict(
+        zip(keys, ("what", "pass", "batch", "density", "skeletons", "dtype", "threads"), strict=True)
+    )
+    shared = [key for key in keys if len({row[key] for row in rows}) == 1]
+    told = [key for key in keys if key not in shared]
     lines = []
-    for job, found in groupby(rows, key=lambda row: [row[key] for key in keys]):
+    for _, found in groupby(rows, key=lambda row: [row[key] for key in keys]):
         timed: dict[str, Row] = {}
         for row in found:
-            best = timed.get(row["kind"])
-            if row.get("seconds") and (best is None or row["seconds"] < best["seconds"]):
+            best = timed.setdefault(row["kind"], row)
+            if row.get("seconds") and not best.get("seconds", 1e99) <= row["seconds"]:
                 timed[row["kind"]] = row
-        stripe, dense = timed.get("stripe"), timed.get("dense")
+        job, kinds = row, {kind: row for kind, row in timed.items() if row.get("seconds")}
+        stripe, dense = kinds.pop("stripe", None), kinds.pop("dense", None)
         gain = "" if stripe is None or not stripe.get("speedup") else (
             f"**{stripe['speedup']:.2f}** ({stripe['speedup_low']:.2f}-{stripe['speedup_high']:.2f})"
         )  # fmt: skip
-        what, which, batch, density, source, dtype, threads = job
-        others = ", ".join(
-            f"{kind} {_ms(row)}" for kind, row in timed.items() if kind not in ("stripe", "dense")
-        )
-        cells = [
-            what,
-            which,
-            batch,
-            f"{density:.3g} {source}",
-            dtype,
-            threads,
-            _ms(dense),
-            _ms(stripe),
-            gain,
-            others,
-        ]
-        lines.append(cells)
-    titles = "what, pass, batch, density, dtype, threads, dense ms, stripe ms, speedup, others ms"
-    return _table(titles.split(", "), lines)
+        others = ", ".join(f"{kind} {_ms(row)}" for kind, row in kinds.items())
+        lines.append([*(_value(job[key]) for key in told), gain, _ms(dense), _ms(stripe), others])
+    columns = [*(titles[key] for key in told), "speedup", "dense, ms", "stripes, ms", "others, ms"]
+    about = ", ".join(f"{titles[key]} {_value(rows[0][key])}" for key in shared)
+    return f"{about}\n\n{_table(columns, lines)}" if about else _table(columns, lines)
+
+
+def _value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _ms(row: Row | None) -> str:

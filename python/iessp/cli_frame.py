@@ -20,6 +20,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from stripe_kernels import __version__
+
 Verb = Callable[..., dict[str, Any] | None]
 
 _USAGE_ERROR = typer.BadParameter.__bases__[0]  # typer 0.29 keeps its click to itself
@@ -36,6 +38,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"iessp, stripe_kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 class Failure(RuntimeError):
@@ -63,6 +80,7 @@ def verb(example: str) -> Callable[[Verb], Verb]:
         run.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[*signature.parameters.values(), flag], return_annotation=None
         )
+        run.__doc__ = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
         app.command(epilog=f"Example: [bold]{escape(example)}[/]")(run)
         return function
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,8 @@ def _load(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
-        raise Failure(f"{path} does not fit {type(model).__name__}: {first[0].strip()}") from error
+        reason = textwrap.shorten(first[0], 120, placeholder=" ...")
+        raise Failure(f"{path} does not fit {type(model).__name__}: {reason}") from error
 
 
 def _unknown(text: str, path: Path) -> Exception:

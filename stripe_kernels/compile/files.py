@@ -133,6 +133,9 @@ def _write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the temporary one's name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

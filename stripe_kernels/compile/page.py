@@ -109,12 +109,17 @@ def _networks(networks: Sequence[dict[str, Any]]) -> str:
 
 def _skeletons(e: Explanation) -> str:
     cards = "".join(
-        f"<figure>{skeleton(live)}<figcaption>{_name(row)}<small>{row['density']:.0%} of {row['stripes']:,}"
-        "</small></figcaption></figure>"
+        f"<figure>{skeleton(live)}<figcaption>{_name(row)}<small>{escape(_percent(row['density']))} "
+        f"of {row['stripes']:,}</small></figcaption></figure>"
         for row, live in zip(e.rows, e.skeletons, strict=True)
     )
     caption = "A tile is a filter, a cell one of its taps; filled cells are stripes that live."
     return _section("Skeletons", caption, f"<div class='skeletons'>{cards}</div>")
+
+
+def _percent(share: float) -> str:
+    """Whole percents, in which a few live stripes are not none and a few dead ones not all."""
+    return "<1%" if 0 < share < 0.01 else ">99%" if 0.99 < share < 1 else f"{share:.0%}"
 
 
 def _layers(e: Explanation) -> str:
@@ -130,7 +135,7 @@ def _layers(e: Explanation) -> str:
         ratio = f"{row['dense'] / seconds:.1f}×" if row["dense"] and seconds else ""
         lines.append(
             f"<div class='layer'><span>{_name(row)}</span>"
-            f"<div>{_bar(row['density'], 'kept', format(row['density'], '.0%'), 3)}</div>"
+            f"<div>{_bar(row['density'], 'kept', escape(_percent(row['density'])), 3)}</div>"
             f"<div>{taps(row['taps'], 9)}</div><div class='times'>{bars}</div><b>{ratio}</b></div>"
         )
     heads = "".join(f"<span>{head}</span>" for head in ("", "stripes kept", "by tap", "time"))

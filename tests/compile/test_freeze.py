@@ -167,7 +167,7 @@ def test_refusals_name_the_reason() -> None:
         freeze(nn.Sequential(nn.LazyConv2d(4, 3)))
     with pytest.raises(TypeError, match=r"nn\.Module"):
         freeze("model")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="must map names .* got list"):
+    with pytest.raises(TypeError, match=r"must map names .* got list"):
         freeze(model, [skeleton(model[0])])  # type: ignore[arg-type]
 
 

@@ -95,6 +95,11 @@ def test_every_verb_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     )
 
 
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert words(capsys) == f"iessp, stripe_kernels {stripe_kernels.__version__}"
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_suffices(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
