@@ -19,10 +19,11 @@ test: $(VENV)/.installed-test ## install and run the tests; ARGS="-k name" goes 
 bench: $(VENV)/.installed-bench ## time the kernels against the dense baselines; ARGS goes to the benchmark
 	$(BIN)/python -m bench $(ARGS)
 
-lint: $(VENV)/.installed-dev ## ruff, mypy, clang-format, clang-tidy
+lint: $(VENV)/.installed-dev ## ruff, mypy, workflows, clang-format, clang-tidy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	tools/tidy $(VENV)
 

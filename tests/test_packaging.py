@@ -146,6 +146,18 @@ def test_the_version_stands_in_one_place() -> None:
     assert newest[1] == version
 
 
+def test_the_command_line_without_its_extra_says_what_it_lacks() -> None:
+    script = "import sys; sys.modules['typer'] = None; from iessp.__main__ import main; main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "error: the command line needs typer: install stripe-kernels with its extra, as in "
+        'pip install -e ".[train]"'
+    ]
+
+
 WITHOUT = """
 import sys
 
