@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,7 +91,10 @@ Changes = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", callback=_device)]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch chooses.")]
+MOST_THREADS = max(64, os.cpu_count() or 1)  # OpenMP ends the process where the system gives it no more
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads. Default: what torch chooses.")
+]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Images a call.")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Time spent on timing each batch size.")]
 

@@ -129,6 +129,7 @@ def test_help_suffices(
         (("freeze", "."), ". holds no run: expected checkpoints/step-*.pt"),
         (("train", "digits", "--device", "gpu"), 'unknown device "gpu": did you mean "cpu"?'),
         (("train", "digits", "--device", "cuda:64"), 'no "cuda:64": see iessp doctor'),
+        (("doctor", "--threads", "100000"), "'--threads': Input should be less than or equal to"),
         (("trian", "digits"), "No such command 'trian'. Did you mean 'train'?"),
         (("train", "digits", "--epochs", "3"), "No such option: --epochs"),
         (("prune",), "Missing argument 'MODEL'. (iessp prune --help)"),
