@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -254,6 +255,9 @@ def test_a_failed_write_leaves_the_old_file(
         save(frozen, path)
     assert path.read_bytes() == before
     assert sorted(path.parent.iterdir()) == [path]
+    nowhere = path.parent / "nowhere" / "net"
+    with pytest.raises(FileNotFoundError, match=re.escape(f"'{nowhere}'")):
+        save(frozen, nowhere)
 
 
 class Branch(nn.Module):
