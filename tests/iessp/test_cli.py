@@ -384,7 +384,7 @@ def test_train_freeze_bench(
     assert "stripe_kernels.load reads it" in words(capsys)
     assert call(monkeypatch, "report", str(run), "--no-measure", "-o", str(tmp_path / "r.html")) == 0
     assert "iem, this run" in (tmp_path / "r.html").read_text()
-    (checkpoint,) = (run / "checkpoints").glob("*.pt")
+    checkpoint = max((run / "checkpoints").glob("*.pt"))  # a slow machine saves on the way too
     assert call(monkeypatch, "bench", str(checkpoint), "--batch", "2", "--seconds", "0") == 0
     assert "speed-up" in words(capsys)
 
