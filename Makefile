@@ -62,6 +62,7 @@ soak: $(VENV)/.installed-test ## ten minutes of mixed shapes with flat memory
 
 mutate: $(VENV)/.installed-test ## plants a fault of each class in a copy and shows which test notices
 	$(RUN) tests.mutate --record tests/records/mutations.json
+	$(RUN) tests.cuda.mutate --record tests/records/cuda-mutations.json
 
 audit: $(VENV)/.installed-dev ## known vulnerabilities and licences of what development installs
 	$(PYTHON) -m venv build/audit && build/audit/bin/pip install -q pip-audit pip-licenses

@@ -120,6 +120,31 @@ def test_misaligned_and_sliced_inputs_are_copied(native: ModuleType) -> None:
         assert torch.equal(runner(x, packed, None, None, None, "none"), expected)
 
 
+def test_a_residual_that_begins_between_two_pairs_is_copied(native: ModuleType) -> None:
+    """A GPU stops at a pair that is not aligned to its size; a CPU does not, so the pointer is looked at."""
+    c = WIDE[0]
+    o = c.operands(torch.bfloat16, "channels_last")
+    runner = MmaFprop(native, problem_of(c, "channels_last", torch.bfloat16), (PATCH, WHOLE, 1))
+    seen = []
+
+    class Spy:
+        kernel = runner.kernel
+
+        def run(self, *arguments: object) -> None:
+            seen.append(arguments[-2])
+            self.kernel.run(*arguments)
+
+    runner.kernel = Spy()
+    n, channels, h, w = o.residual.shape
+    storage = torch.empty(o.residual.numel() + 1, dtype=o.residual.dtype)
+    shifted = storage[1:].view(n, h, w, channels).permute(0, 3, 1, 2).copy_(o.residual)
+    packed = runner.pack(o.weight)
+    expected, found = (runner(o.x, packed, None, None, r, "none") for r in (o.residual, shifted))
+    assert torch.equal(found, expected)
+    assert shifted.data_ptr() % 16
+    assert seen[1] % 16 == 0
+
+
 @pytest.mark.parametrize("c", WIDE, ids=lambda c: c.name)
 @pytest.mark.parametrize("which", ["dgrad", "wgrad"])
 def test_gradients_within_the_budget(native: ModuleType, which: Pass, c: Case) -> None:
