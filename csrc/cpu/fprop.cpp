@@ -1,6 +1,9 @@
 #include "cpu/fprop.h"
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
+#include <map>
 #include <stdexcept>
 
 namespace sk {
@@ -18,6 +21,36 @@ std::vector<Part> balanced_parts(int group, const std::vector<int>& work, int pa
   }
   return out;
 }
+
+namespace {
+
+// Filters of a full tile, 1 to kMaxTileFilters, that a schedule's runs suit best: 3 filters by 4 vectors where rows are 4, 8 or 16
+// vectors long, 4 by 3 where they are 6 or 12, 6 by 2 where they are 2.
+//   cost = sum over runs and filter tiles of  C * max(F * V, F + V, 8) + 20 + 3 F V     half cycles
+// A step issues F * V multiply-adds and F + V loads, two a cycle each, and waits 4 cycles for the step before it; y is loaded,
+// added and stored once.
+int fitting_filters(const Schedule& s, const std::vector<int>& filters_of_tap, int cells,
+                    const IsaKernels& isa) {
+  std::map<std::pair<int, int>, int> runs;  // (filters, vectors) -> how many
+  for (const BlockPlan& b : s.blocks())
+    for (const Run& r : b.runs) ++runs[{filters_of_tap[s.tap_sets()[r.taps][0]], r.vectors}];
+  int best = isa.tile_filters;
+  double least = std::numeric_limits<double>::infinity();
+  for (int most = 1; most <= kMaxTileFilters; ++most) {
+    double cost = 0;
+    for (const auto& [run, count] : runs)
+      split_evenly(run.first, most, [&, vectors_of_run = run.second, times = count](int a, int b) {
+        const int f = b - a;
+        each_tile(vectors_of_run, isa.tile_vectors[f], [&](int, int v) {
+          cost += times * (cells * static_cast<double>(std::max({f * v, f + v, 8})) + 20 + 3 * f * v);
+        });
+      });
+    if (cost < least || (cost == least && most <= isa.tile_filters)) least = cost, best = most;
+  }
+  return best;
+}
+
+}  // namespace
 
 Fprop::Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, const IsaKernels& isa,
              bool paired)
@@ -37,12 +70,20 @@ Fprop::Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
   for (int g = 0; g < shape.groups; ++g)
     for (const Part& p : balanced_parts(g, stripes_.work(g, shape.group_k(), shape.group_c()), part_count_))
       parts_.push_back(p);
+  std::vector<int> filters_of_tap(taps);  // of an average part
+  for (int t = 0; t < taps; ++t)
+    for (int g = 0; g < shape.groups; ++g) {
+      const int tap = schedule_.lattice().taps[t].tap;
+      filters_of_tap[t] += stripes_.end(g, tap) - stripes_.begin(g, tap);
+    }
+  for (int& n : filters_of_tap) n = ceil_div(n, static_cast<int>(parts_.size()));
+  const int tile_filters = fitting_filters(schedule_, filters_of_tap, cells_, isa);
   tile_ptr_.push_back(0);
   for (const Part& p : parts_)
     for (const TapAccess& t : schedule_.lattice().taps) {
       const auto [lo, hi] = stripes_.within(p.group, t.tap, p.begin, p.end);
       const int first = lo;
-      split_evenly(hi - lo, isa.tile_filters, [&, first](int a, int b) {
+      split_evenly(hi - lo, tile_filters, [&, first](int a, int b) {
         tiles_.push_back({packed_floats_, b - a, static_cast<int>(order_.size())});
         packed_floats_ += static_cast<std::int64_t>(b - a) * cells_;
         for (int i = first + a; i < first + b; ++i) {

@@ -10,6 +10,20 @@
 #include "cpu/parallel.h"
 
 namespace sk {
+namespace {
+
+// Pixels and vectors of filters a tile holds: what covers all of them in the fewest tiles; of equals, the one with more pixels,
+// which reads fewer weights.
+void choose_tile(const IsaKernels& isa, int pixels, int vectors, int& tile_pixels, int& tile_vectors) {
+  int fewest = std::numeric_limits<int>::max();
+  for (int f = kMaxTileFilters; f >= 1; --f) {
+    const int v = std::max(1, std::min(vectors, isa.tile_vectors[f]));
+    const int tiles = ceil_div(pixels, f) * ceil_div(vectors, v);
+    if (tiles < fewest) fewest = tiles, tile_pixels = f, tile_vectors = v;
+  }
+}
+
+}  // namespace
 
 FpropFilters::FpropFilters(const ConvShape& shape, Stripes stripes, int images, int filter_parts,
                            const IsaKernels& isa)
@@ -29,7 +43,11 @@ FpropFilters::FpropFilters(const ConvShape& shape, Stripes stripes, int images, 
     for (const TapAccess& t : lattice_.taps) {
       const auto [lo, hi] = stripes_.within(p.group, t.tap, p.begin, p.end);
       const int vectors = (hi - lo + isa.lanes - 1) / isa.lanes;
-      taps_.push_back({packed_floats_, vectors, lo, hi, t});
+      TapFilters tap{packed_floats_,         vectors, lo, hi, lattice_.valid_rows(t),
+                     lattice_.valid_cols(t), 1,       1,  t};
+      choose_tile(isa, tap.rows.size() * tap.cols.size() * images_, vectors, tap.tile_pixels,
+                  tap.tile_vectors);
+      taps_.push_back(tap);
       packed_floats_ += static_cast<std::int64_t>(vectors) * isa.lanes * shape.group_c();
     }
 }
@@ -38,30 +56,16 @@ void FpropFilters::pack_weight(const void* weight, DType type, float* packed) co
   const std::int64_t c = shape_.group_c(), bytes = static_cast<std::int64_t>(size_of(type));
   std::vector<float> row(static_cast<std::size_t>(c));
   std::fill(packed, packed + packed_floats_, 0.f);
-  for (const TapFilters& t : taps_) {
-    const std::int64_t step = static_cast<std::int64_t>(t.vectors) * isa_.lanes;
-    for (int i = t.first; i < t.last; ++i) {
-      isa_.load_row(row.data(), static_cast<const char*>(weight) + stripes_.row[i] * c * bytes, type, 1, c);
-      float* at = packed + t.weight + (i - t.first);
-      for (std::int64_t j = 0; j < c; ++j) at[j * step] = row[j];
-    }
-  }
+  for (const TapFilters& t : taps_)
+    each_tile(t.vectors, t.tile_vectors, [&](int at, int vectors) {
+      const int lanes = vectors * isa_.lanes, first = t.first + at * isa_.lanes;
+      float* const tile = packed + t.weight + at * isa_.lanes * c;
+      for (int i = first; i < std::min(first + lanes, t.last); ++i) {
+        isa_.load_row(row.data(), static_cast<const char*>(weight) + stripes_.row[i] * c * bytes, type, 1, c);
+        for (std::int64_t j = 0; j < c; ++j) tile[j * lanes + i - first] = row[j];
+      }
+    });
 }
-
-namespace {
-
-// Pixels a tile broadcasts, so that F * V comes nearest to filling the registers: 4 vectors of filters take 6, not 8.
-int tile_pixels(const IsaKernels& isa, int vectors) {
-  int best = 1, most = 0;
-  for (int f = isa.tile_filters; f >= isa.tile_filters / 2; --f) {
-    const int tiles = (vectors + isa.tile_vectors[f] - 1) / isa.tile_vectors[f];
-    const int filled = f * vectors / tiles;
-    if (filled > most) most = filled, best = f;
-  }
-  return best;
-}
-
-}  // namespace
 
 // sums[(image * P + p) * Q + q][filter of the part] over every tap.
 void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int images, const TensorView& x,
@@ -69,37 +73,38 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
   const ConvShape& s = shape_;
   const int filters = part.end - part.begin;
   alignas(64) float tile[kMaxTileFilters * kMaxTileVectors * 16];
-  std::int32_t source[kMaxTileFilters], target[kMaxTileFilters];
+  std::vector<std::int32_t> source, target;  // where a pixel is read in x, and its row of sums
   BoxSteps box{};
-  box.count[0] = box.count[1] = 1, box.count[2] = s.group_c();
+  box.count[0] = box.count[1] = 1, box.count[2] = box.stretch = s.group_c();
   box.a[2] = x.stride[1];
+  const float* const a =
+      static_cast<const float*>(x.data) + n0 * x.stride[0] + part.group * s.group_c() * x.stride[1];
   for (const TapFilters* t = taps; t != taps + lattice_.taps.size(); ++t) {
     if (t->first == t->last) continue;
-    const Range rows = lattice_.valid_rows(t->access), cols = lattice_.valid_cols(t->access);
-    const int pixels = rows.size() * cols.size() * images;
-    if (pixels == 0) continue;
     const Plane& plane = lattice_.planes[t->access.plane];
-    box.b[2] = static_cast<std::int64_t>(t->vectors) * isa_.lanes;
-    split_evenly(pixels, tile_pixels(isa_, t->vectors), [&](int begin, int end) {
-      const int count = end - begin;
-      for (int f = 0; f < count; ++f) {
-        const int col = cols.lo + (begin + f) % cols.size(), line = (begin + f) / cols.size();
-        const int row = rows.lo + line % rows.size(), image = line / rows.size();
-        source[f] = static_cast<std::int32_t>(image * x.stride[0] +
-                                              (row * lattice_.step_h + plane.row0) * x.stride[2] +
-                                              (col * lattice_.step_w + plane.col0) * x.stride[3]);
-        target[f] = (image * s.P + row) * s.Q + col;
-      }
-      const float* const a =
-          static_cast<const float*>(x.data) + n0 * x.stride[0] + part.group * s.group_c() * x.stride[1];
-      each_tile(t->vectors, isa_.tile_vectors[count], [&](int at, int vectors) {
-        const int lanes = vectors * isa_.lanes;
+    const int row0 = t->access.dr * lattice_.step_h + plane.row0,
+              col0 = t->access.ds * lattice_.step_w + plane.col0;
+    source.clear(), target.clear();
+    for (int image = 0; image < images; ++image)
+      for (int row = t->rows.lo; row < t->rows.hi; ++row)
+        for (int col = t->cols.lo; col < t->cols.hi; ++col) {
+          source.push_back(static_cast<std::int32_t>(image * x.stride[0] +
+                                                     (row * lattice_.step_h + row0) * x.stride[2] +
+                                                     (col * lattice_.step_w + col0) * x.stride[3]));
+          target.push_back((image * s.P + row) * s.Q + col);
+        }
+    each_tile(t->vectors, t->tile_vectors, [&](int at, int vectors) {
+      const int lanes = vectors * isa_.lanes;
+      box.b[2] = lanes;
+      const float* const b = packed + t->weight + static_cast<std::int64_t>(at) * isa_.lanes * s.group_c();
+      const std::int32_t* const filter = &stripes_.filter[t->first + at * isa_.lanes];
+      const int live = std::min(lanes, t->last - t->first - at * isa_.lanes);
+      split_evenly(static_cast<int>(source.size()), t->tile_pixels, [&](int begin, int end) {
+        const int count = end - begin;
         std::fill(tile, tile + count * lanes, 0.f);
-        isa_.box[count][vectors](box, a, source, packed + t->weight + at * isa_.lanes, tile, lanes);
-        const std::int32_t* const filter = &stripes_.filter[t->first + at * isa_.lanes];
-        const int live = std::min(lanes, t->last - t->first - at * isa_.lanes);
+        isa_.box[count][vectors](box, a, &source[begin], b, tile, lanes);
         for (int f = 0; f < count; ++f) {
-          float* const out = sums + static_cast<std::int64_t>(target[f]) * filters - part.begin;
+          float* const out = sums + static_cast<std::int64_t>(target[begin + f]) * filters - part.begin;
           for (int j = 0; j < live; ++j) out[filter[j]] += tile[f * lanes + j];
         }
       });

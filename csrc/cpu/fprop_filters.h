@@ -26,10 +26,14 @@ class FpropFilters {
            int threads) const;
 
  private:
-  struct TapFilters {  // of one part: packed [C/groups][vectors * lanes], the last lanes zero
+  // Of one part. Packed tile by tile, [tile][C/groups][vectors of the tile * lanes], the last lanes zero: every tile reads one
+  // stream, and from beyond L2 once for all its pixels.
+  struct TapFilters {
     std::int64_t weight;
     int vectors;
     int first, last;  // into stripes_
+    Range rows, cols;
+    int tile_pixels, tile_vectors;
     TapAccess access;
   };
 

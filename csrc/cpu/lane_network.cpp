@@ -13,7 +13,6 @@
 namespace sk {
 namespace {
 
-constexpr int kMostImages = 64;  // of a block
 constexpr int kGap =
     16;  // an odd number of cache lines between channels: maps are powers of two, cache sets too
 // Output rows are zeroed, summed and finished while they are in L2 (1 MB, shared with the rows they read).
@@ -112,48 +111,59 @@ struct LaneNetwork::ConvStep : Step {
 };
 
 struct LaneNetwork::PoolStep : Step {
-  PoolStep(Pool kind, const PoolShape& s, int images) : kind(kind), s(s), images(images) {}
+  PoolStep(Pool kind, const PoolShape& s, const IsaKernels& isa, int images)
+      : kind(kind), s(s), isa(isa), images(images) {}
+
+  // Windows clipped to the map: column j's is where row 0 of the window's pixels begins.
+  Range rows_of(int i) const {
+    return intersect({i * s.stride_h - s.pad_h, i * s.stride_h - s.pad_h + s.kernel_h}, {0, x.h});
+  }
+  Range cols_of(int j) const {
+    return intersect({j * s.stride_w - s.pad_w, j * s.stride_w - s.pad_w + s.kernel_w}, {0, x.w});
+  }
 
   void run(float* arena, float*, const Team& team) const override {
+    // Columns whose windows are whole follow each other at one step; the others are rows of one window.
+    const Range whole = intersect(
+        {ceil_div(s.pad_w, s.stride_w), floor_div(x.w + s.pad_w - s.kernel_w, s.stride_w) + 1}, {0, y.w});
     for (std::int64_t c = team.begin(x.c); c < team.end(x.c); ++c) {
       const float* const in = arena + x.offset + c * x.plane;
       float* const out = arena + y.offset + c * y.plane;
       for (int i = 0; i < y.h; ++i)
-        for (int j = 0; j < y.w; ++j) one(in, out + (static_cast<std::int64_t>(i) * y.w + j) * images, i, j);
+        for (int j = 0; j < y.w;) {
+          const int next = j == whole.lo && whole.size() > 0 ? whole.hi : j + 1;
+          some(in, out + (static_cast<std::int64_t>(i) * y.w + j) * images, i, j, next - j);
+          j = next;
+        }
     }
   }
 
-  void one(const float* in, float* out, int i, int j) const {
-    const Range h = intersect({i * s.stride_h - s.pad_h, i * s.stride_h - s.pad_h + s.kernel_h}, {0, x.h});
-    const Range w = intersect({j * s.stride_w - s.pad_w, j * s.stride_w - s.pad_w + s.kernel_w}, {0, x.w});
-    const bool max = kind == Pool::max;
-    std::fill(out, out + images, max ? -std::numeric_limits<float>::infinity() : 0.f);
-    for (int r = h.lo; r < h.hi; ++r) {
-      float row[kMostImages] =
-          {};  // a row has a sum of its own: one over a whole map would leave the error budget
-      for (int q = w.lo; q < w.hi; ++q) {
-        const float* const v = in + (static_cast<std::int64_t>(r) * x.w + q) * images;
-        if (max)
-          // NOLINTNEXTLINE(misc-redundant-expression): NaN stays NaN
-          for (int n = 0; n < images; ++n) out[n] = v[n] > out[n] || v[n] != v[n] ? v[n] : out[n];
-        else
-          for (int n = 0; n < images; ++n) row[n] += v[n];
-      }
-      if (!max)
-        for (int n = 0; n < images; ++n) out[n] += row[n];
-    }
-    if (max) return;
+  // `count` neighbouring output pixels of row i whose windows are of one size.
+  void some(const float* in, float* out, int i, int j, int count) const {
+    const Range h = rows_of(i), w = cols_of(j);
+    if (h.size() == 0 || w.size() == 0)
+      return std::fill(out, out + static_cast<std::int64_t>(count) * images,
+                       kind == Pool::max ? -std::numeric_limits<float>::infinity() : 0.f);
+    const std::int64_t row = static_cast<std::int64_t>(x.w) * images;
+    const Windows windows{count,   static_cast<std::int64_t>(s.stride_w) * images, row, images, h.size(),
+                          w.size()};
+    const float* const first = in + h.lo * row + static_cast<std::int64_t>(w.lo) * images;
+    if (kind == Pool::max) return isa.max_windows(out, first, windows);
+    isa.sum_windows(out, first, windows);
     // torch divides by the window clipped to the padded image, or to the image where padding is not counted.
-    const int ph =
-        std::min(i * s.stride_h - s.pad_h + s.kernel_h, x.h + s.pad_h) - (i * s.stride_h - s.pad_h);
-    const int pw =
-        std::min(j * s.stride_w - s.pad_w + s.kernel_w, x.w + s.pad_w) - (j * s.stride_w - s.pad_w);
-    const int count = kind == Pool::average_padded ? ph * pw : std::max(1, h.size() * w.size());
-    for (int n = 0; n < images; ++n) out[n] /= static_cast<float>(count);
+    const auto padded = [](int at, int stride, int pad, int kernel, int size) {
+      return std::min(at * stride - pad + kernel, size + pad) - (at * stride - pad);
+    };
+    const int counted = kind == Pool::average_padded ? padded(i, s.stride_h, s.pad_h, s.kernel_h, x.h) *
+                                                           padded(j, s.stride_w, s.pad_w, s.kernel_w, x.w)
+                                                     : h.size() * w.size();
+    for (std::int64_t n = 0; n < static_cast<std::int64_t>(count) * images; ++n)
+      out[n] /= static_cast<float>(counted);
   }
 
   Pool kind;
   PoolShape s;
+  const IsaKernels& isa;
   int images;
   Activation3 x{}, y{};
 };
@@ -225,7 +235,7 @@ void LaneNetwork::add_conv(const ConvShape& shape, Stripes stripes, const float*
 
 void LaneNetwork::add_pool(Pool kind, const PoolShape& shape, int x, int y) {
   check(x), check(y);
-  auto step = std::make_unique<PoolStep>(kind, shape, images_);
+  auto step = std::make_unique<PoolStep>(kind, shape, isa_, images_);
   step->x = activations_[x], step->y = activations_[y];
   if (step->x.c != step->y.c) throw std::invalid_argument("a pool keeps its channels");
   steps_.push_back(std::move(step));

@@ -49,6 +49,7 @@ class Schedule {
   int pitch() const { return pitch_; }
   std::int64_t plane_floats(int channels) const { return plane_stride(channels); }
   const BlockPlan& block(int index) const { return blocks_[block_kind(index)]; }
+  const std::vector<BlockPlan>& blocks() const { return blocks_; }  // of every kind
 
   std::int64_t panel_floats(int channels) const { return lead_ + plane_stride(channels) * planes() + slack_; }
   std::int64_t channel_stride() const { return channel_stride_; }

@@ -65,6 +65,7 @@ void Wgrad::compute(const Task& task, const Pixels& px, float* dw) const {
       intersect({ceil_div(-off_w, s.stride_w), floor_div(s.W - 1 - off_w, s.stride_w) + 1}, {0, s.Q});
   if (p.size() == 0 || q.size() == 0) return;
   BoxSteps box;
+  box.stretch = kStretch;
   box.count[0] = px.images, box.count[1] = p.size(), box.count[2] = q.size();
   box.a[2] = px.dy_ld, box.a[1] = px.dy_ld * s.Q, box.a[0] = box.a[1] * (px.p1 - px.p0);
   box.b[2] = px.x_ld * s.stride_w, box.b[1] = px.x_ld * s.W * s.stride_h,

@@ -9,6 +9,9 @@ namespace sk {
 
 constexpr int kMaxTileFilters = 8;
 constexpr int kMaxTileVectors = 12;
+// Steps over stripes or pixels summed before they join y: one running sum of 70 products left the error budget (generated
+// problems). A sum over the channels of one tap is as long as torch's own and stays whole.
+constexpr std::int64_t kStretch = 32;
 
 // One step of an indexed reduction: where the two operands lie.
 struct IndexedStep {
@@ -27,12 +30,21 @@ using IndexedTile = void (*)(std::int64_t n, const float* a, const float* b, con
 struct BoxSteps {
   std::int64_t count[3];  // images, rows, columns
   std::int64_t a[3], b[3];
+  std::int64_t stretch;  // steps summed before they join y
 };
 using BoxTile = void (*)(const BoxSteps& box, const float* a, const std::int32_t* f_off, const float* b,
                          float* y, std::int64_t ldy);
 
 // StridedTile on cells of two bfloat16 values: y += sum_i low(a) * low(b) + high(a) * high(b), float sums.
 using PairedTile = StridedTile;
+
+// Pooling windows of one row of output pixels (isa/pool.h).
+struct Windows {
+  std::int64_t count, step;  // output pixels, and how far apart their windows begin
+  std::int64_t row_step;
+  std::int64_t images;
+  int rows, cols;
+};
 
 struct IsaKernels {
   const char* name;
@@ -65,6 +77,9 @@ struct IsaKernels {
   // row[i] = activation(row[i] * scale + shift + residual[i]); residual may be null
   void (*finish_row)(float* row, std::int64_t n, float scale, float shift, const float* residual,
                      Activation act);
+  // Maximum and sum of each window: out [count][images]
+  void (*max_windows)(float* out, const float* in, const Windows& w);
+  void (*sum_windows)(float* out, const float* in, const Windows& w);
 };
 
 // By name, or null where this build or this processor lacks it. `best_isa` never is null.

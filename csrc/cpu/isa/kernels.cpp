@@ -1,6 +1,7 @@
 // Compiled once per instruction set with -DSK_ISA=<name> and that set's flags; exports one table.
 #include "cpu/isa/epilogue.h"
 #include "cpu/isa/layout.h"
+#include "cpu/isa/pool.h"
 #include "cpu/isa/tile.h"
 
 #define SK_JOIN_(a, b) a##b
@@ -25,6 +26,8 @@ const IsaKernels* SK_JOIN(isa_table_, SK_ISA)() {
   table.load_transposed = load_transposed;
   table.store_transposed = store_transposed;
   table.finish_row = finish_row;
+  table.max_windows = max_windows;
+  table.sum_windows = sum_windows;
   return &table;
 }
 
