@@ -24,11 +24,11 @@ std::vector<Part> balanced_parts(int group, const std::vector<int>& work, int pa
 
 namespace {
 
-// Filters of a full tile, 1 to kMaxTileFilters, that a schedule's runs suit best: 3 filters by 4 vectors where rows are 4, 8 or 16
-// vectors long, 4 by 3 where they are 6 or 12, 6 by 2 where they are 2.
-//   cost = sum over runs and filter tiles of  C * max(F * V, F + V, 8) + 20 + 3 F V     half cycles
-// A step issues F * V multiply-adds and F + V loads, two a cycle each, and waits 4 cycles for the step before it; y is loaded,
-// added and stored once.
+// Filters of a full tile, 1 to kMaxTileFilters, that a schedule's runs suit best.
+//   cost = sum over runs and filter tiles of  C * (max(F * V, F + V, 8) + V / 2) + 20 + 3 F V     half cycles
+// A step issues F * V multiply-adds and F + V loads, two a cycle each, and waits 4 cycles for the step before it; lane vectors
+// come from L2 often enough that 6 filters by 2 vectors beat 4 by 3 by 1 to 5 % (AVX2), and both beat 3 by 4; y is loaded, added
+// and stored once.
 int fitting_filters(const Schedule& s, const std::vector<int>& filters_of_tap, int cells,
                     const IsaKernels& isa) {
   std::map<std::pair<int, int>, int> runs;  // (filters, vectors) -> how many
@@ -42,7 +42,8 @@ int fitting_filters(const Schedule& s, const std::vector<int>& filters_of_tap, i
       split_evenly(run.first, most, [&, vectors_of_run = run.second, times = count](int a, int b) {
         const int f = b - a;
         each_tile(vectors_of_run, isa.tile_vectors[f], [&](int, int v) {
-          cost += times * (cells * static_cast<double>(std::max({f * v, f + v, 8})) + 20 + 3 * f * v);
+          cost += times * (cells * static_cast<double>(std::max({f * v, f + v, 8})) + cells * v * 0.5 + 20 +
+                           3 * f * v);
         });
       });
     if (cost < least || (cost == least && most <= isa.tile_filters)) least = cost, best = most;

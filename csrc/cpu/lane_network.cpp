@@ -16,7 +16,7 @@ namespace {
 constexpr int kGap =
     16;  // an odd number of cache lines between channels: maps are powers of two, cache sets too
 // Output rows are zeroed, summed and finished while they are in L2 (1 MB, shared with the rows they read).
-constexpr std::int64_t kRowsInCache = 64 * 1024;
+constexpr std::int64_t kRowsInCache = 32 * 1024;
 
 }  // namespace
 
