@@ -19,7 +19,35 @@ CLOCK = 3.5e9
 # Measured on 1 MB of L2: blocks up to this size run as fast as small ones; past it halo rows cost less than misses.
 BLOCK_BYTES = 1_400_000
 WHOLE_MAP_BYTES = 4_500_000
-WINDOW = 12  # vectors: a common multiple of the register tiles 3, 4, 6, 12
+WINDOW = 12  # vectors: a common multiple of the register tiles 2, 3, 4, 6, 12
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """What a core takes for the parts of a pass, fitted to measured times of kernels at d = .1 and .24."""
+
+    fma: float  # a multiply-add of a vector in fprop
+    gradient: float  # the same in dgrad, whose operands are found through indices
+    update: float  # adding a vector to y after a tap
+    row: float  # beginning a row of pixels
+    vector: float  # moving a vector of pixels
+    transpose: float  # moving a vector of images
+    filters_fma: float  # a multiply-add with lanes along filters
+    scatter: float  # a vector of filters into y
+    weights: float  # a vector of weights from beyond L2
+    wgrad: float  # a multiply-add in wgrad
+    copy: float  # moving a vector into a pixel-major copy
+
+
+# By lanes of a vector: AVX-512 on Zen 4 (one multiply-add a cycle), AVX2 on Zen 3 (two), which stands for the others.
+CYCLES = {
+    16: Cycles(1.05, 1.05, 3.0, 20.0, 1.5, 8.0, 1.15, 24.0, 5.0, 1.3, 6.0),
+    8: Cycles(0.67, 0.91, 3.4, 16.0, 2.5, 13.0, 0.81, 14.0, 3.7, 0.9, 8.0),
+}
+
+
+def cycles(lanes: int) -> Cycles:
+    return CYCLES.get(lanes, CYCLES[8])
 
 
 @dataclass(frozen=True)
@@ -97,24 +125,23 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Co
 def predict(problem: Problem, which: Pass, config: Config, lanes: int, step: float = 1.0) -> float:
     """Seconds: multiply-adds of live stripes over the lanes actually run, plus moving activations in and out.
 
-    Constants are cycles, measured on Zen 4: a multiply-add of a vector 1.05; the per-tap update of y 3 a vector;
-    pixels move in rows, 20 a row and 1.5 a vector, into an im2col plane for every tap; images move in transposes,
-    8 a vector. step: instructions a multiply-add; one half where a pair of bfloat16 channels takes one.
+    Pixels move in rows, into an im2col plane for every tap; images move in transposes. step: instructions a
+    multiply-add; one half where a pair of bfloat16 channels takes one.
     """
     if len(config) == 2:
         return _predict_filters(problem, config, lanes)
-    s = problem.shape
+    s, cost = problem.shape, cycles(lanes)
     mode, images, rows, parts, _ = config
     sides = Sides.of(s, which)
     if mode == BATCH:
         blocks_n, lanes_n = -(-s.N // images), images
-        width, move, per_row = sides.cols, 8.0, 0.0
+        width, move, per_row = sides.cols, cost.transpose, 0.0
     elif mode == GATHER:
         blocks_n, lanes_n = -(-s.N // images), 1
-        width, move, per_row = sides.cols * images, 1.5, 20.0 * images
+        width, move, per_row = sides.cols * images, cost.vector, cost.row * images
     else:
         blocks_n, lanes_n = s.N, 1
-        width, move, per_row = sides.pitch, 1.5, 20.0
+        width, move, per_row = sides.pitch, cost.vector, cost.row
     row_blocks = -(-sides.rows // rows)
     out_vectors = -(-min(rows, sides.rows) * width * lanes_n // lanes)
     in_rows = sides.rows if mode == GATHER else rows + sides.halo
@@ -124,9 +151,9 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int, step: flo
     share = 1.0
     if mode == BATCH:
         share = s.taps_inside() / s.taps
-    fma = 1.05 * step * stripes * share * out_vectors * s.group_c
+    fma = (cost.fma if which == "fprop" else cost.gradient) * step * stripes * share * out_vectors * s.group_c
     if which == "fprop":
-        fma += 3.0 * stripes * share * out_vectors + 1.0 * sides.channels_out * out_vectors
+        fma += cost.update * stripes * share * out_vectors + 1.0 * sides.channels_out * out_vectors
     fma /= 1.0 if which == "fprop" else sides.phases
     block = fma + move * (in_vectors * sides.channels_in + out_vectors * sides.channels_out)
     block += per_row * (in_rows * planes * sides.channels_in + min(rows, sides.rows) * sides.channels_out)
@@ -139,22 +166,22 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int, step: flo
 
 
 def _predict_filters(problem: Problem, config: Config, lanes: int) -> float:
-    s = problem.shape
+    s, cost = problem.shape, cycles(lanes)
     _, parts = config
     pixels = s.N * s.taps_inside() / s.taps * s.P * s.Q
     per_tap = max(1.0, problem.skeleton.stripes / s.taps / s.groups / parts)
     vectors = -(-per_tap // lanes) * s.taps * s.groups * parts
-    tile = vectors * pixels * (1.15 * s.group_c + 24.0)  # a scatter of 16 lanes costs about 24 cycles
-    weights = vectors * s.group_c * 5.0 * -(-s.N // config[0])  # from beyond L2: 64 bytes in about 5 cycles
+    tile = vectors * pixels * (cost.filters_fma * s.group_c + cost.scatter)
+    weights = vectors * s.group_c * cost.weights * -(-s.N // config[0])
     out = 8.0 * s.N * s.K * s.P * s.Q / lanes
     return 4e-6 + (max(tile, weights) + out) / min(problem.threads, parts * max(s.N, 1)) / CLOCK
 
 
 def predict_wgrad(problem: Problem, lanes: int) -> float:
     """Seconds of wgrad: live multiply-adds with lanes along C, and two pixel-major copies."""
-    s = problem.shape
+    s, cost = problem.shape, cycles(lanes)
     pixels = s.N * s.P * s.Q
     vectors = -(-s.group_c // lanes)
-    work = 1.3 * problem.skeleton.stripes * vectors * pixels
-    copies = 6.0 * s.N * (s.H * s.W * s.C + s.P * s.Q * s.K) / lanes
+    work = cost.wgrad * problem.skeleton.stripes * vectors * pixels
+    copies = cost.copy * s.N * (s.H * s.W * s.C + s.P * s.Q * s.K) / lanes
     return 4e-6 + (work + copies) / problem.threads / CLOCK

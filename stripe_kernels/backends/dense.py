@@ -16,6 +16,11 @@ from stripe_kernels.indices import IndexArrays
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
 from stripe_kernels.roofline import gpu_seconds, item_size
 
+# Multiply-adds/s of one core for many pixels, by what torch says the CPU has: Zen 4 and Zen 3.
+_CPU_MACS = {
+    "AVX512": {"fprop": 50.6e9, "dgrad": 50.6e9, "wgrad": 50.6e9},
+    "AVX2": {"fprop": 40e9, "dgrad": 37e9, "wgrad": 29e9},
+}
 _CUDNN_SHARE = 0.75  # of the GEMM rate on a GPU: an estimate
 
 
@@ -96,9 +101,8 @@ _RUNNERS = {"fprop": DenseFprop, "dgrad": DenseDgrad, "wgrad": DenseWgrad}
 def predict(problem: Problem, which: Pass) -> float:
     """Seconds for oneDNN or cuDNN, from the multiply-adds that fall inside the image.
 
-    The share of peak falls with the pixels M a filter sees: about M / (M + 28) of 92 % (measured, fp32, N *
-    P * Q from 4 to 32768); wgrad and dgrad run at about the same rate. On a GPU the roofline's estimate,
-    never measured.
+    The share of peak falls with the pixels M a filter sees: about M / (M + 29) (measured, fp32, N * P * Q
+    from 4 to 32768). On a GPU the roofline's estimate, never measured.
     """
     s = problem.shape
     if problem.device == "cuda":
@@ -109,7 +113,8 @@ def predict(problem: Problem, which: Pass) -> float:
         return gpu_seconds(problem.dtype, macs=executed, moved=moved, share=_CUDNN_SHARE, programs=programs)
     pixels = s.N * s.P * s.Q
     macs = pixels * s.K * s.group_c * s.taps_inside()
-    rate = 55e9 * problem.threads * 0.92 * pixels / (pixels + 28)
+    rate = _CPU_MACS.get(torch.backends.cpu.get_cpu_capability(), _CPU_MACS["AVX2"])[which]
+    rate *= problem.threads * pixels / (pixels + 29)
     if problem.dtype == "bfloat16":
         rate *= 2  # oneDNN's dot products of bf16 pairs, where the CPU has them; where not, this errs towards dense
     if problem.dtype == "float16" and not problem.channels_last:

@@ -37,8 +37,10 @@ _CACHE = (
     24 << 20
 )  # bytes of Z a chunk should stay under: half the L2 of an H100, which x and y pass through too
 _MOST = 2 << 30  # bytes of Z beyond which the whole batch at once is no candidate
-_CPU_MACS = 47e9  # multiply-adds/s of one core in a large GEMM, an estimate
-_CPU_GATHER = 1.5e-9  # seconds a gathered value takes one core, an estimate
+# One core, fitted to times on Zen 3: seconds a call, multiply-adds/s of the products, seconds a gathered value.
+_CPU_CALL = 2.3e-4
+_CPU_MACS = {"fprop": 29e9, "dgrad": 21e9, "wgrad": 18e9}
+_CPU_GATHER = {"fprop": 1.5e-9, "dgrad": 2.6e-9, "wgrad": 8.4e-9}
 
 
 class GemmConfig(NamedTuple):
@@ -247,13 +249,13 @@ class GemmWgrad(_Gemm):
 _RUNNERS = {"fprop": GemmFprop, "dgrad": GemmDgrad, "wgrad": GemmWgrad}
 
 
-def _predict(problem: Problem, config: GemmConfig, image_values: int) -> float:
+def _predict(problem: Problem, which: Pass, config: GemmConfig, image_values: int) -> float:
     """The products, then the gather: Z or P is written and read once, in L2 where a chunk fits."""
     s, size = problem.shape, item_size(problem.dtype)
     values = image_values * s.N
     macs = values * s.group_c
     if problem.device != "cuda":
-        return 2e-5 + (macs / _CPU_MACS + values * _CPU_GATHER) / problem.threads
+        return _CPU_CALL + (macs / _CPU_MACS[which] + values * _CPU_GATHER[which]) / problem.threads
     inside = config.images * image_values * size <= _CACHE
     spill = 0.0 if inside else 2.0 * values * size
     moved = s.N * (s.C * s.H * s.W + s.K * s.P * s.Q) * size
@@ -278,7 +280,7 @@ def _candidates(problem: Problem, which: Pass) -> dict[Config, float]:
     image_values = Layout(problem, planar=False).image_values
     fused = int(problem.device == "cuda" and registry.provided("gather") is not None)
     configs = [GemmConfig(images, fused) for images in _chunks(problem, which, image_values)]
-    return {tuple(config): _predict(problem, config, image_values) for config in configs}
+    return {tuple(config): _predict(problem, which, config, image_values) for config in configs}
 
 
 def _build(problem: Problem, which: Pass, config: Config) -> Any:
