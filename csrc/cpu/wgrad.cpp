@@ -46,7 +46,7 @@ Wgrad::Wgrad(const ConvShape& shape, Stripes stripes, int chunk_pixels, const Is
   for (int g = 0; g < shape.groups; ++g)
     for (int t = 0; t < stripes_.taps; ++t) {
       const int begin = stripes_.begin(g, t);
-      // With one or two vectors of channels eight filters, with more six: F * V fills the registers.
+      // With one or two vectors of channels a full tile, with more three quarters of one: F * V fills the registers.
       const int vectors = (shape.group_c() + isa.lanes - 1) / isa.lanes;
       const int most = vectors >= 4 ? std::max(1, isa.tile_filters * 3 / 4) : isa.tile_filters;
       split_evenly(stripes_.end(g, t) - begin, most,

@@ -9,7 +9,7 @@ namespace {
 // no register are loaded for every filter that meets them: 2x6 of 16 ran at 80 %, 3x4 with its one at 96 %. With one filter
 // each is used once anyway.
 constexpr int kBudget = SK_REGISTERS == 32 ? 24 : 12;
-constexpr int kTileFilters = SK_REGISTERS == 32 ? 8 : 4;
+constexpr int kTileFilters = SK_REGISTERS == 32 ? 8 : 6;
 constexpr int tile_vectors(int F) {
   const int most = F == 1 ? kBudget : SK_REGISTERS / (F + 1), v = kBudget / F < most ? kBudget / F : most;
   return v < 1 ? 1 : (v > sk::kMaxTileVectors ? sk::kMaxTileVectors : v);
