@@ -32,14 +32,19 @@ from stripe_kernels.snapshots import packed_weight
 _RUNNERS_KEPT = 64  # shapes a layer remembers
 
 library = torch.library.Library("stripe_kernels", "DEF")
+# Plans look at strides: a compiler may not change those of an argument. (torch before 2.7 knows their order only.)
+_TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
 _GEOMETRY = "str skeleton, int[2] stride, int[4] padding, int[2] dilation, int groups, str kernel"
 library.define(
     "fprop(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, str activation, "
     + _GEOMETRY
-    + ") -> Tensor"
+    + ") -> Tensor",
+    tags=_TAGS,
 )
-library.define("dgrad(Tensor grad, Tensor weight, SymInt[2] input_size, " + _GEOMETRY + ") -> Tensor")
-library.define("wgrad(Tensor grad, Tensor x, " + _GEOMETRY + ") -> Tensor")
+library.define(
+    "dgrad(Tensor grad, Tensor weight, SymInt[2] input_size, " + _GEOMETRY + ") -> Tensor", tags=_TAGS
+)
+library.define("wgrad(Tensor grad, Tensor x, " + _GEOMETRY + ") -> Tensor", tags=_TAGS)
 
 
 class StripeOp:
@@ -92,7 +97,8 @@ class StripeOp:
     ) -> Problem:
         shape = self.shape(*(int(v) for v in size))
         threads = torch.get_num_threads() if device.type == "cpu" else 1
-        return Problem(shape, self.skeleton, str(dtype)[6:], device.type, channels_last, threads)
+        tf32 = tf32_allowed(device, dtype)
+        return Problem(shape, self.skeleton, str(dtype)[6:], device.type, channels_last, threads, tf32)
 
     def plan(self, which: Pass, problem: Problem) -> Plan:
         backends.load()
@@ -100,10 +106,13 @@ class StripeOp:
 
     def runner(self, which: Pass, size: tuple[int, ...], like: Tensor) -> Callable[..., Tensor]:
         """The runner for an input of `size` [N, C, H, W] in the dtype, device and memory format of `like`."""
-        key = (which, size, like.dtype, like.device, like.stride(), torch.get_num_threads())
+        device, dtype = like.device, like.dtype
+        key = (
+            which, size, dtype, device, like.stride(), torch.get_num_threads(), tf32_allowed(device, dtype)
+        )  # fmt: skip
         runner: Callable[..., Tensor] | None = self._runners.get(key)
         if runner is None:
-            problem = self.problem(size, like.dtype, like.device, is_channels_last(like))
+            problem = self.problem(size, dtype, device, is_channels_last(like))
             runner = self.plan(which, problem).build()
             if len(self._runners) >= _RUNNERS_KEPT:
                 self._runners.pop(next(iter(self._runners)))
@@ -124,6 +133,17 @@ def lane_network(threads: int) -> Any:
 def call_list(threads: int) -> Any:
     """An empty list of native calls (backends/cpu_calls.py); ImportError without the extension."""
     return backends.call_list(threads)
+
+
+def tf32_allowed(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
+    """Whether float32 may be rounded to tf32 on a GPU, by torch's switches: in convolutions, in products."""
+    if device.type != "cuda" or dtype != torch.float32:
+        return False, False
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if conv is None:  # torch before 2.9
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    # Read as the newer switches: torch refuses to read an older one after a newer one was written.
+    return conv.fp32_precision == "tf32", torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def is_channels_last(t: Tensor) -> bool:
@@ -381,7 +401,7 @@ def _checked_runner(
         bias is not None and (bias.shape, bias.dtype, bias.device),
         scale is not None and (scale.shape, scale.dtype, scale.device),
         residual is not None and (residual.shape, residual.dtype, residual.device),
-        activation, torch.get_num_threads(),
+        activation, torch.get_num_threads(), tf32_allowed(x.device, x.dtype),
     )  # fmt: skip
     runner = op._checked.get(key)
     if runner is None:

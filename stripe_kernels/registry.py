@@ -21,7 +21,9 @@ Config = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything a plan depends on. `dtype` is torch's name without the prefix, `device` a device type."""
+    """Everything a plan depends on. `dtype` is torch's name without the prefix, `device` a device type. `tf32`
+    says whether float32 may be rounded to it on a GPU: in convolutions, in matrix products (torch has a switch
+    for each)."""
 
     shape: ConvShape
     skeleton: FilterSkeleton
@@ -29,6 +31,7 @@ class Problem:
     device: str
     channels_last: bool
     threads: int
+    tf32: tuple[bool, bool] = (False, False)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ def register(kernel: Kernel) -> None:
     if kernel.name in _kernels:
         raise ValueError(f"kernel {kernel.name!r} is registered twice")
     _kernels[kernel.name] = kernel
+
+
+def withdraw(name: str) -> None:
+    """Takes a kernel back: it exists no more in this process."""
+    _kernels.pop(name, None)
 
 
 def register_missing(backend: str, reason: str) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from stripe_kernels.kept import Kept, capturing
 
 _FORMS_KEPT = 64  # runners a weight's forms are kept for
 
@@ -33,7 +34,8 @@ _snapshots: dict[int, _Snapshot] = {}
 def packed_weight(runner: Any, weight: Tensor) -> Any:
     """The runner's form of a weight [A, C/groups], from a snapshot keyed by storage and version.
 
-    Inference tensors have no version, a write to them would not be seen: they are packed on every call.
+    Inference tensors have no version, a write to them would not be seen: they are packed on every call. A
+    CUDA graph reads the form that was there before its capture, or packs the weight itself.
     """
     if weight.is_inference():
         return runner.pack(weight)
@@ -43,15 +45,13 @@ def packed_weight(runner: Any, weight: Tensor) -> Any:
         _snapshots[id(weight)] = found
     packed = found.forms.get(runner)
     if packed is None:
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            return runner.pack(weight)  # its memory is the graph's, and empty until a replay
+        if capturing(weight.device):
+            return runner.pack(weight)
         if len(found.forms) >= _FORMS_KEPT:
             found.forms.clear()
-        packed = runner.pack(weight)
-        if weight.is_cuda:  # other streams use it from now on, and know nothing of this one
-            torch.cuda.current_stream(weight.device).synchronize()
-        found.forms[runner] = packed
-    return packed
+        form = Kept(lambda: runner.pack(weight), weight.device) if weight.is_cuda else runner.pack(weight)
+        packed = found.forms[runner] = form
+    return packed.value() if type(packed) is Kept else packed
 
 
 def _drop_dead(key: int) -> Callable[[weakref.ref[Tensor]], None]:

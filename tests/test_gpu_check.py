@@ -3,6 +3,7 @@ records."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -12,15 +13,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.gpu_check import record, tools
+from bench.gpu_check.__main__ import gathered_rows
 from bench.gpu_check.checks import aligned
 from bench.gpu_check.device import Device
+from bench.gpu_check.journal import Journal
 from bench.gpu_check.probes import merge_over_math
 from bench.gpu_check.report import probe_text
-from bench.gpu_check.rows import crossovers, settings
-from stripe_kernels.testing import CASES
+from bench.gpu_check.rows import DTYPES, _auto, crossovers, layer_rows, settings
+from bench.gpu_check.stages import run_stage
+from bench.timing import Sample
+from stripe_kernels.testing import CASES, Prepared
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -165,18 +171,28 @@ def test_the_stages_of_a_gpu_in_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             lambda device, without=(): [n for n in ("dense", "stripe_gemm") if n not in without],
         )
     monkeypatch.setattr(program, "_START", time.perf_counter())
+    device = Device("cpu", "a CPU in a GPU's place", 0)
+    monkeypatch.setattr(program.Device, "find", lambda dry_run: device)
+    monkeypatch.setattr(program, "start_parts", lambda *arguments: [])
+    withdrawn: list[str] = []
+    monkeypatch.setattr("stripe_kernels.registry.withdraw", withdrawn.append)
+
+    def in_this_process(name: str, journal: Journal, end: float, options: list[str]) -> dict[str, Any]:
+        given = argparse.Namespace(
+            stage=name, journal=journal.path, seconds=600.0, dry_run=False, without=options[1:]
+        )
+        assert program.child(given) == 0
+        return {"status": "done", "seconds": 0.0, "crashes": []}
+
+    monkeypatch.setattr(program, "run_stage", in_this_process)
     saved: list[int] = []
-    found = program.check(
-        Device("cpu", "a CPU in a GPU's place", 0),
-        False,
-        False,
-        lambda record: saved.append(len(record)) or tmp_path,
-    )
+    options = argparse.Namespace(dry_run=False, no_build=False)
+    found = program.check(device, options, lambda record: saved.append(len(record)) or tmp_path)
     assert found["complete"]
-    assert len(saved) == 3
+    assert len(saved) == 7, "the record is saved after every stage"
     assert found["correctness"]["failures"] == []
     assert found["correctness"]["skipped_for_time"] == 0
-    assert "cuda_ffma" not in found["layers"][0]["refused"]
+    assert withdrawn == ["cuda_ffma"] * 3, "a lost kernel is not there for later stages"
     assert "no GPU" in report.report(found)
 
 
@@ -222,6 +238,9 @@ def test_dry_run(tmp_path: Path) -> None:
     assert found["dry_run"]
     assert found["complete"]
     assert found["sources"] == record.source_hash()
+    assert {name: stage["status"] for name, stage in found["stages"].items()} == dict.fromkeys(
+        ("compile", "checks", "layers", "networks"), "done"
+    )
     assert found["correctness"]["done"] > 0
     assert found["correctness"]["failures"] == []
     assert set(found["promises"].values()) == {"ok"}
@@ -234,5 +253,92 @@ def test_dry_run(tmp_path: Path) -> None:
     assert found["networks"][0]["wrong"] == {}
     assert set(found["networks"][0]["contestants"]) == {"dense", "dense, BN folded", "frozen", "optimized"}
     assert "WRONG" not in result.stdout
+    assert "PARTIAL" not in result.stdout
+    assert "measured / predicted" in result.stdout
     assert found["layers_left_out"] == found["networks_left_out"] == []
     assert "no figure above means anything" in result.stdout
+
+
+class Launches:
+    """Stands for subprocess.run: each call plays the next part, on a clock of its own."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts, self.now, self.commands = list(parts), 0.0, []  # type: ignore[var-annotated]
+
+    def clock(self) -> float:
+        return self.now
+
+    def __call__(self, command: list[str], **options: Any) -> Any:
+        self.commands.append(command)
+        seconds, status = self.parts.pop(0)
+        self.now += seconds
+        if status is None:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return subprocess.CompletedProcess(command, status, "", "an illegal memory access")
+
+
+def staged(launches: Launches, path: Path, end: float = 100.0) -> dict[str, Any]:
+    return run_stage("layers", Journal(path), end, ["--dry-run"], launches, launches.clock)
+
+
+def test_a_stage_that_crashes_starts_again(tmp_path: Path) -> None:
+    launches = Launches((10, 70), (20, 0))
+    stage = staged(launches, tmp_path / "journal")
+    assert (stage["status"], len(stage["crashes"])) == ("done", 1)
+    assert "illegal" in stage["crashes"][0]["output"]
+    seconds = [command[command.index("--seconds") + 1] for command in launches.commands]
+    assert seconds == ["100.0", "90.0"], "the second start has what the first left"
+
+
+def test_a_stage_that_hangs_or_always_crashes_ends(tmp_path: Path) -> None:
+    assert staged(Launches((115, None)), tmp_path / "a")["status"] == "stopped at its deadline"
+    assert staged(Launches(*[(1, -11)] * 9), tmp_path / "b")["status"] == "given up after crashes"
+    assert staged(Launches(), tmp_path / "c", end=0.5)["status"] == "no time"
+
+
+def test_what_a_process_died_of_is_told_and_left_out(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.note("trying", what="fprop, triton[1]")
+    journal.note("tried", what="fprop, triton[1]")
+    journal.note("trying", what="fprop, triton[2]")
+    with journal.path.open("a") as file:  # type: ignore[union-attr]
+        file.write('{"kind": "tri')  # killed while writing
+    assert journal.unfinished("trying", "tried") == ["fprop, triton[2]"]
+    rows = gathered_rows(journal, "layers")
+    assert rows["layers_left_out"] == ["fprop, triton[2]: the process did not survive it"]
+
+
+def test_a_restarted_stage_goes_on_where_it_was(tmp_path: Path) -> None:
+    """The first contestant is lost to a crash, the first setting is there already, the second is timed."""
+    device, journal = Device("cpu", "dry run", 0), Journal(tmp_path / "journal")
+    first, second, third = settings(dry_run=True)
+    journal.note("ceilings", copy_bytes_per_second=1e9, gemm_flops=dict.fromkeys(DTYPES, 1e9))
+    journal.note("finished", what=first.what)
+    journal.note("started", what=second.what)
+    journal.note("trying", what=f"{second.what}, cudnn")
+    journal.note("started", what=third.what)
+    layer_rows(device, float("inf"), True, 3, journal)
+    (row,) = [line["row"] for line in journal.lines("row")]
+    assert row["which"] == second.which
+    assert "cudnn" not in row["contestants"]
+    assert "did not survive" in row["wrong"]["cudnn"]
+    (left,) = journal.lines("left")
+    assert left["what"].startswith(third.what)
+
+
+def test_no_time_is_told(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.note("ceilings", copy_bytes_per_second=1e9, gemm_flops=dict.fromkeys(DTYPES, 1e9))
+    layer_rows(Device("cpu", "dry run", 0), 0.0, True, 3, journal)
+    assert [line["what"] for line in journal.lines("left")] == [s.what for s in settings(dry_run=True)]
+
+
+def test_auto_stays_with_cudnn_where_the_gain_is_within_luck() -> None:
+    def chosen(gain: float) -> str:
+        samples = {
+            name: Sample(np.full(8, seconds), 1)
+            for name, seconds in (("cudnn", 1.0), ("triton[1]", 1 / gain))
+        }
+        return _auto(samples, {name: Prepared(lambda o: o.x, 1.0) for name in samples})["tuned"]
+
+    assert [chosen(g) for g in (0.5, 1.01, 1.05)] == ["cudnn", "cudnn", "triton[1]"]

@@ -25,6 +25,7 @@ ORDER = (
         "roofline",
         "roof",
         "epilogue",
+        "kept",
         "indices",
         "registry",
         "plan",

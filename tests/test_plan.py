@@ -133,3 +133,33 @@ def test_the_number_of_threads_is_part_of_the_problem() -> None:
     one = problem()
     torch.set_num_threads(2)
     assert (one.threads, problem().threads) == (1, 2)
+
+
+def on_a_gpu(**changes):
+    """The same problem on a GPU: predictions need none."""
+    return dataclasses.replace(problem(), device="cuda", **changes)
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_auto_on_a_gpu_is_dense_until_something_was_measured(which, no_measurements) -> None:
+    made = make_plan(on_a_gpu(), which)
+    assert made.chosen.kernel == "dense"
+    assert {"dense", "stripe_gemm"} <= {c.kernel for c in made.candidates if c.refusal is None}
+    assert "tune() measures" in made.explain()
+    assert make_plan(on_a_gpu(), which, "stripe_gemm").chosen.kernel == "stripe_gemm"
+
+
+@pytest.mark.parametrize(("gain", "winner"), [(1.01, "dense"), (1.05, "stripe_gemm"), (0.9, "dense")])
+def test_a_kernel_has_to_beat_dense_on_a_gpu_by_more_than_luck(gain, winner, no_measurements) -> None:
+    config = next(c.config for c in make_plan(on_a_gpu(), "fprop", "stripe_gemm").candidates)
+    measured = [Candidate("dense", measured=1e-4), Candidate("stripe_gemm", config, measured=1e-4 / gain)]
+    plan.record(on_a_gpu(), "fprop", measured)
+    assert make_plan(on_a_gpu(), "fprop").chosen.kernel == winner
+    assert "tune() measures" not in make_plan(on_a_gpu(), "fprop").explain()
+
+
+def test_tf32_is_another_problem(no_measurements) -> None:
+    plan.record(on_a_gpu(tf32=(True, True)), "fprop", [Candidate("stripe_gemm", (1, 0), measured=1e-9)])
+    assert make_plan(on_a_gpu(), "fprop").chosen.measured is None
+    slow, fast = (make_plan(on_a_gpu(tf32=(t, t)), "fprop", "dense").chosen.predicted for t in (False, True))
+    assert slow >= fast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from bench.gpu_check.device import FAILURES, Device, set_precision
+from bench.gpu_check.journal import Journal
+from bench.gpu_check.tools import WRONG
 from stripe_kernels import FilterSkeleton, StripeConv2d, list_kernels
 from stripe_kernels.testing import CASES, Case, Operands, budgets, poisoned_memory, prepared
 
@@ -41,16 +44,22 @@ def aligned(case: Case) -> Case:
     return replace(case, name=f"{case.name}, aligned", shape=replace(s, C=c, K=k))
 
 
-def _checked(names: tuple[str, ...], device: Device) -> Iterator[tuple[Case, Operands, Operands, Any]]:
-    """Cases in every dtype: operands on the device, the same rounded to tf32, and the budget. Layouts alternate;
-    aligned cases are channels_last. The oracle runs on the CPU: cuDNN would try every algorithm for its float64."""
+def cases(names: tuple[str, ...]) -> Iterator[tuple[Case, torch.dtype, str]]:
+    """Each case as it is and aligned, in every dtype, in one memory format: formats alternate, aligned cases are
+    channels_last."""
     for number, name in enumerate(names):
         for case in (CASES[name], aligned(CASES[name])):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 layout = ("contiguous", "channels_last")[(number + (dtype != torch.float32)) % 2]
-                operands = case.operands(dtype, "channels_last" if case.name.endswith("aligned") else layout)
-                budget = budgets(case, operands)
-                yield case, _placed(operands, device), _placed(_rounded(operands), device), budget
+                yield case, dtype, "channels_last" if case.name.endswith("aligned") else layout
+
+
+def _prepared(names: tuple[str, ...], device: Device) -> Iterator[tuple[Case, Operands, Operands, Any]]:
+    """Operands of the cases on the device, the same rounded to tf32, and the budget. The oracle runs on the CPU: cuDNN
+    would try every algorithm for its float64."""
+    for case, dtype, layout in cases(names):
+        operands = case.operands(dtype, layout)
+        yield case, _placed(operands, device), _placed(_rounded(operands), device), budgets(case, operands)
 
 
 def _placed(operands: Operands, device: Device) -> Operands:
@@ -82,47 +91,61 @@ def _one(case: Case, operands: Operands, which: str, kernel: str, budget: Any) -
             yield f"{name} {which} of {case.name}, {operands.x.dtype}: two runs differ"
 
 
+def small_set(device: Device, names: list[str]) -> int:
+    """What a first try and compute-sanitizer run, for a process of its own: 0, or tools.WRONG."""
+    tried = names or kernels(device, {"dense"})
+    return WRONG if correctness(device, SMALL, float("inf"), tried, Journal(None)) else 0
+
+
 def correctness(
-    device: Device, names: tuple[str, ...], deadline: float, tried: Collection[str]
-) -> dict[str, Any]:
-    """Kernel x case x dtype x pass, twice each, for the kernels `tried`."""
-    done, skipped = 0, 0
-    failures: list[str] = []
-    refused: set[str] = set()
+    device: Device, names: tuple[str, ...], deadline: float, tried: Collection[str], journal: Journal
+) -> list[str]:
+    """Kernel x case x dtype x pass, twice each, for the kernels `tried`, into the journal; what is wrong. float32 is
+    strict. What the journal has already, and what a process died of, is left out."""
+    before = {line["what"] for line in journal.lines("check")} | set(journal.unfinished("begun", "check"))
+    skipped = 0
+    found: list[str] = []
     set_precision("float32")
-    cases = list(_checked(names, device))
+    every = list(_prepared(names, device))
     for kernel in tried:
-        for case, operands, rounded, budget in cases:
+        for case, operands, rounded, budget in every:
             if "tf32" in kernel:  # its results are those of the rounded operands
                 if operands.x.dtype != torch.float32:
                     continue
                 operands, budget = rounded, budgets(case, Operands(*(t.cpu() for t in rounded)))
             for which in PASSES:
+                what = f"{kernel} {which} of {case.name}, {str(operands.x.dtype)[6:]}"
+                if what in before:
+                    continue
                 if time.perf_counter() > deadline:
                     skipped += 1
                     continue
-                try:
-                    failures += _one(case, operands, which, kernel, budget)
-                    done += 1
-                except FAILURES as error:
-                    if "does not run" not in str(error):
-                        failures.append(f"{kernel} {which} of {case.name}, {operands.x.dtype}: {error}")
-                    else:
-                        refused.add(f"{kernel} {which}: {str(error).rpartition(': ')[2]}")
-    return {"done": done, "failures": failures, "refused": sorted(refused), "skipped_for_time": skipped}
+                journal.note("begun", what=what)
+                result, text = _checked(case, operands, which, kernel, budget)
+                device.leave_if_lost()
+                journal.note("check", what=what, result=result, text=text)
+                if result == "wrong":
+                    print(text, flush=True)
+                    found.append(text)
+    journal.note("skipped", count=skipped)
+    return found
 
 
-def alive(device: Device) -> bool:
-    """Whether the device still answers: after an illegal access nothing in this process does."""
+def _checked(case: Case, operands: Operands, which: str, kernel: str, budget: Any) -> tuple[str, str]:
+    """("ok" | "refused" | "wrong", the reason)."""
     try:
-        return bool(torch.ones(1, device=device.type).sum().item() == 1)
-    except RuntimeError:
-        return False
+        failures = list(_one(case, operands, which, kernel, budget))
+    except FAILURES as error:
+        if "does not run" in str(error):
+            return "refused", f"{kernel} {which}: {str(error).rpartition(': ')[2]}"
+        return "wrong", f"{kernel} {which} of {case.name}, {operands.x.dtype}: {str(error)[:500]}"
+    return ("wrong", failures[0]) if failures else ("ok", "")
 
 
-def _layer(device: Device, kernel: str) -> tuple[StripeConv2d, torch.Tensor]:
-    """A layer with this kernel and an input, both as the kernel takes them."""
-    live = torch.rand(64, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.3
+def _layer(device: Device, kernel: str, seed: int = 0) -> tuple[StripeConv2d, torch.Tensor]:
+    """A layer with this kernel and an input, both as the kernel takes them. Another seed is another skeleton, for
+    which nothing was planned yet."""
+    live = torch.rand(64, 3, 3, generator=torch.Generator().manual_seed(seed)) < 0.3
     layer = StripeConv2d(64, 64, 3, padding=1, skeleton=FilterSkeleton(live.numpy()), device=device.type)
     layer.kernel = kernel
     x = torch.randn(4, 64, 14, 14, device=device.type)
@@ -200,33 +223,106 @@ def _second_device(device: Device, kernel: str) -> str | None:
     return None if torch.equal(found, expected) else "differs on the second device"
 
 
-def promises(device: Device, deadline: float, without: Collection[str] = ()) -> dict[str, str]:
-    """Graph capture, streams, devices, torch.compile (slow, so last): "ok" or what went wrong, by kernel. The CUDA
-    kernels reach torch.compile and training by the operators that "auto" tries; one of them has no backward pass."""
-    tests: dict[str, Any] = {"torch.compile": lambda k: _compiled(device, k, None)}
-    names = ["auto", *kernels(device, {"dense", *without})] if device.type == "cuda" else ["stripe_gemm"]
+def _first_call_in_a_graph_pool(device: Device, kernel: str) -> str | None:
+    """torch.compile's warm-up allocates from the graph's memory: what outlives it may not lie there. No call comes
+    before, and the weight is one whose packed form is kept."""
+    layer, x = _layer(device, kernel, seed=1)
+    layer.requires_grad_(False)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        found = [compiled(x).clone() for _ in range(4)]
+        expected = layer(x)
+    return None if all(torch.equal(f, expected) for f in found) else "differs from eager"
+
+
+def _graph_outlives_its_plan(device: Device, kernel: str) -> str | None:
+    """A graph reads tables and packed weights that the layer has forgotten since."""
+    layer, x = _layer(device, kernel, seed=2)
+    layer.requires_grad_(False)
+    with torch.no_grad():
+        expected = layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        layer._op.forget()
+        layer.repack()
+        gc.collect()
+        torch.cuda.synchronize()
+        litter = [torch.full((1 << n,), -1, dtype=torch.int32, device=x.device) for n in range(4, 20)]
+        graph.replay()
+        torch.cuda.synchronize()
+    return None if torch.equal(y, expected) and litter else "a replay reads memory that was freed"
+
+
+def _two_streams(device: Device, kernel: str) -> str | None:
+    """Weights packed on a busy stream are waited for by another."""
+    layer, x = _layer(device, kernel, seed=3)
+    layer.requires_grad_(False)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    results = []
+    with torch.no_grad():
+        for stream, wait in zip(streams, (_STRAND * 2000, 0), strict=True):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(wait)
+                results.append(layer(x))
+        torch.cuda.synchronize()
+    return None if torch.equal(*results) else "the second stream did not wait for the packed weight"
+
+
+def _odd_address(device: Device, kernel: str) -> str | None:
+    """x begins one element after an aligned address."""
+    layer, x = _layer(device, kernel)
+    odd = (
+        torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:]
+        .as_strided(x.shape, x.stride(), 1)
+        .copy_(x)
+    )
+    with torch.no_grad():
+        return None if torch.equal(layer(odd), layer(x)) else "differs from an aligned input"
+
+
+def promises(device: Device, deadline: float, journal: Journal) -> None:
+    """Graph capture, streams, devices, torch.compile (slow, so last): "ok" or what went wrong, by kernel, into the
+    journal. The CUDA kernels reach torch.compile and training by the operators that "auto" tries; one of them has no
+    backward pass."""
+    tests: dict[str, Any] = {"odd address": lambda k: _odd_address(device, k)}
+    names = ["auto", *kernels(device, {"dense"})] if device.type == "cuda" else ["stripe_gemm"]
     if device.type == "cuda":
-        tests = {
+        tests |= {
             "CUDA graph": lambda k: _graph(device, k),
+            "CUDA graph outlives its plan": lambda k: _graph_outlives_its_plan(device, k),
             "CUDA graph of training": lambda k: _training_graph(device, k),
             "stream": lambda k: _stream(device, k),
-            **tests,
-            "torch.compile reduce-overhead": lambda k: _compiled(device, k, "reduce-overhead"),
+            "two streams": lambda k: _two_streams(device, k),
         }
         if torch.cuda.device_count() > 1:
             tests["second device"] = lambda k: _second_device(device, k)
-    found = {}
-    for what, test in tests.items():
+    tests["torch.compile"] = lambda k: _compiled(device, k, None)
+    if device.type == "cuda":
+        tests |= {
+            "torch.compile, first call in a graph's memory": lambda k: _first_call_in_a_graph_pool(device, k),
+            "torch.compile reduce-overhead": lambda k: _compiled(device, k, "reduce-overhead"),
+        }
+    over = {line["what"] for line in journal.lines("promise")} | set(
+        journal.unfinished("promised", "promise")
+    )
+    for name, test in tests.items():
         for kernel in names:
-            if (kernel.startswith("cuda_") and "compile" in what) or (
-                kernel == "cuda_wgmma" and "training" in what
-            ):
+            what = f"{name}, {kernel}"
+            skipped = (kernel.startswith("cuda_") and "compile" in name) or (
+                kernel == "cuda_wgmma" and "training" in name
+            )
+            if what in over or skipped:
                 continue
             if time.perf_counter() > deadline:
-                found[f"{what}, {kernel}"] = "no time"
+                journal.note("promise", what=what, result="no time")
                 continue
+            journal.note("promised", what=what)
             try:
-                found[f"{what}, {kernel}"] = test(kernel) or "ok"
+                result = test(kernel) or "ok"
             except FAILURES as error:
-                found[f"{what}, {kernel}"] = f"{type(error).__name__}: {str(error)[:300]}"
-    return found
+                result = f"{type(error).__name__}: {str(error)[:300]}"
+            device.leave_if_lost()
+            journal.note("promise", what=what, result=result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bench.gpu_check.stages import DEVICE_LOST
 from bench.timing import Sample
 
 try:
@@ -55,6 +57,16 @@ class Device:
     def synchronize(self) -> None:
         if self.type == "cuda":
             torch.cuda.synchronize()
+
+    def leave_if_lost(self) -> None:
+        """Ends the process where the GPU answers with errors only, as after an illegal address: whatever ran next
+        would take the blame. The parent starts another one."""
+        if self.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                print(error, flush=True)
+                os._exit(DEVICE_LOST)
 
     def repeated(self, calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
         """A measurement: runs `calls` one after the other, captured as one CUDA graph, and gives seconds a

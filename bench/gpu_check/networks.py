@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from bench.gpu_check.device import FAILURES, Device, interleave, set_precision
+from bench.gpu_check.journal import Journal
 from bench.skeletons import iid
 from bench.timing import Ratio
 from iessp.models import build
@@ -20,6 +22,7 @@ from stripe_kernels import freeze, optimize, tune
 from stripe_kernels.testing import Budget
 
 DENSITY = 0.24
+_SECONDS = 0.05  # of measuring one layer
 # name, classes, side, batches
 NETWORKS = (("resnet18", 1000, 224, (64, 1)), ("vgg16", 10, 32, (256, 1)))
 DRY = (("resnet20", 10, 8, (2,)),)
@@ -48,12 +51,13 @@ def _contestants(network: nn.Module, skeletons: dict[str, Tensor], x: Tensor) ->
         return module.to(x.device, x.dtype, memory_format=last)
 
     frozen = placed(freeze(network, skeletons))
-    tune(frozen, x)
+    folder = tempfile.mkdtemp(prefix="gpu_check_tune")  # what another run measured may be of another code
+    tune(frozen, x, cuda_graphs=True, seconds=_SECONDS, folder=folder)
     return {
         "dense": placed(copy.deepcopy(network)),
         "dense, BN folded": placed(fuse(copy.deepcopy(network))),
         "frozen": frozen,
-        "optimized": optimize(placed(freeze(network, skeletons)), x),
+        "optimized": optimize(placed(freeze(network, skeletons)), x, cuda_graphs=True, folder=folder),
     }
 
 
@@ -97,20 +101,22 @@ def _ratio(ratio: Ratio) -> dict[str, float]:
     return {"over_dense": ratio.value, "low": ratio.low, "high": ratio.high}
 
 
-def network_rows(
-    device: Device, deadline: float, dry_run: bool, rounds: int
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows, and the networks there was no time for or that raised, with the reason."""
-    rows, left = [], []
+def network_rows(device: Device, deadline: float, dry_run: bool, rounds: int, journal: Journal) -> None:
+    """Rows, and the networks there was no time for or that raised, with the reason, into the journal."""
+    over = {line["what"] for line in journal.lines("tried")} | set(journal.unfinished("trying", "tried"))
     for name, classes, side, batches in DRY if dry_run else NETWORKS:
         for batch in batches:
             what = f"{name} N={batch}"
+            if what in over:
+                continue
             if time.perf_counter() > deadline:
-                left.append(f"{what}: no time")
+                journal.note("left", what=f"{what}: no time")
                 continue
             dtype = torch.float32 if dry_run else torch.bfloat16
+            journal.note("trying", what=what)
             try:
-                rows.append(network_row(device, name, classes, side, batch, dtype, rounds))
+                journal.note("row", row=network_row(device, name, classes, side, batch, dtype, rounds))
             except FAILURES as error:
-                left.append(f"{what}: {str(error)[:500]}")
-    return rows, left
+                journal.note("left", what=f"{what}: {str(error)[:500]}")
+            device.leave_if_lost()
+            journal.note("tried", what=what)

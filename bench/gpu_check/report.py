@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from bench.gpu_check.rows import best
 
 SLOWER = 1.02  # times cuDNN's: what auto may take before it counts as slower
@@ -16,7 +18,7 @@ def _line(cells: list[str], widths: list[int]) -> str:
     )
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(_line(row, widths) for row in rows)
 
@@ -40,7 +42,7 @@ def _layer(row: dict[str, Any]) -> list[str]:
 
 def layer_table(rows: list[dict[str, Any]]) -> str:
     head = ["layer", "N", "d", "cudnn us", "best us", "x", "low", "high", "of roof", "kernel"]
-    return _table([head, *(_layer(row) for row in rows)])
+    return table([head, *(_layer(row) for row in rows)])
 
 
 def network_table(rows: list[dict[str, Any]]) -> str:
@@ -56,7 +58,7 @@ def network_table(rows: list[dict[str, Any]]) -> str:
                     *(f"{numbers[k]:.2f}" for k in ("over_dense", "low", "high")),
                 ]
             )
-    return _table(lines)
+    return table(lines)
 
 
 def probe_text(found: dict[str, Any]) -> str:
@@ -78,7 +80,7 @@ def probe_text(found: dict[str, Any]) -> str:
                 *(f"{over[k]:.2f}" for k in keys),
             ]
         )
-    return f"{_table(rates)}\n\n{_table(merges)}"
+    return f"{table(rates)}\n\n{table(merges)}"
 
 
 def _crossovers(found: list[dict[str, Any]]) -> str:
@@ -92,7 +94,7 @@ def _crossovers(found: list[dict[str, Any]]) -> str:
                 f"{bound}{row['density']:.2f}",
             ]
         )
-    return _table(lines)
+    return table(lines)
 
 
 def _slow(row: dict[str, Any]) -> str:
@@ -104,7 +106,18 @@ def _slow(row: dict[str, Any]) -> str:
 def _troubles(found: dict[str, Any]) -> list[str]:
     """Everything that did not go as it should, one line each."""
     checks = found["correctness"]
-    lines = [f"LOST {name}: {reason}" for name, reason in found.get("lost", {}).items()]
+    lines = [
+        f"PARTIAL {name}: {stage['status']}"
+        for name, stage in found["stages"].items()
+        if stage["status"] != "done"
+    ]
+    lines += [
+        f"{name} crashed with {crash['status']}: {crash['output'][-300:]}"
+        for name, stage in found["stages"].items()
+        for crash in stage.get("crashes", ())
+    ]
+    lines += [f"not compiled: {text}" for text in found["stages"].get("compile", {}).get("failed", ())]
+    lines += [f"LOST {name}: {reason}" for name, reason in found.get("lost", {}).items()]
     if not found["dry_run"] and not any(name.startswith("cuda_") for name in found["kernels"]):
         lines.append(f"no CUDA kernel was built: {found.get('build', {}).get('output', 'not tried')[-1500:]}")
     lines += [f"WRONG {text}" for text in checks["failures"]]
@@ -131,20 +144,44 @@ def _troubles(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def predictions(rows: list[dict[str, Any]]) -> str:
+    """How far the cost model is off: the median of measured over predicted seconds, by pass and kernel, and the
+    quartiles. Where these are narrow the model sorts configurations well, whatever the median."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        for name, numbers in row["contestants"].items():
+            ratios.setdefault((row["which"], name.split("[")[0]), []).append(
+                numbers["seconds"] / numbers["predicted"]
+            )
+    lines = [["measured / predicted", "n", "median", "quartiles"]]
+    for (which, kernel), values in sorted(ratios.items()):
+        low, middle, high = np.percentile(values, (25, 50, 75))
+        lines.append([f"{which} {kernel}", str(len(values)), f"{middle:.2f}", f"{low:.2f}-{high:.2f}"])
+    return table(lines)
+
+
+def _ceilings(found: dict[str, Any]) -> str:
+    if found["ceilings"] is None:
+        return "ceilings: not measured"
+    rates = found["ceilings"]["gemm_flops"].items()
+    gemm = ", ".join(f"{name} {value / 1e12:.1f} TFLOP/s" for name, value in rates)
+    return f"copy {found['ceilings']['copy_bytes_per_second'] / 1e9:.0f} GB/s, GEMM {gemm}"
+
+
 def report(found: dict[str, Any]) -> str:
     """Troubles, ceilings, crossovers, and last the tables."""
-    gemm = ", ".join(
-        f"{name} {value / 1e12:.1f} TFLOP/s" for name, value in found["ceilings"]["gemm_flops"].items()
-    )
     parts = [
         f"{found['device']}, sources {found['sources']}, commit {found['commit']}, {found['versions']}",
         "\n".join(_troubles(found)) or "no troubles",
-        f"copy {found['ceilings']['copy_bytes_per_second'] / 1e9:.0f} GB/s, GEMM {gemm}",
+        _ceilings(found),
         probe_text(found.get("probes", {})),
-        _crossovers(found["crossovers"]),
+        predictions(found["layers"]),
+        _crossovers(found.get("crossovers", [])),
         layer_table(found["layers"]),
         network_table(found["networks"]),
     ]
+    if not found["complete"]:
+        parts.append("A PARTIAL record: stages above did not finish, and documents may not quote it.")
     if found["dry_run"]:
         parts.append("A dry run on the CPU: it tests this program; no figure above means anything.")
     return "\n\n".join(parts)

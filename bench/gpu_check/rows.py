@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise, product
-from math import log
+from math import log, sqrt
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu_check.checks import PASSES, RESULT, alive, kernels
+from bench.gpu_check.checks import PASSES, RESULT, kernels
 from bench.gpu_check.device import FAILURES, Device, interleave, set_precision
+from bench.gpu_check.journal import Journal
 from bench.job import Oracle
 from bench.skeletons import iid
 from bench.timing import Ratio, Sample
 from stripe_kernels import FilterSkeleton
+from stripe_kernels.plan import GPU_MARGIN
 from stripe_kernels.testing import Case, Operands, Prepared, case, poisoned_memory, prepared
 
 ROUNDS = 21
@@ -47,6 +49,10 @@ class Setting:
     @property
     def name(self) -> str:
         return f"{self.channels}-{self.channels}@{self.side}x{self.side}"
+
+    @property
+    def what(self) -> str:
+        return f"{self.which} {self.dtype} {self.name} N={self.batch} d={self.density}"
 
     def case(self) -> Case:
         size = (self.channels, 3, 3)
@@ -101,7 +107,7 @@ def _dense(problem: Case, which: str, weight: Tensor) -> Callable[[Operands], Te
 
 
 def _contestants(
-    device: Device, problem: Case, operands: Operands, which: str, without: Collection[str]
+    device: Device, problem: Case, operands: Operands, which: str
 ) -> tuple[dict[str, Prepared], dict[str, str]]:
     """Contestants by name, and the reasons of those that refuse. Weights are packed once for fprop, in
     every call for dgrad."""
@@ -112,7 +118,7 @@ def _contestants(
     (_, predicted), *_ = prepared(problem, operands, which, "dense").values()
     found = {"cudnn": Prepared(_dense(problem, which, weight), predicted)}
     refused = {}
-    for kernel in kernels(device, without):
+    for kernel in kernels(device):
         if kernel == "dense" or kernel.startswith("cpu_"):
             continue
         try:
@@ -165,35 +171,58 @@ class Ceilings:
         return (moved, "memory") if moved > math else (math, "math")
 
 
+def _operands(problem: Case, dtype: torch.dtype, device: Device) -> Operands:
+    """As Case.operands in channels_last, drawn where they are used: the host takes a second for the largest."""
+    s, generator = problem.shape, torch.Generator(device.type).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device.type)
+
+    def image(*size: int) -> Tensor:
+        return normal(*size).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    stripes = problem.skeleton.stripes
+    weight = normal(stripes, s.group_c) / sqrt(max(1.0, stripes / s.K) * s.group_c)
+    x, dy, residual = (image(*size) for size in (s.input_size, s.output_size, s.output_size))
+    return Operands(x, weight.to(dtype), dy, normal(s.K).to(dtype), normal(s.K).to(dtype), residual)
+
+
 @lru_cache(maxsize=1)
 def _inputs(problem: Case, dtype: str, device: Device) -> tuple[Operands, Oracle, list[Operands]]:
     """What the three passes of a layer share: operands that the oracle knows, and sets to time with."""
-    operands = problem.operands(DTYPES[dtype], "channels_last", device.type)
+    operands = _operands(problem, DTYPES[dtype], device)
     size = operands.x.element_size() * (operands.x.numel() + operands.dy.numel())
     sets = [_fresh(operands) for _ in range(device.copies(size))]
     return operands, Oracle(problem, operands), sets
 
 
 def layer_row(
-    device: Device, setting: Setting, ceilings: Ceilings, rounds: int, without: Collection[str] = ()
+    device: Device, setting: Setting, ceilings: Ceilings, rounds: int, journal: Journal, lost: set[str]
 ) -> dict[str, Any]:
-    """One line: every contestant's median, spread and paired ratio to cuDNN; those whose result is wrong
-    are not timed."""
+    """One line: every contestant's median, spread and paired ratio to cuDNN; those whose result is wrong are not
+    timed, but for cuDNN, nor are those `lost` to a crash."""
     set_precision(setting.dtype)
     problem = setting.case()
     operands, oracle, sets = _inputs(problem, setting.dtype, device)
-    calls, refused = _contestants(device, problem, operands, setting.which, without)
+    calls, refused = _contestants(device, problem, operands, setting.which)
     ready, wrong = {}, {}
     for name, (call, _) in calls.items():
+        what = f"{setting.what}, {name}"
+        if what in lost:
+            wrong[name] = "a process did not survive it"
+            continue
+        journal.note("trying", what=what)
         try:
             with poisoned_memory():
                 failure = _wrong(oracle, problem, setting.which, call(operands))
             if failure:
                 wrong[name] = failure
-            else:
+            if not failure or name == "cudnn":
                 ready[name] = device.repeated([partial(call, one) for one in sets])
         except FAILURES as error:
             wrong[name] = f"{type(error).__name__}: {str(error)[:300]}"
+        device.leave_if_lost()
+        journal.note("tried", what=what)
     samples = interleave(ready, rounds)
     roof, limit = ceilings.roof(setting, problem)
     return {
@@ -226,47 +255,50 @@ def _numbers(sample: Sample, base: Sample | None, roof: float) -> dict[str, Any]
 
 
 def _auto(samples: dict[str, Sample], calls: dict[str, Prepared]) -> dict[str, Any]:
-    """What auto takes, cuDNN included: untuned the best prediction, tuned the fastest. The tuned one is
-    chosen in even rounds and compared in odd ones, so that its ratio is not that of a lucky draw."""
-    untuned = min(samples, key=lambda name: calls[name].predicted)
-    tuned = min(samples, key=lambda name: float(np.median(samples[name].seconds[::2])))
-    found: dict[str, Any] = {"untuned": untuned, "tuned": tuned}
+    """What auto takes once tuned, cuDNN included, by plan.py's own rule: chosen in even rounds and compared in odd
+    ones, so that its ratio is not that of a lucky draw. Untuned it takes cuDNN; `predicted` is what the cost model
+    would have taken, for a judgement of the model."""
+    found: dict[str, Any] = {"predicted": min(samples, key=lambda name: calls[name].predicted)}
+    medians = {name: float(np.median(sample.seconds[::2])) for name, sample in samples.items()}
+    tuned = min(medians, key=medians.__getitem__)
     if "cudnn" in samples:
+        if medians["cudnn"] <= GPU_MARGIN * medians[tuned]:
+            tuned = "cudnn"
         base, other = (Sample(samples[name].seconds[1::2], 1) for name in ("cudnn", tuned))
         ratio = Ratio.of(base, other)
         found |= {"over_cudnn": ratio.value, "low": ratio.low, "high": ratio.high}
-    return found
+    return found | {"tuned": tuned}
 
 
-def layer_rows(
-    device: Device,
-    ceilings: Ceilings,
-    deadline: float,
-    dry_run: bool,
-    rounds: int = ROUNDS,
-    without: Collection[str] = (),
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows, and the settings there was no time for or that raised, with the reason."""
-    rows, left = [], []
+def layer_rows(device: Device, deadline: float, dry_run: bool, rounds: int, journal: Journal) -> None:
+    """Ceilings, rows, and the settings there was no time for, into the journal; what is there already is kept."""
+    if not journal.lines("ceilings"):
+        ceilings = Ceilings.probe(device)
+        journal.note("ceilings", copy_bytes_per_second=ceilings.copy, gemm_flops=ceilings.gemm)
+    measured = journal.lines("ceilings")[-1]
+    ceilings = Ceilings(measured["copy_bytes_per_second"], measured["gemm_flops"])
+    lost = set(journal.unfinished("trying", "tried"))
+    over = {line["what"] for line in (*journal.lines("finished"), *journal.lines("left"))}
+    crashed = [
+        what for what in journal.unfinished("started", "finished") if not any(what in one for one in lost)
+    ]
     for setting in settings(dry_run):
-        if time.perf_counter() > deadline:
-            left.append(
-                f"{setting.which} {setting.dtype} {setting.name} N={setting.batch} d={setting.density}"
-            )
+        if setting.what in over:
             continue
-        try:
-            rows.append(layer_row(device, setting, ceilings, rounds, without))
-        except FAILURES as error:
-            left.append(
-                f"{setting.which} {setting.dtype} {setting.name} N={setting.batch} d={setting.density}: "
-                f"{type(error).__name__}: {str(error)[:300]}"
-            )
-        if not alive(device):
-            left.append("every later row: the device is lost")
-            break
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return rows, left
+        if setting.what in crashed:
+            journal.note("left", what=f"{setting.what}: a process did not survive its timing")
+        elif time.perf_counter() > deadline:
+            journal.note("left", what=setting.what)
+        else:
+            journal.note("started", what=setting.what)
+            try:
+                journal.note("row", row=layer_row(device, setting, ceilings, rounds, journal, lost))
+            except FAILURES as error:
+                device.leave_if_lost()
+                journal.note("left", what=f"{setting.what}: {type(error).__name__}: {str(error)[:300]}")
+            journal.note("finished", what=setting.what)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def best(row: dict[str, Any], kernel: str | None = None) -> tuple[str, dict[str, Any]] | None:

@@ -14,24 +14,11 @@ import torch
 from torch import Tensor
 
 from stripe_kernels.backends.cuda_tables import DTYPES, Layout, Tables
+from stripe_kernels.indices import IndexArrays
 from stripe_kernels.packed import Int32Array
 from stripe_kernels.registry import Problem
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
-
-
-class OnDevice:
-    """Host arrays with one copy on each device that asked for them."""
-
-    def __init__(self, **arrays: Any) -> None:
-        self.host = {name: torch.from_numpy(a) for name, a in arrays.items()}
-        self._copies: dict[torch.device, dict[str, Tensor]] = {}
-
-    def on(self, device: torch.device) -> dict[str, Tensor]:
-        found = self._copies.get(device)
-        if found is None:
-            found = self._copies[device] = {name: t.to(device) for name, t in self.host.items()}
-        return found
 
 
 def _stream(device: torch.device) -> int:
@@ -52,7 +39,7 @@ class CudaRunner:
         self.code = DTYPES[problem.dtype]
         self.format = torch.channels_last if problem.channels_last else torch.contiguous_format
         self.kernel = native.Kernel(name, self.code, layout.integers(sections), flat.tolist())
-        self.arrays = OnDevice(tables=flat, **arrays)
+        self.arrays = IndexArrays(tables=flat, **arrays)
 
     def launch(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 from stripe_kernels.epilogue import apply_epilogue
 from stripe_kernels.indices import IndexArrays
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
-from stripe_kernels.roofline import gpu_seconds, item_size
+from stripe_kernels.roofline import gpu_seconds, item_size, math_type
 
 # Multiply-adds/s of one core for many pixels, by what torch says the CPU has: Zen 4 and Zen 3.
 _CPU_MACS = {
@@ -110,7 +110,8 @@ def predict(problem: Problem, which: Pass) -> float:
         values = s.N * (s.C * s.H * s.W + s.K * s.P * s.Q) + s.K * s.taps * s.group_c
         programs = -(-s.N * s.P * s.Q // 128) * -(-s.K // 128)
         moved = values * item_size(problem.dtype)
-        return gpu_seconds(problem.dtype, macs=executed, moved=moved, share=_CUDNN_SHARE, programs=programs)
+        math = math_type(problem.dtype, problem.tf32[0])
+        return gpu_seconds(math, macs=executed, moved=moved, share=_CUDNN_SHARE, programs=programs)
     pixels = s.N * s.P * s.Q
     macs = pixels * s.K * s.group_c * s.taps_inside()
     rate = _CPU_MACS.get(torch.backends.cpu.get_cpu_capability(), _CPU_MACS["AVX2"])[which]

@@ -8,7 +8,8 @@
 m runs over the input pixels of one phase (stripe_kernels/phases.py): at stride s a tap meets 1/s^2 of the
 input, and no other product is formed. Every sum has one fixed order, and only readers of a NaN of x see it.
 Z and P are kept in x's dtype, so that a float16 product beyond 65504 overflows where a wider sum would not.
-The batch is cut into chunks whose Z or P stays in a cache.
+The batch is cut into chunks whose Z or P stays in a cache. On a GPU Z lies stripe by stripe, so that a warp of
+the sum reads neighbouring pixels and a filter of few stripes ends early; P has its columns aligned.
 
 The products are torch.mm and torch.bmm: float32 ones follow torch.backends.cuda.matmul.allow_tf32, not
 cuDNN's switch. The gather is a Triton kernel on CUDA devices where Triton is there ("gather" of the
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +30,9 @@ from stripe_kernels import registry
 from stripe_kernels.epilogue import apply_epilogue
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.indices import IndexArrays
-from stripe_kernels.phases import Phase, phases
+from stripe_kernels.phases import Phase, PhaseTap, phases
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
-from stripe_kernels.roofline import L2, LAUNCH, gpu_seconds, item_size
+from stripe_kernels.roofline import gpu_seconds, item_size, math_type
 
 _CACHE = (
     24 << 20
@@ -41,6 +42,12 @@ _MOST = 2 << 30  # bytes of Z beyond which the whole batch at once is no candida
 _CPU_CALL = 2.3e-4
 _CPU_MACS = {"fprop": 29e9, "dgrad": 21e9, "wgrad": 18e9}
 _CPU_GATHER = {"fprop": 1.5e-9, "dgrad": 2.6e-9, "wgrad": 8.4e-9}
+# Instructions of a value in the compiled gathers, over those that roofline.py counts: 11 to 8.
+_GATHERED = 1.4
+
+
+Kind = Literal["image", "pixel", "stripe"]
+_PITCH = 8  # 16 bytes of the narrowest type
 
 
 class GemmConfig(NamedTuple):
@@ -49,33 +56,81 @@ class GemmConfig(NamedTuple):
 
 
 class Layout:
-    """Where the product of each phase lies in a flat buffer: [n, stripes, pixels] if planar, else [n,
-    pixels, stripes]."""
+    """Where the products of the phases lie in one flat buffer, in one of three kinds:
 
-    def __init__(self, problem: Problem, planar: bool) -> None:
+    "image"   [n, columns, pixels] a phase: what contiguous maps give torch.bmm
+    "pixel"   [n * pixels, columns] a phase
+    "stripe"  [columns of every phase, pitch]: a row of n * pixels values, so that neighbours in memory are pixels
+              in every memory format, and a stripe of a dead filter costs its reader nothing
+
+    A column is a stripe. With `align` each tap's columns are filled up to a multiple of it by columns without a
+    stripe, which are zeros: a GPU reads and writes 16 bytes at a time, and its GEMM is slow on odd widths.
+    """
+
+    def __init__(self, problem: Problem, kind: Kind, align: int = 1) -> None:
         self.shape: ConvShape = problem.shape
         self.phases: tuple[Phase, ...] = phases(problem.skeleton, problem.shape)
-        self.planar = planar
-        sizes = [phase.stripes * phase.pixels for phase in self.phases]
+        self.kind, self.align = kind, align
+        self.columns: list[int] = []  # of each phase
+        self.taps: list[
+            list[tuple[PhaseTap, int, int]]
+        ] = []  # of each phase: tap, first column, column after the last
+        rows: list[np.ndarray] = []
+        for phase in self.phases:
+            mine, first = [], 0
+            for tap in phase.taps:
+                width = -(-len(tap.row) // align) * align
+                rows.append(
+                    np.pad(tap.row, (0, width - len(tap.row)), constant_values=problem.skeleton.stripes)
+                )
+                mine.append((tap, first, first + width))
+                first += width
+            self.taps.append(mine)
+            self.columns.append(first)
+        # [columns of every phase]: row of the packed weight, A where there is no stripe.
+        self.row = np.concatenate([np.empty(0, np.int64), *rows]).astype(np.int64)
+        self.padded = bool((self.row == problem.skeleton.stripes).any())
+        ends = np.cumsum([0, *self.columns]).tolist()
+        self.column_ranges = [slice(first, last) for first, last in pairwise(ends)]
+        sizes = [c * phase.pixels for c, phase in zip(self.columns, self.phases, strict=True)]
         self.before = [sum(sizes[:i]) for i in range(len(sizes))]  # values of one image in the phases before
         self.image_values = sum(sizes)
 
-    def product(self, flat: Tensor, images: int, i: int) -> Tensor:
-        """Phase i of a buffer of `images` images, contiguous: [images, stripes, pixels] or [images *
-        pixels, stripes]."""
-        phase = self.phases[i]
-        first, size = images * self.before[i], images * phase.stripes * phase.pixels
-        shape = (
-            (images, phase.stripes, phase.pixels) if self.planar else (images * phase.pixels, phase.stripes)
-        )
-        return flat[first : first + size].view(shape)
+    def pitch(self, images: int) -> int:
+        """Values from column to column of the kind "stripe": a multiple of 16 bytes."""
+        return -(-images * max(phase.pixels for phase in self.phases) // _PITCH) * _PITCH
+
+    def values(self, images: int) -> int:
+        """Of the whole buffer."""
+        if self.kind == "stripe":
+            return len(self.row) * self.pitch(images)
+        return images * self.image_values
+
+    def matrix(self, flat: Tensor, images: int, i: int) -> Tensor:
+        """Phase i: [images * pixels, columns] of "pixel", [columns, images * pixels] of "stripe"."""
+        phase, columns = self.phases[i], self.columns[i]
+        if self.kind == "stripe":
+            pitch = self.pitch(images)
+            mine = flat[self.column_ranges[i].start * pitch :][: columns * pitch].view(columns, pitch)
+            return mine[:, : images * phase.pixels]
+        first, size = images * self.before[i], images * columns * phase.pixels
+        return flat[first : first + size].view(images * phase.pixels, columns)
+
+    def batched(self, flat: Tensor, images: int, i: int) -> Tensor:
+        """Phase i of "image" or "stripe": [images, columns, pixels]."""
+        phase, columns = self.phases[i], self.columns[i]
+        if self.kind == "stripe":
+            return self.matrix(flat, images, i).view(columns, images, phase.pixels).permute(1, 0, 2)
+        first, size = images * self.before[i], images * columns * phase.pixels
+        return flat[first : first + size].view(images, columns, phase.pixels)
 
     def image(self, flat: Tensor, images: int, i: int) -> Tensor:
-        """The same memory as [images, stripes, rows, columns]."""
-        phase, part = self.phases[i], self.product(flat, images, i)
-        if self.planar:
-            return part.view(images, phase.stripes, phase.rows, phase.columns)
-        return part.view(images, phase.rows, phase.columns, phase.stripes).permute(0, 3, 1, 2)
+        """Phase i: [images, columns, rows, columns of pixels]."""
+        phase = self.phases[i]
+        if self.kind == "pixel":
+            part = self.matrix(flat, images, i)
+            return part.view(images, phase.rows, phase.columns, self.columns[i]).permute(0, 3, 1, 2)
+        return self.batched(flat, images, i).view(images, self.columns[i], phase.rows, phase.columns)
 
 
 class TorchGather:
@@ -128,29 +183,36 @@ class TorchGather:
 class _Gemm:
     """What the passes share: the layout, the packed order of the stripes, and the chunks."""
 
-    def __init__(self, problem: Problem, config: Config, planar: bool) -> None:
+    def __init__(self, problem: Problem, config: Config, plain: Kind, fused: Kind) -> None:
+        """The layout's kind without and with the fused gather."""
         self.config = GemmConfig(*config)
         self.shape = problem.shape
-        self.layout = Layout(problem, planar)
+        kind = fused if self.config.fused else plain
+        aligned = self.config.fused and kind == "pixel"
+        self.layout = Layout(problem, kind, 16 // item_size(problem.dtype) if aligned else 1)
         gather = registry.provided("gather") if self.config.fused else TorchGather
         if gather is None:
             raise RuntimeError("stripe_gemm's fused gather needs triton, which is not installed")
         self.gather = gather(self.layout)
         self.format = torch.channels_last if problem.channels_last else torch.contiguous_format
-        order = np.concatenate([phase.row for phase in self.layout.phases])
-        self.arrays = IndexArrays(row=order.astype(np.int64))  # index_copy_ takes no other type
-        ends = np.cumsum([0, *(phase.stripes for phase in self.layout.phases)]).tolist()
-        self.stripes_of = [slice(first, last) for first, last in pairwise(ends)]
+        self.last = problem.channels_last
+        column = np.empty(problem.skeleton.stripes, np.int64)
+        real = np.flatnonzero(self.layout.row < problem.skeleton.stripes)
+        column[self.layout.row[real]] = real
+        self.arrays = IndexArrays(row=self.layout.row, column=column)
 
-    def pack(self, weight: Tensor) -> Tensor:  # [A, C/g] -> the same rows, phase by phase
-        return weight.detach().index_select(0, self.arrays.on(weight.device)["row"])
+    def pack(self, weight: Tensor) -> Tensor:  # [A, C/g] -> [columns, C/g], phase by phase
+        weight = weight.detach()
+        if self.layout.padded:
+            weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
+        return weight.index_select(0, self.arrays.on(weight.device)["row"])
 
     def chunks(self) -> Iterator[slice]:
         for first in range(0, self.shape.N, self.config.images):
             yield slice(first, min(first + self.config.images, self.shape.N))
 
     def buffer(self, like: Tensor) -> Tensor:
-        return like.new_empty(min(self.config.images, self.shape.N) * self.layout.image_values)
+        return like.new_empty(self.layout.values(min(self.config.images, self.shape.N)))
 
     def pixels_of(self, x: Tensor, phase: Phase) -> Tensor:
         """The phase's pixels of x [n, C, H, W]: [n, C/g, rows, columns], a view."""
@@ -158,20 +220,18 @@ class _Gemm:
         c0 = phase.group * s.group_c
         return x[:, c0 : c0 + s.group_c, phase.h0 :: s.stride[0], phase.w0 :: s.stride[1]]
 
-    def matrix(self, x: Tensor, phase: Phase) -> Tensor:
-        """Those as a matrix: [n, C/g, pixels] if planar, else [n * pixels, C/g]; a view where the memory
-        allows."""
-        part = self.pixels_of(x, phase)
-        return (
-            part.flatten(2)
-            if self.layout.planar
-            else part.permute(0, 2, 3, 1).reshape(-1, self.shape.group_c)
-        )
+    def pixel_major(self, x: Tensor, phase: Phase) -> Tensor:
+        """Those as [n * pixels, C/g], a view where the memory allows."""
+        return self.pixels_of(x, phase).permute(0, 2, 3, 1).reshape(-1, self.shape.group_c)
+
+    def channel_major(self, x: Tensor, phase: Phase) -> Tensor:
+        """Those as [n, C/g, pixels], a view where the memory allows."""
+        return self.pixels_of(x, phase).flatten(2)
 
 
 class GemmFprop(_Gemm):
     def __init__(self, problem: Problem, config: Config) -> None:
-        super().__init__(problem, config, planar=not problem.channels_last)
+        super().__init__(problem, config, "pixel" if problem.channels_last else "image", "stripe")
 
     def __call__(
         self,
@@ -183,46 +243,53 @@ class GemmFprop(_Gemm):
         act: str,
     ) -> Tensor:
         y = torch.empty(self.shape.output_size, dtype=x.dtype, device=x.device, memory_format=self.format)
-        z = self.buffer(x)
+        z, layout = self.buffer(x), self.layout
         for chunk in self.chunks():
             n = chunk.stop - chunk.start
-            for i, phase in enumerate(self.layout.phases):
+            for i, phase in enumerate(layout.phases):
                 if not phase.stripes:
                     continue
-                product, weight = self.layout.product(z, n, i), packed[self.stripes_of[i]]
-                matrix = self.matrix(x[chunk], phase)
-                if self.layout.planar:
-                    torch.bmm(weight.expand(n, *weight.shape), matrix, out=product)
+                weight = packed[layout.column_ranges[i]]
+                if not self.last:
+                    matrix = self.channel_major(x[chunk], phase)
+                    torch.bmm(weight.expand(n, *weight.shape), matrix, out=layout.batched(z, n, i))
+                elif layout.kind == "pixel":
+                    torch.mm(self.pixel_major(x[chunk], phase), weight.t(), out=layout.matrix(z, n, i))
                 else:
-                    torch.mm(matrix, weight.t(), out=product)
+                    torch.mm(weight, self.pixel_major(x[chunk], phase).t(), out=layout.matrix(z, n, i))
             self.gather.sum(z, y[chunk], bias, scale, None if residual is None else residual[chunk], act)
         return y
 
 
 class GemmDgrad(_Gemm):
     def __init__(self, problem: Problem, config: Config) -> None:
-        super().__init__(problem, config, planar=not problem.channels_last)
+        last = problem.channels_last
+        super().__init__(problem, config, "pixel" if last else "image", "pixel" if last else "stripe")
         self.whole = len(self.layout.phases) == 1  # then dx is the product, otherwise it is put together
 
     def __call__(self, dy: Tensor, packed: Tensor) -> Tensor:
         dx = torch.empty(self.shape.input_size, dtype=dy.dtype, device=dy.device, memory_format=self.format)
-        p, planar = self.buffer(dy), self.layout.planar
+        p, layout = self.buffer(dy), self.layout
         for chunk in self.chunks():
             n = chunk.stop - chunk.start
-            for i, phase in enumerate(self.layout.phases):
+            for i, phase in enumerate(layout.phases):
                 target = self.pixels_of(dx[chunk], phase)
                 if not phase.stripes:
                     target.zero_()
                     continue
                 self.gather.spread(dy[chunk], i, p)
-                product, weight = self.layout.product(p, n, i), packed[self.stripes_of[i]]
-                left, right = (weight.t().expand(n, -1, -1), product) if planar else (product, weight)
-                if self.whole:
-                    torch.matmul(left, right, out=self.matrix(dx[chunk], phase))
+                weight = packed[layout.column_ranges[i]]
+                if self.last:
+                    left, right = layout.matrix(p, n, i), weight
+                    whole = self.pixel_major(dx[chunk], phase) if self.whole else None
+                else:
+                    left, right = weight.t().expand(n, -1, -1), layout.batched(p, n, i)
+                    whole = self.channel_major(dx[chunk], phase) if self.whole else None
+                if whole is not None:
+                    torch.matmul(left, right, out=whole)
                     continue
-                found = torch.matmul(left, right)
-                image = (n, phase.rows, phase.columns, self.shape.group_c)
-                target.copy_(found.view(target.shape) if planar else found.view(image).permute(0, 3, 1, 2))
+                found, image = torch.matmul(left, right), (n, phase.rows, phase.columns, self.shape.group_c)
+                target.copy_(found.view(image).permute(0, 3, 1, 2) if self.last else found.view(target.shape))
         return dx
 
 
@@ -230,20 +297,21 @@ class GemmWgrad(_Gemm):
     """Pixel-major in every memory format, so that one product sums over the whole chunk."""
 
     def __init__(self, problem: Problem, config: Config) -> None:
-        super().__init__(problem, config, planar=False)
+        super().__init__(problem, config, "pixel", "pixel")
 
     def __call__(self, dy: Tensor, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        total = x.new_zeros(self.arrays.on(x.device)["row"].shape[0], self.shape.group_c, dtype=wide)
+        total = x.new_zeros(len(self.layout.row), self.shape.group_c, dtype=wide)
         p = self.buffer(dy)
         for chunk in self.chunks():
             for i, phase in enumerate(self.layout.phases):
                 if phase.stripes:
                     self.gather.spread(dy[chunk], i, p)
-                    product = self.layout.product(p, chunk.stop - chunk.start, i)
-                    total[self.stripes_of[i]] += torch.mm(product.t(), self.matrix(x[chunk], phase))
-        dw = x.new_empty(total.shape)
-        return dw.index_copy_(0, self.arrays.on(x.device)["row"], total.to(x.dtype))
+                    product = self.layout.matrix(p, chunk.stop - chunk.start, i)
+                    total[self.layout.column_ranges[i]] += torch.mm(
+                        product.t(), self.pixel_major(x[chunk], phase)
+                    )
+        return total.index_select(0, self.arrays.on(x.device)["column"]).to(x.dtype)
 
 
 _RUNNERS = {"fprop": GemmFprop, "dgrad": GemmDgrad, "wgrad": GemmWgrad}
@@ -260,8 +328,23 @@ def _predict(problem: Problem, which: Pass, config: GemmConfig, image_values: in
     spill = 0.0 if inside else 2.0 * values * size
     moved = s.N * (s.C * s.H * s.W + s.K * s.P * s.Q) * size
     chunks = -(-s.N // config.images)
-    product = gpu_seconds(problem.dtype, macs=macs, moved=moved / 2 + spill / 2, share=0.9, launches=chunks)
-    return product + chunks * LAUNCH + max(values * size / L2, (moved / 2 + spill / 2) / 3e12)
+    launches = chunks * len(phases(problem.skeleton, s))
+    math = math_type(problem.dtype, problem.tf32[1])
+    product = gpu_seconds(math, macs=macs, moved=moved / 2 + spill / 2, share=0.9, launches=launches)
+    return product + gpu_seconds(
+        math,
+        macs=0.0,
+        moved=moved / 2 + spill / 2,
+        loaded=2.0 * values * size,
+        gathered=_GATHERED * (_walked(problem) * s.N * s.P * s.Q if which == "fprop" else values),
+        launches=chunks if which == "fprop" else launches,
+    )
+
+
+def _walked(problem: Problem) -> int:
+    """Values a pixel that the fused sum walks over: of every 16 filters as many as the one of most stripes has."""
+    per_filter = problem.skeleton.live.reshape(problem.shape.K, -1).sum(1)
+    return 16 * sum(int(block.max()) for block in np.split(per_filter, range(16, problem.shape.K, 16)))
 
 
 def _chunks(problem: Problem, which: Pass, image_values: int) -> list[int]:
@@ -273,11 +356,12 @@ def _chunks(problem: Problem, which: Pass, image_values: int) -> list[int]:
         return [1]
     bytes_of_image = max(1, image_values * item_size(problem.dtype))
     cached = max(1, min(images, _CACHE // bytes_of_image))
+    cached = -(-images // -(-images // cached))  # as many chunks, of like size
     return [cached] if images == cached or images * bytes_of_image > _MOST else [cached, images]
 
 
 def _candidates(problem: Problem, which: Pass) -> dict[Config, float]:
-    image_values = Layout(problem, planar=False).image_values
+    image_values = Layout(problem, "pixel").image_values
     fused = int(problem.device == "cuda" and registry.provided("gather") is not None)
     configs = [GemmConfig(images, fused) for images in _chunks(problem, which, image_values)]
     return {tuple(config): _predict(problem, which, config, image_values) for config in configs}

@@ -63,6 +63,7 @@ def entry(problem: Problem, which: Pass, measured: Iterable[Candidate]) -> dict[
         "device": problem.device,
         "channels_last": problem.channels_last,
         "threads": problem.threads,
+        "tf32": list(problem.tf32),
         "pass": which,
         "candidates": [[c.kernel, list(c.config), c.predicted, c.measured] for c in measured],
     }
@@ -77,6 +78,7 @@ def problem_of(written: dict[str, Any], op: StripeOp) -> tuple[Problem, Pass]:
         )
     size = [int(v) for v in written["input"]]
     shape: ConvShape = op.shape(*size)
+    conv, product = written.get("tf32", (False, False))
     problem = Problem(
         shape,
         skeleton,
@@ -84,6 +86,7 @@ def problem_of(written: dict[str, Any], op: StripeOp) -> tuple[Problem, Pass]:
         str(written["device"]),
         bool(written["channels_last"]),
         int(written["threads"]),
+        (bool(conv), bool(product)),
     )
     return problem, cast(Pass, written["pass"])
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from stripe_kernels import ops
 from stripe_kernels.compile.program import Program, write_program
 from stripe_kernels.compile.resident import Untranslatable, resident
+from stripe_kernels.kept import capturing, hold_for_graphs
 from stripe_kernels.modules import StripeConv2d
 
 _PROGRAMS_KEPT = 16  # input signatures a network remembers
@@ -51,19 +52,31 @@ class Network(nn.Module):
         program = self._programs.get(key)
         if program is None:
             program = self._bind(key, inputs)
+        if inputs and capturing(inputs[0].device):
+            hold_for_graphs(program)
         with torch.no_grad():
             return program(*inputs)
 
     @staticmethod
     def _key(inputs: tuple[Tensor, ...]) -> Any:
-        return (torch.get_num_threads(), *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
+        return (
+            torch.get_num_threads(),
+            *((x.shape, x.stride(), x.dtype, x.device, ops.tf32_allowed(x.device, x.dtype)) for x in inputs),
+        )
 
     def _bind(self, key: Any, inputs: tuple[Tensor, ...]) -> Program:
         with self._lock:
             program = self._programs.get(key)
             if program is None:
+                if inputs and capturing(inputs[0].device):
+                    raise RuntimeError(
+                        "call an optimized network once on inputs of this size before capturing a CUDA graph"
+                    )
                 with torch.inference_mode():
                     program = self._resident(inputs) or write_program(self.body, inputs)
+                if inputs and inputs[0].is_cuda:
+                    # The next call may come on another stream, and the packed weights have to be there.
+                    torch.cuda.current_stream(inputs[0].device).synchronize()
                 if len(self._programs) >= _PROGRAMS_KEPT:
                     self._programs.pop(next(iter(self._programs)))
                 self._programs[key] = program

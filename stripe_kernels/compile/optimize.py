@@ -46,6 +46,7 @@ def optimize(
     example_input: Tensor | tuple[Tensor, ...],
     *,
     folder: str | Path | None = None,
+    cuda_graphs: bool = False,
 ) -> nn.Module:
     """A new, inference-only network that computes what `model` does in evaluation mode, in less time.
 
@@ -59,7 +60,7 @@ def optimize(
     compared with the input model's in a race of interleaved runs, and must win it: the 95 % interval of the
     ratio lies below 1. Where either fails, or torch.fx cannot follow the model, the result is a copy of
     `model` with its stripe kernels tuned, and a warning says why. `.report` lists what was done.
-    folder: as in `tune`.
+    folder and cuda_graphs: as in `tune`.
 
     >>> import torch
     >>> from torch import nn
@@ -71,11 +72,11 @@ def optimize(
     example = example_input if isinstance(example_input, tuple) else (example_input,)
     original = clone(model).eval().requires_grad_(False)
     if isinstance(original, Network):
-        tune(original, example, folder=folder)
+        tune(original, example, folder=folder, cuda_graphs=cuda_graphs)
         return original
     try:
         network = compact(original, example)
-        tune(network, example, folder=folder)
+        tune(network, example, folder=folder, cuda_graphs=cuda_graphs)
         _choose_program(network, example)
         network = _choose_layout(network, example, folder)
         _check_exact(original, network, example)

@@ -21,6 +21,7 @@ from stripe_kernels.plan import Candidate, Plan
 from stripe_kernels.registry import PASSES, Pass, Problem
 
 _HOPELESS = 4.0  # predicted this many times slower than the best prediction: not measured
+_IN_GRAPH = 10  # calls a graph holds: one alone takes less time than its launch
 _SLOW = 2.0  # measured this many times slower than the best at first sight: not measured further
 
 
@@ -64,6 +65,7 @@ def tune(
     seconds: float = 0.2,
     folder: str | Path | None = None,
     training: bool = False,
+    cuda_graphs: bool = False,
 ) -> dict[str, Plan]:
     """Measures every stripe layer's candidates, dense included, as `model` calls them on `example_input`.
 
@@ -72,7 +74,9 @@ def tune(
     this kind of machine.
 
     seconds: time a layer's measurements may take. folder: where choices are kept; default the user's cache
-    folder. training: measure dgrad and wgrad too, each for as long. Returns the plans of fprop by layer name.
+    folder. training: measure dgrad and wgrad too, each for as long. cuda_graphs: on a GPU measure calls inside
+    CUDA graphs, for a network that will be captured into one; otherwise the time Python needs to launch a
+    kernel counts. A kernel that fails on the device is left out. Returns the plans of fprop by layer name.
     The model runs in inference mode and is not changed.
     """
     store = cache.default_folder() if folder is None else Path(folder)
@@ -81,7 +85,7 @@ def tune(
     for site in sites(model, example_input):
         for which in PASSES if training else PASSES[:1]:
             try:
-                _choose(site, seconds, store, which)
+                _choose(site, seconds, store, which, cuda_graphs)
             except OSError as error:
                 unwritable = error
         site.op.forget()
@@ -111,18 +115,51 @@ def candidates(site: Site, which: Pass = "fprop") -> tuple[Candidate, ...]:
     return plan.candidates(site.problem, which, automatic)
 
 
-def measure(site: Site, seconds: float, which: Pass = "fprop") -> tuple[Candidate, ...]:
-    """The site's candidates with medians of interleaved runs; refused and hopeless ones carry no time."""
+def measure(
+    site: Site, seconds: float, which: Pass = "fprop", cuda_graphs: bool = False
+) -> tuple[Candidate, ...]:
+    """The site's candidates with medians of interleaved runs; refused and hopeless ones carry no time, those that
+    fail on the device the reason."""
     every = candidates(site, which)
     runnable = [c for c in every if c.refusal is None]
     best = min(c.predicted or 0.0 for c in runnable)
     tried = [c for c in runnable if c.kernel == "dense" or (c.predicted or 0.0) <= _HOPELESS * best]
+    device = site.x.device
     weight = torch.randn(site.op.skeleton.stripes, site.problem.shape.group_c, dtype=site.x.dtype)
-    weight = weight.to(site.x.device)
+    weight = weight.to(device)
+    found: dict[int, Candidate] = {}
+    calls: dict[int, Callable[[], Any]] = {}
     with torch.inference_mode():
-        times = interleaved([site.call(c, weight, which) for c in tried], seconds, device=site.x.device)
-    found = {id(c): replace(c, measured=t) for c, t in zip(tried, times, strict=True)}
+        for c in tried:
+            try:
+                calls[id(c)] = _ready(site.call(c, weight, which), device, cuda_graphs)
+            except Exception as error:  # whatever a compiler or driver raises
+                if not _is_gpu(device) or c.kernel == "dense":
+                    raise
+                found[id(c)] = replace(c, refusal=f"failed on the device: {str(error)[:200]}")
+        times = interleaved(list(calls.values()), seconds, device=device)
+    a_call = _IN_GRAPH if cuda_graphs and _is_gpu(device) else 1
+    ready = [c for c in tried if id(c) in calls]
+    found |= {id(c): replace(c, measured=t / a_call) for c, t in zip(ready, times, strict=True)}
     return tuple(found.get(id(c), c) for c in every)
+
+
+def _ready(call: Callable[[], Any], device: torch.device, cuda_graphs: bool) -> Callable[[], Any]:
+    """The call; on a GPU after one run, which compiles it, and as a graph of several where asked."""
+    if not _is_gpu(device):
+        return call
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize(device)
+    if not cuda_graphs:
+        return call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        for _ in range(_IN_GRAPH):
+            call()
+    return graph.replay
 
 
 def interleaved(
@@ -170,18 +207,19 @@ def _like(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return values.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _choose(site: Site, seconds: float, store: Path, which: Pass) -> None:
+def _choose(site: Site, seconds: float, store: Path, which: Pass, cuda_graphs: bool) -> None:
     """Records the site's choice, from the cache where it is there."""
     if site.op.kernel != "auto":
         return
     runnable = [c for c in candidates(site, which) if c.refusal is None]
     epilogue = site.epilogue if which == "fprop" else "none"
-    name = cache.key(site.problem, which, epilogue, runnable)
+    called = f"{epilogue} in CUDA graphs" if cuda_graphs and _is_gpu(site.x.device) else epilogue
+    name = cache.key(site.problem, which, called, runnable)
     measured = cache.read(store, name)
     if measured is not None:
         plan.record(site.problem, which, measured)
         return
-    measured = tuple(c for c in measure(site, seconds, which) if c.measured)
+    measured = tuple(c for c in measure(site, seconds, which, cuda_graphs) if c.measured)
     plan.record(site.problem, which, measured)
     cache.write(store, name, site.problem, which, measured)
 

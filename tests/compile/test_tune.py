@@ -326,3 +326,32 @@ def test_explain_an_optimized_network() -> None:
     rows = explain(network, x).rows
     assert len(rows) == 21
     assert any("residual" in r["epilogue"] and "relu" in r["epilogue"] for r in rows)
+
+
+def test_a_kernel_that_fails_on_a_gpu_is_left_out_and_dense_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is at hand: the device type alone is pretended."""
+    model, x = small()
+    site = sites(model, x)[0]
+
+    def failing(names: set[str]):  # type: ignore[no-untyped-def]
+        def ready(self, candidate, weight, which):  # type: ignore[no-untyped-def]
+            def call() -> None:
+                if candidate.kernel in names:
+                    raise RuntimeError("out of resources: shared memory")
+
+            call()
+            return call
+
+        return ready
+
+    monkeypatch.setattr(tuner, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(tuner, "_ready", lambda call, device, cuda_graphs: call)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    others = {c.kernel for c in tuner.candidates(site)} - {"dense"}
+    monkeypatch.setattr(tuner.Site, "call", failing(others))
+    measured = tuner.measure(site, 0.01)
+    assert {c.kernel for c in measured if c.measured} == {"dense"}
+    assert any("shared memory" in str(c.refusal) for c in measured)
+    monkeypatch.setattr(tuner.Site, "call", failing({"dense"}))
+    with pytest.raises(RuntimeError, match="shared memory"):
+        tuner.measure(site, 0.01)

@@ -26,8 +26,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from stripe_kernels import backends, registry
-from stripe_kernels.backends.gemm import Layout
-from stripe_kernels.backends.triton.gather import TritonGather
 from stripe_kernels.backends.triton.launch import Launch, wide
 from stripe_kernels.registry import Problem
 from stripe_kernels.testing import Case, case
@@ -38,8 +36,14 @@ TYPES = {
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # K and C that fill every configuration's tile, a stride and an epilogue that use every argument.
-CASE = case("compiled", N=16, C=128, H=14, W=14, K=128, density=0.24)
-HUGE = case("compiled huge", N=100_000, C=128, H=14, W=14, K=128, density=0.24)  # needs 64-bit offsets
+CASE = case("compiled", N=16, C=256, H=14, W=14, K=256, density=0.24)
+HUGE = case("compiled huge", N=50_000, C=256, H=14, W=14, K=256, density=0.24)  # needs 64-bit offsets
+# Configurations compiled whatever is predicted of them, for sm_90: split filters, and the widest gathers.
+ALSO = {
+    "fprop": [(128, 64, 64, 8, 8, 3), (128, 64, 64, 0, 8, 3), (256, 32, 64, 0, 8, 3)],
+    "dgrad": [(128, 256, 32, 0, 0, 8, 3), (128, 128, 64, 0, 0, 8, 3), (128, 128, 32, 1, 0, 8, 3)],
+    "wgrad": [(64, 128, 64, 4, 0, 8, 3), (64, 256, 32, 4, 0, 8, 3), (128, 128, 32, 4, 1, 8, 3)],
+}
 STRIDED = case("compiled strided", N=3, C=24, H=15, W=9, K=40, stride=(2, 1), dilation=(1, 2), groups=2)
 
 
@@ -84,7 +88,33 @@ def describe(name: str, launch: Launch, capability: int) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "threads": 32 * launch.warps,
         "instructions": sorted(set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|LDGSTS)\b", code))),
+        "accesses": sorted(set(re.findall(r"\b((?:LDGSTS|LDG|STG)\.[\w.]+)", code))),
+        **inner_loop(code),
+        "gathers": launch.arguments.get("LAST") is not None and not launch.arguments.get("ALIGNED"),
     }
+
+
+def inner_loop(code: str) -> dict[str, Any]:
+    """Of the loop with most products, or gathered values where no loop has products: its instructions, and its 16-bit
+    loads."""
+    labels: dict[str, int] = {}
+    instructions: list[tuple[str, str]] = []
+    for line in code.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        elif found:
+            instructions.append((found[1], found[2]))
+    best: tuple[Any, list[str]] = ((0, 0, 0), [])
+    for i, (name, operands) in enumerate(instructions):
+        target = re.search(r"\.L_x_\d+", operands) if name.startswith("BRA") else None
+        if target and labels.get(target[0], len(instructions)) <= i:
+            body = [n for n, _ in instructions[labels[target[0]] : i + 1]]
+            products, narrow = (sum(word in n for n in body) for word in ("MMA", "LDG.E.U16"))
+            best = max(best, ((products, narrow, -len(body)), body))
+    (_, narrow, _), body = best
+    return {"loop": len(body), "narrow_loads": narrow}
 
 
 def meta(size: tuple[int, ...], dtype: torch.dtype, last: bool) -> Tensor:
@@ -92,10 +122,13 @@ def meta(size: tuple[int, ...], dtype: torch.dtype, last: bool) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta", memory_format=like)
 
 
-def launches(case: Case, dtype: torch.dtype, last: bool, most: int) -> Iterator[tuple[str, Launch]]:
+def launches(
+    case: Case, dtype: torch.dtype, last: bool, most: int, tf32: bool = True
+) -> Iterator[tuple[str, Launch]]:
     """Each kernel in the `most` configurations that are predicted to be best."""
     s = case.shape
-    problem = Problem(s, case.skeleton, str(dtype)[6:], "cuda", last, 1)
+    rounded = dtype == torch.float32 and tf32
+    problem = Problem(s, case.skeleton, str(dtype)[6:], "cuda", last, 1, (rounded, rounded))
     x, y = meta(s.input_size, dtype, last), meta(s.output_size, dtype, last)
     weight = torch.empty(case.skeleton.stripes, s.group_c, dtype=dtype, device="meta")
     vector = torch.empty(s.K, dtype=dtype, device="meta")
@@ -103,10 +136,19 @@ def launches(case: Case, dtype: torch.dtype, last: bool, most: int) -> Iterator[
     kind = f"{problem.dtype}{' channels_last' if last else ''}{' 64-bit' if wide(x) else ''}"
     for which in registry.PASSES:
         configs = sorted(kernel.candidates(problem, which).items(), key=lambda item: item[1])
-        for config, _ in configs[:most]:
+        names = [config for config, _ in configs[:most]]
+        for config in names + (ALSO[which] if most > 1 else []):
             runner = kernel.build(problem, which, config)
             name = f"{which}{list(config)} {kind}"
-            if which == "fprop":
+            if which == "fprop" and runner.config.split:
+                parts = torch.empty(runner.part_values(), dtype=dtype, device="meta")
+                some = runner.config.split
+                yield name, runner.launch(x[:some], runner.pack(weight), parts)
+                yield (
+                    f"gather parts {kind}",
+                    runner.sum_launch(parts, y[:some], vector, vector, y[:some], "relu"),
+                )
+            elif which == "fprop":
                 yield name, runner.launch(x, runner.pack(weight), y, vector, vector, y, "silu")
             elif which == "dgrad":
                 dy = y.contiguous() if runner.config.planar else y
@@ -116,10 +158,15 @@ def launches(case: Case, dtype: torch.dtype, last: bool, most: int) -> Iterator[
                 parts = weight.new_empty(runner.config.splits, *weight.shape, dtype=torch.float32)
                 yield name, runner.launch(dy, x, parts)
                 yield f"sum of splits {kind}", runner.sum_launch(parts, weight)
-    gather = TritonGather(Layout(problem, planar=not last))
-    flat = torch.empty(s.N * gather.layout.image_values, dtype=dtype, device="meta")
-    yield f"gather sum {kind}", gather.sum_launch(flat, y, vector, vector, y, "hardswish")
-    yield f"gather spread {kind}", gather.spread_launch(y, 0, flat)
+    gemm = registry.find("stripe_gemm")
+    for which in registry.PASSES:
+        runner = gemm.build(problem, which, (s.N, 1))
+        flat = torch.empty(runner.layout.values(s.N), dtype=dtype, device="meta")
+        if which == "fprop":
+            yield f"gather sum {kind}", runner.gather.sum_launch(flat, y, vector, vector, y, "hardswish")
+        else:
+            name = f"gather spread {runner.layout.kind}-major {kind}"
+            yield name, runner.gather.spread_launch(y, 0, flat)
 
 
 def main(capability: int) -> None:
@@ -134,8 +181,7 @@ def main(capability: int) -> None:
         cases += [(CASE, torch.float32, True, 1), (HUGE, torch.bfloat16, True, 1)]
     found = {name: launch for c in cases for name, launch in launches(*c)}
     if capability == 90:
-        torch.backends.cudnn.allow_tf32 = False
-        strict = launches(CASE, torch.float32, True, 1)
+        strict = launches(CASE, torch.float32, True, 1, tf32=False)
         found |= {f"{name} strict": launch for name, launch in strict if "gather" not in name}
     print(json.dumps([describe(name, launch, capability) for name, launch in found.items()]))
 

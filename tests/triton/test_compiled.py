@@ -17,9 +17,6 @@ ROOT = Path(__file__).parents[2]
 # table of limits).
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Bytes outside registers. For sm_100 the assembler caps the planar fprop at 168 registers, and a few values
-# of the epilogue do not fit.
-STACK = {80: 0, 90: 0, 100: 64}
 REGISTERS = 65536  # of a multiprocessor
 # wgmma and tcgen05 take 64 rows and more: narrower tiles run on the older instruction.
 OLDER = "HMMA"
@@ -45,7 +42,8 @@ def test_machine_code(capability: int) -> None:
         row["kernel"].split("[")[0].split()[0] for row in rows
     }
     for row in rows:
-        assert row["stack"] <= STACK[capability], f"spills registers: {row}"
+        # 64-bit addresses, for tensors of more than 2^31 values, take twice the registers of 32-bit ones.
+        assert row["stack"] <= (16 if "64-bit" in row["kernel"] else 0), f"spills registers: {row}"
         assert row["registers"] * row["threads"] <= REGISTERS, row
         assert row["shared"] <= SHARED[capability], row
         if "strict" in row["kernel"]:
@@ -56,7 +54,21 @@ def test_machine_code(capability: int) -> None:
     assert wide
     for row in wide:
         assert TENSOR_CORE[capability] in row["instructions"], f"not this architecture's tensor cores: {row}"
+    for row in rows:
+        if row["gathers"] and row["narrow_loads"] and "64-bit" not in row["kernel"]:
+            # roofline.py's GATHER assumes 8 for a value. Before the loops were rewritten a step of 16 values took
+            # 413 (dgrad) and 570 (wgrad).
+            assert row["loop"] <= 220 + 10 * row["narrow_loads"], f"too much arithmetic around gathered values: {row}"
+        if row["kernel"].startswith(("gather sum", "gather parts")) and "64-bit" not in row["kernel"]:
+            assert row["loop"] <= 13 * row["narrow_loads"] or "float32" in row["kernel"], row
+        if row["kernel"].startswith("gather spread pixel-major bfloat16"):
+            assert "STG.E.128" in row["accesses"], f"aligned columns are not written in vectors: {row}"
+        if row["kernel"].startswith("gather sum bfloat16 channels_last"):
+            assert "STG.E.128" in row["accesses"], f"filters of a sector are not written at once: {row}"
     copies = [row for row in rows if row["kernel"].startswith("fprop") and "channels_last" in row["kernel"]]
     assert copies
     for row in copies:
-        assert "LDGSTS" in row["instructions"], f"operands are not copied asynchronously: {row}"
+        assert any(a.startswith("LDGSTS") and a.endswith("128") for a in row["accesses"]), (
+            f"operands are not copied asynchronously, 16 bytes at a time: {row}"
+        )
+        assert not row["narrow_loads"], f"operands are loaded one by one: {row}"

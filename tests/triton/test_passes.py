@@ -26,6 +26,11 @@ RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
 BLOCKS = case(
     "several blocks", N=2, C=37, H=9, W=8, K=35, R=2, S=3, stride=(2, 1), padding=(1, 2), density=0.3
 )
+# A bit for each tap fits 64 and no word: bounds are checked in two other ways.
+TAPS = [
+    case("42 taps", N=2, C=3, H=9, W=8, K=5, R=6, S=7, padding=(3, 2), density=0.3),
+    case("64 taps", N=1, C=3, H=9, W=10, K=5, R=8, S=8, padding=(4, 2), density=0.2),
+]
 PIXELS = case("many pixels", N=7, C=5, H=7, W=9, K=9, density=0.2)
 
 
@@ -87,6 +92,39 @@ def test_every_configuration(which: Pass) -> None:
         assert len(configs) > 2
         for config in configs:
             budget.check(run("triton", which, BLOCKS, operands, config), f"{which} {layout} {config}:")
+
+
+@pytest.mark.parametrize("problem", TAPS, ids=lambda c: c.name)
+@pytest.mark.parametrize("which", PASSES)
+def test_filters_of_many_taps(problem: Case, which: Pass) -> None:
+    for layout in ("contiguous", "channels_last"):
+        operands = problem.operands(torch.float32, layout, DEVICE)
+        budget: Budget = getattr(budgets(problem, operands), RESULT[which])
+        configs: list[tuple[str, Config | None]] = [("triton", None), ("stripe_gemm", (1, 1))]
+        if which == "fprop":
+            configs.append(("triton", (16, 16, 16, 1, 4, 2)))
+        for name, config in configs:
+            budget.check(run(name, which, problem, operands, config), f"{name} {layout}:")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["grouped lopsided", "strided", "dead filters", "empty", "no image", "uneven dilated"]
+)
+def test_filters_split_by_kernel_row(name: str, dtype: torch.dtype) -> None:
+    """Two images a chunk, so that the last one is of another size; with the epilogue in the second stage."""
+    problem = CASES[name]
+    for layout in ("contiguous", "channels_last"):
+        operands = problem.operands(dtype, layout, DEVICE)
+        made = problem_of(problem, operands, "fprop")
+        config = (16, 16, 16, 2, 4, 2)
+        budgets(problem, operands).y.check(run("triton", "fprop", problem, operands, config), layout)
+        split, whole = (registry.find("triton").build(made, "fprop", (16, 16, 16, s, 4, 2)) for s in (2, 0))
+        rest = (operands.bias, operands.scale, operands.residual, "hardswish")
+        with poisoned_memory():
+            found, expected = (r(operands.x, r.pack(operands.weight), *rest).float() for r in (split, whole))
+        close = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(found, expected, rtol=close, atol=8 * close)
 
 
 @pytest.mark.parametrize("splits", [3, 17])

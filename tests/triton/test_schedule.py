@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bench.skeletons import iid
 from stripe_kernels.backends.triton.schedule import DgradSchedule, FpropSchedule, WgradSchedule, cluster
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.phases import phases
@@ -48,19 +49,27 @@ def test_phases_hold_every_pixel_and_stripe_once(case: Case) -> None:
 
 @EVERY
 @pytest.mark.parametrize("width", [16, 4])
-def test_fprop_tiles(case: Case, width: int) -> None:
+@pytest.mark.parametrize("split", [False, True])
+def test_fprop_tiles(case: Case, width: int, split: bool) -> None:
     s, expected = case.shape, definition(case)
-    plan = FpropSchedule.of(case.skeleton, s, width)
-    assert sorted(plan.filters[plan.filters >= 0].tolist()) == list(range(s.K))
+    plan = FpropSchedule.of(case.skeleton, s, width, split)
+    if split:
+        rows = case.skeleton.live.any(2).sum(1)
+        assert np.bincount(plan.filters[plan.filters >= 0], minlength=s.K).tolist() == rows.tolist()
+    else:
+        assert sorted(plan.filters[plan.filters >= 0].tolist()) == list(range(s.K))
     seen = {}
     for tile, group in enumerate(plan.group):
-        taps = [tuple(o) for o in plan.offset[plan.entry_ptr[tile] : plan.entry_ptr[tile + 1]].tolist()]
+        entries = range(plan.entry_ptr[tile], plan.entry_ptr[tile + 1])
+        taps = [tuple(plan.offset[entry, :2].tolist()) for entry in entries]
         assert len(set(taps)) == len(taps)
-        for entry in range(plan.entry_ptr[tile], plan.entry_ptr[tile + 1]):
+        for entry, (h, w) in zip(entries, taps, strict=True):
+            assert plan.tap[plan.offset[entry, 2]].tolist() == [h, w]
             live = plan.row[entry] < case.skeleton.stripes
             assert live.any(), "a tap no filter of the tile keeps"
             for k, row in zip(plan.filters[tile][live], plan.row[entry][live], strict=True):
-                seen[int(row)] = (int(k), int(group), *plan.offset[entry].tolist())
+                assert int(row) not in seen
+                seen[int(row)] = (int(k), int(group), h, w)
     assert seen == expected
     assert plan.entry_ptr[-1] == len(plan.row) == len(plan.offset)
 
@@ -75,7 +84,8 @@ def test_dgrad_lists(case: Case, aligned: bool) -> None:
     seen = {}
     for i, (group, h0, w0) in enumerate(plan.origin.tolist()):
         for entry in range(plan.entry_ptr[i], plan.entry_ptr[i + 1]):
-            p, q = plan.offset[entry].tolist()
+            p, q, number = plan.offset[entry].tolist()
+            assert plan.tap[number].tolist() == [p, q]
             live = plan.row[entry] < case.skeleton.stripes
             assert live.any()
             assert (plan.filters[entry][live] >= 0).all()
@@ -119,6 +129,15 @@ def test_clustering_executes_less_than_filters_in_their_order() -> None:
     clustered = sum(int(live[tile].any(0).sum()) for tile in cluster(live, 16))
     in_order = sum(int(live[k : k + 16].any(0).sum()) for k in range(0, 128, 16))
     assert clustered < 0.75 * in_order
+
+
+def test_split_by_kernel_row_less_is_executed() -> None:
+    """What DESIGN.md says of 512 filters in tiles of 64."""
+    shape = ConvShape(1, 1, 3, 3, 512, 3, 3, padding=(1, 1, 1, 1))
+    for density, whole, split in ((0.24, 0.71, 0.39), (0.1, 0.17, 0.22)):
+        skeleton = iid((512, 3, 3), density, "x")
+        shares = [FpropSchedule.of(skeleton, shape, 64, s).row.size / (512 * 9) for s in (False, True)]
+        assert shares == pytest.approx([whole, split], abs=0.01)
 
 
 def test_dead_filters_are_computed_and_cost_nothing() -> None:

@@ -4,6 +4,7 @@ precision."""
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,21 @@ def refuse(problem: Problem, which: Pass) -> str | None:
     return None
 
 
+_compiling = False
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Launches of this process compile their kernel and do nothing else: into Triton's cache on disk, from tensors
+    of torch's "meta" device as well."""
+    global _compiling
+    before, _compiling = _compiling, True
+    try:
+        yield
+    finally:
+        _compiling = before
+
+
 class Launch(NamedTuple):
     """One kernel launch, complete; ahead-of-time tests compile from the same object that runs."""
 
@@ -47,9 +63,13 @@ class Launch(NamedTuple):
         """On the current stream of `device`. No host synchronisation."""
         if min(self.grid) == 0:
             return
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        if _compiling:
+            self.kernel.warmup(grid=self.grid, **self.arguments, **options)
+            return
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+            self.kernel[self.grid](**self.arguments, **options)
 
 
 def with_zero_row(weight: Tensor) -> Tensor:
@@ -72,15 +92,14 @@ def wide(*tensors: Tensor | None) -> bool:
     return max(max(span(t), 0 if t is None else t.numel()) for t in tensors) >= 2**31 - 2**16
 
 
-def precision(dtype: torch.dtype) -> str:
-    """tl.dot's input_precision. float32 follows torch's switch for convolutions
-    (torch.backends.cudnn.allow_tf32, or cudnn.conv.fp32_precision), read at every call; other types have
-    one way only."""
-    if dtype != torch.float32:
-        return "ieee"
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    tf32 = conv.fp32_precision == "tf32" if conv is not None else torch.backends.cudnn.allow_tf32
-    return "tf32" if tf32 else "ieee"
+def precision(problem: Problem) -> str:
+    """tl.dot's input_precision: float32 follows torch's switch for convolutions, other types have one way."""
+    return "tf32" if problem.tf32[0] else "ieee"
+
+
+def bits(taps: int) -> int:
+    """Width of a word with a bit for each tap; 0 where there are too many."""
+    return 32 if taps <= 31 else 64 if taps <= 63 else 0
 
 
 def strides(prefix: str, t: Tensor | None, names: str) -> dict[str, int]:

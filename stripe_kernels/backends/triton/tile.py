@@ -25,6 +25,40 @@ def multiply(a, b, acc, PRECISION: tl.constexpr, CAST: tl.constexpr):
 
 
 @triton.jit
+def gathered(base, pixel, step, inside, live, LAST: tl.constexpr):
+    """[pixels, filters]: values at base + pixel[m] + step[k]. Where nothing is known of the addresses Triton lays
+    a warp's lanes along a tile's first dimension, so that is the one whose neighbours are neighbours in memory:
+    filters of channels_last (LAST), pixels otherwise."""
+    if LAST:
+        at = step[:, None] + pixel[None, :]
+        return tl.trans(tl.load(base + at, live[:, None] & inside[None, :], 0.0))
+    return tl.load(base + (pixel[:, None] + step[None, :]), inside[:, None] & live[None, :], 0.0)
+
+
+@triton.jit
+def is_inside(i, j, real, rows, columns):
+    return real & (i >= 0) & (i < rows) & (j >= 0) & (j < columns)
+
+
+@triton.jit
+def taps_met(i, j, real, tap, taps, rows, columns, BITS: tl.constexpr):
+    """Which taps t meet the map from pixel (i, j), as bit t of a word of BITS: later one operation a step says
+    whether a value is inside."""
+    met = tl.zeros_like(i).to(tl.int32 if BITS == 32 else tl.int64)
+    one = met + 1
+    for t in range(taps):
+        p = i + tl.load(tap + 2 * t)
+        q = j + tl.load(tap + 2 * t + 1)
+        met = met | tl.where(is_inside(p, q, real, rows, columns), one << t, 0)
+    return met
+
+
+@triton.jit
+def is_met(met, t):
+    return (met & (tl.full((), 1, met.dtype) << t)) != 0
+
+
+@triton.jit
 def activate(v, ACTIVATION: tl.constexpr):
     """Comparisons are turned so that a NaN stays one."""
     if ACTIVATION == "relu":

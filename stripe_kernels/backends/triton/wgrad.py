@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stripe_kernels.backends.triton.launch import INTERPRETED, Launch, precision, strides, wide
 from stripe_kernels.backends.triton.schedule import WgradSchedule
-from stripe_kernels.backends.triton.tile import multiply, unravel
+from stripe_kernels.backends.triton.tile import gathered, is_inside, multiply, unravel
 from stripe_kernels.indices import IndexArrays
 from stripe_kernels.registry import Config, Problem
 
@@ -35,6 +35,12 @@ class WgradConfig(NamedTuple):
     stages: int
 
 
+def is_flat(dy: Tensor) -> bool:
+    """Whether pixels of all images are evenly spaced: then nothing of dy's address is computed in a step."""
+    _, _, p, q = dy.shape
+    return dy.stride(2) == q * dy.stride(3) and dy.stride(0) == p * dy.stride(2)
+
+
 # Not compiled anew for other sizes: only strides and channels decide how memory is read.
 @triton.jit(
     do_not_specialize=["entries", "c_blocks", "pixels", "steps", "stripes", "H", "W", "P", "Q", "u", "v"]
@@ -44,7 +50,7 @@ def wgrad_kernel(
     group, offset, filters, row,
     entries, c_blocks, pixels, steps, stripes, channels, H, W, P, Q, u, v,
     dy_n, dy_k, dy_p, dy_q, x_n, x_c, x_h, x_w,
-    PRECISION: tl.constexpr, CAST: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, CAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     c_block = tl.program_id(0) % c_blocks
@@ -63,26 +69,43 @@ def wgrad_kernel(
         c = c.to(tl.int64)
         g = g.to(tl.int64)
         first = split.to(tl.int64) * steps * BLOCK_M
-    dy_at = dy + k * dy_k
-    x_at = x + (g * channels + c) * x_c
-
+    x += (g * channels) * x_c
+    live = k >= 0
+    kept_c = c < channels
     # Channels are the rows of the tile: Hopper's wgmma needs 64 of them, and few filters of a tap may live.
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for step in range(steps):
-        m = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
-        n, p, q = unravel(m, P, Q)
+    # A step goes BLOCK_M pixels on: two additions with carries, where dividing anew cost twenty times the product.
+    n, p, q = unravel(first + tl.arange(0, BLOCK_M), P, Q)
+    more_q = BLOCK_M % Q
+    more_p = BLOCK_M // Q % P
+    more_n = BLOCK_M // Q // P
+    left = pixels - first - tl.arange(0, BLOCK_M)
+    # As in dgrad: the next tile of dy is on its way while one is multiplied.
+    pixel = n * dy_n + p * dy_p + q * dy_q
+    following = gathered(dy, pixel, k * dy_k, left > 0, live, LAST)
+    for _ in range(steps):
+        dy_tile = following
         h = p * u + t_h
         s = q * v + t_w
-        real = m < pixels
-        inside = real & (h >= 0) & (h < H) & (s >= 0) & (s < W)
+        inside = is_inside(h, s, left > 0, H, W)
         x_tile = tl.load(
-            x_at[:, None] + (n * x_n + h * x_h + s * x_w)[None, :],
-            (c < channels)[:, None] & inside[None, :],
+            x + ((c * x_c)[:, None] + (n * x_n + h * x_h + s * x_w)[None, :]),
+            kept_c[:, None] & inside[None, :],
             0.0,
         )
-        dy_tile = tl.load(
-            dy_at[None, :] + (n * dy_n + p * dy_p + q * dy_q)[:, None], real[:, None] & (k >= 0)[None, :], 0.0
-        )
+        q += more_q
+        carry = (q >= Q).to(tl.int32)
+        q -= carry * Q
+        p += more_p + carry
+        carry = (p >= P).to(tl.int32)
+        p -= carry * P
+        n += more_n + carry
+        left -= BLOCK_M
+        if FLAT:
+            dy += BLOCK_M * dy_q
+        else:
+            pixel = n * dy_n + p * dy_p + q * dy_q
+        following = gathered(dy, pixel, k * dy_k, left > 0, live, LAST)
         acc = multiply(x_tile, dy_tile, acc, PRECISION, CAST)
 
     at = (split * stripes + a) * channels
@@ -113,6 +136,7 @@ class TritonWgrad:
     def __init__(self, problem: Problem, config: Config) -> None:
         self.config = WgradConfig(*config)
         self.shape = problem.shape
+        self.precision = precision(problem)
         self.stripes = problem.skeleton.stripes
         plan = WgradSchedule.of(problem.skeleton, problem.shape, self.config.block_k)
         self.entries = len(plan.group)
@@ -135,7 +159,8 @@ class TritonWgrad:
             "stripes": self.stripes, "channels": s.group_c,
             "H": s.H, "W": s.W, "P": s.P, "Q": s.Q, "u": s.stride[0], "v": s.stride[1],
             **strides("dy", dy, "nkpq"), **strides("x", x, "nchw"),
-            "PRECISION": precision(x.dtype), "CAST": INTERPRETED, "WIDE": wide(dy, x, dw),
+            "LAST": dy.stride(1) == 1, "FLAT": is_flat(dy), "PRECISION": self.precision,
+            "CAST": INTERPRETED, "WIDE": wide(dy, x, dw),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         }  # fmt: skip
         grid = (c_blocks * self.entries * config.splits,)
