@@ -2,12 +2,15 @@
 
     python -m bench.gpu_check
 
-Needs torch, triton, numpy and nvcc, and no network. It builds in place, tries every kernel in a process of its
-own (one that hangs or leaves its memory is lost, the rest goes on), checks them against the float64 oracle, runs
-compute-sanitizer over a small set, measures the ceilings, and on Hopper the rates that decide about wgmma
-(probes.cu), times every kernel beside cuDNN in CUDA graphs, layers and whole networks, writes
-bench/records/<device>-<date>.json with the hash of the kernels' sources, and prints its table last. Stages have
-deadlines: what did not fit is listed in the record, never dropped in silence.
+Needs torch, triton, numpy and nvcc, and no network. It builds in place while Triton's kernels are compiled on the
+other cores, tries every CUDA kernel in a process of its own, checks all kernels against the float64 oracle and the
+promises that a GPU alone can break, runs compute-sanitizer over a small set, measures the ceilings, and on Hopper
+the rates that decide about wgmma (probes.cu), times every kernel beside cuDNN in CUDA graphs, layers and whole
+networks, writes bench/records/<device>-<date>.json with the hash of the kernels' sources, and prints its table last.
+
+Stages have deadlines and are processes: one that hangs is stopped, one that crashes starts again without what it
+died of, and the record has what was found until then. What did not fit or was lost is listed, never dropped in
+silence, and a record that lacks a stage says so. `--predict` prints what the cost models expect, without a GPU.
 
 `--dry-run` goes through the same code on the CPU with tiny layers: it tests this program and says nothing
 about speed.

@@ -58,7 +58,9 @@ def test_machine_code(capability: int) -> None:
         if row["gathers"] and row["narrow_loads"] and "64-bit" not in row["kernel"]:
             # roofline.py's GATHER assumes 8 for a value. Before the loops were rewritten a step of 16 values took
             # 413 (dgrad) and 570 (wgrad).
-            assert row["loop"] <= 220 + 10 * row["narrow_loads"], f"too much arithmetic around gathered values: {row}"
+            assert row["loop"] <= 220 + 10 * row["narrow_loads"], (
+                f"too much arithmetic around gathered values: {row}"
+            )
         if row["kernel"].startswith(("gather sum", "gather parts")) and "64-bit" not in row["kernel"]:
             assert row["loop"] <= 13 * row["narrow_loads"] or "float32" in row["kernel"], row
         if row["kernel"].startswith("gather spread pixel-major bfloat16"):
