@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stripe_kernels.geometry import ConvShape
+from stripe_kernels.plan import GPU_MARGIN as GPU_MARGIN
 from stripe_kernels.reference import masked_conv2d, scatter_stripes
 from stripe_kernels.registry import PASSES, Pass
 from stripe_kernels.skeleton import FilterSkeleton
@@ -417,6 +418,64 @@ def prepared(
     predicted = chosen.candidates(asked, which)
     configs = sorted(predicted, key=predicted.__getitem__)
     return {f"{kernel}{list(c) if c else ''}": Prepared(call(c), predicted[c]) for c in configs}
+
+
+def withdraw(kernel: str) -> None:
+    """Takes a kernel out of this process, as one that a check has lost."""
+    from stripe_kernels import backends, registry
+
+    backends.load()
+    registry.withdraw(kernel)
+
+
+def without_memory(problem: Case, dtype: torch.dtype, layout: str) -> Operands:
+    """Operands of the case's sizes and layout on the "meta" device."""
+    s = problem.shape
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    x, dy, residual = (LAYOUTS[layout](empty(*size)) for size in (s.input_size, s.output_size, s.output_size))
+    weight = empty(problem.skeleton.stripes, s.group_c)
+    return Operands(x, weight, dy, empty(s.K), empty(s.K), residual)
+
+
+def predicted_on_gpu(
+    problem: Case, operands: Operands, which: Pass, kernel: str, tf32: bool = False
+) -> dict[tuple[int, ...], Prepared]:
+    """A kernel's configurations on a GPU that need not be there, the fastest prediction first; {} where it refuses.
+    Their calls launch nothing: they compile what they would launch, into Triton's cache on disk."""
+    from stripe_kernels import backends, ops, registry
+
+    backends.load()
+    like = operands.dy if which == "dgrad" else operands.x
+    op = ops.StripeOp.of(*problem.arguments, kernel)
+    found = op.problem(problem.shape.input_size, like.dtype, like.device, ops.is_channels_last(like))
+    asked, chosen = replace(found, device="cuda", tf32=(tf32, tf32)), registry.find(kernel)
+    if chosen.refuse(asked, which):
+        return {}
+
+    def call(config: tuple[int, ...]) -> Callable[[Operands], Tensor]:
+        def compile_all(o: Operands) -> Tensor:
+            runner = chosen.build(asked, which, config)
+            result: Tensor
+            with registry.provided("compiling")(), torch.inference_mode():  # type: ignore[misc]
+                if which == "wgrad":
+                    result = runner(o.dy, o.x)
+                elif which == "dgrad":
+                    result = runner(o.dy, runner.pack(o.weight))
+                else:
+                    packed = runner.pack(o.weight)
+                    result = runner(o.x, packed, None, None, None, "none")
+                    if o.x.dtype == torch.bfloat16:  # what a network's layers have folded in
+                        runner(o.x, packed, o.bias, None, None, "relu")
+                        runner(o.x, packed, o.bias, None, o.residual, "relu")
+            return result
+
+        return compile_all
+
+    times = chosen.candidates(asked, which)
+    return {c: Prepared(call(c), times[c]) for c in sorted(times, key=times.__getitem__)}
 
 
 @contextmanager

@@ -152,6 +152,7 @@ def test_the_stages_of_a_gpu_in_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     from bench.gpu_check import checks, networks, probes, report, rows
 
     few = {name: CASES[name] for name in checks.SMALL}
+    withdrawn: list[str] = []
     monkeypatch.setattr("stripe_kernels.testing.CASES", few)
     monkeypatch.setattr(
         tools, "first_tries", lambda kernels, seconds: {"cuda_ffma": "hangs: "} if kernels else {}
@@ -168,14 +169,15 @@ def test_the_stages_of_a_gpu_in_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         monkeypatch.setattr(
             module,
             "kernels",
-            lambda device, without=(): [n for n in ("dense", "stripe_gemm") if n not in without],
+            lambda device, without=(): [
+                n for n in ("dense", "stripe_gemm", "cuda_ffma") if n not in {*without, *withdrawn}
+            ],
         )
     monkeypatch.setattr(program, "_START", time.perf_counter())
     device = Device("cpu", "a CPU in a GPU's place", 0)
     monkeypatch.setattr(program.Device, "find", lambda dry_run: device)
     monkeypatch.setattr(program, "start_parts", lambda *arguments: [])
-    withdrawn: list[str] = []
-    monkeypatch.setattr("stripe_kernels.registry.withdraw", withdrawn.append)
+    monkeypatch.setattr("stripe_kernels.testing.withdraw", withdrawn.append)
 
     def in_this_process(name: str, journal: Journal, end: float, options: list[str]) -> dict[str, Any]:
         given = argparse.Namespace(
@@ -186,7 +188,7 @@ def test_the_stages_of_a_gpu_in_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     monkeypatch.setattr(program, "run_stage", in_this_process)
     saved: list[int] = []
-    options = argparse.Namespace(dry_run=False, no_build=False)
+    options = argparse.Namespace(dry_run=False, no_build=True)
     found = program.check(device, options, lambda record: saved.append(len(record)) or tmp_path)
     assert found["complete"]
     assert len(saved) == 7, "the record is saved after every stage"

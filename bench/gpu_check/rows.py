@@ -22,8 +22,7 @@ from bench.job import Oracle
 from bench.skeletons import iid
 from bench.timing import Ratio, Sample
 from stripe_kernels import FilterSkeleton
-from stripe_kernels.plan import GPU_MARGIN
-from stripe_kernels.testing import Case, Operands, Prepared, case, poisoned_memory, prepared
+from stripe_kernels.testing import GPU_MARGIN, Case, Operands, Prepared, case, poisoned_memory, prepared
 
 ROUNDS = 21
 CONFIGS = 4  # of one kernel that are measured, the best predicted first

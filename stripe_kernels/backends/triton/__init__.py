@@ -17,7 +17,7 @@ from stripe_kernels.backends.triton.configs import candidates
 from stripe_kernels.backends.triton.dgrad import TritonDgrad
 from stripe_kernels.backends.triton.fprop import TritonFprop
 from stripe_kernels.backends.triton.gather import TritonGather
-from stripe_kernels.backends.triton.launch import INTERPRETED, refuse
+from stripe_kernels.backends.triton.launch import INTERPRETED, compiling, refuse
 from stripe_kernels.backends.triton.wgrad import TritonWgrad
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, provide, register
 
@@ -31,3 +31,4 @@ def build(problem: Problem, which: Pass, config: Config) -> Any:
 # The interpreter is for tests: nobody's "auto" should meet it.
 register(Kernel("triton", refuse, candidates, build, automatic=not INTERPRETED))
 provide("gather", TritonGather)
+provide("compiling", compiling)
