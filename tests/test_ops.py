@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,6 +125,9 @@ def test_compiles_into_one_graph(kernel: str, dynamic: bool) -> None:
             torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"
+)
 def test_compiles_with_inductor_in_inference() -> None:
     torch._dynamo.reset()
     case = CASES["grouped"]

@@ -79,7 +79,8 @@ def _head(e: Explanation, title: str, remark: str) -> str:
     shares = [(row["share"], row["measured"]) for row in e.rows if row["share"] is not None]
     if shares:
         mean = sum(s * t for s, t in shares) / sum(t for _, t in shares)
-        figures.append((f"{mean:.0%}", "of peak arithmetic", "mean of the layers, by time"))
+        trust = "mean of the layers, by time" if mean <= 1 else "the peak was measured while others computed"
+        figures.append((f"{mean:.0%}", "of peak arithmetic", trust))
     cards = "".join(f"<div><b>{a}</b><span>{b}</span><small>{c}</small></div>" for a, b, c in figures)
     threads = f"{first['threads']} thread{'s' if first['threads'] > 1 else ''}"
     line = (

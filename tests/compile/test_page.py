@@ -83,6 +83,14 @@ def test_it_stands_alone_and_names_everything(explained: Explanation) -> None:
         assert section in read.text
 
 
+def test_a_peak_below_what_layers_reach_is_called_disturbed(explained: Explanation) -> None:
+    remark = "the peak was measured while others computed"
+    for share in (0.9, 1.5):
+        rows = [{**row, "share": share} for row in explained.rows]
+        page = Explanation(rows, [], explained.skeletons, explained.roof).html()
+        assert (remark in page) == (share > 1)
+
+
 def test_sections_without_records_say_how_to_get_them_or_are_left_out(explained: Explanation) -> None:
     assert "iessp train" in explained.html(runs=())
     plain = Tags(Explanation(explained.rows, [], explained.skeletons).html()).text
