@@ -110,3 +110,14 @@ def late(native: ModuleType) -> Iterator[None]:
         yield
     finally:
         switch(False)
+
+
+@contextmanager
+def greedy(native: ModuleType) -> Iterator[None]:
+    """A warp runs as long as it can before the next one."""
+    switch = ctypes.CDLL(native.__file__).emulate_greedy
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(False)

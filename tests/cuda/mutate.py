@@ -107,6 +107,9 @@ def check(extension: str) -> None:
             with emulated.late(native):  # the newest copies arrive first
                 last = check_wgmma(native, c, torch.bfloat16, config)
                 assert torch.equal(last, first), "the order of copies changes the bits"
+            with emulated.greedy(native):  # the second warpgroup gets ahead
+                last = check_wgmma(native, c, torch.bfloat16, config)
+                assert torch.equal(last, first), "a warpgroup that gets ahead changes the bits"
 
 
 class Builder:

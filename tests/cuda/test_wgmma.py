@@ -74,6 +74,8 @@ def test_no_wait_is_missing(native: ModuleType) -> None:
             assert torch.equal(check_wgmma(native, c, torch.bfloat16, config), first)
             with emulated.late(native):
                 assert torch.equal(check_wgmma(native, c, torch.bfloat16, config), first)
+            with emulated.greedy(native):  # the second warpgroup as far ahead as it may
+                assert torch.equal(check_wgmma(native, c, torch.bfloat16, config), first)
 
 
 def test_epilogue(native: ModuleType) -> None:

@@ -3,7 +3,8 @@
 //
 // A fiber runs until it waits: at a barrier for its block, in a warp instruction for its warp. Fibers run in
 // the order of their numbers or, when `backwards` is set, against it: a read of shared memory that no barrier
-// separates from its write differs between the two. Shared memory is allocated anew for every block, to the
+// separates from its write differs between the two. When `greedy` is set, a
+// warp goes on as long as it can before the next one runs: some get ahead as far as the barriers let them. Shared memory is allocated anew for every block, to the
 // byte, and poisoned with NaN. What is asynchronous on sm_90 happens at once or, when `late` is set, as late as
 // it may: copies when every thread waits, products when their group is waited for. It cannot judge timing, or
 // races inside one warp instruction.
@@ -66,7 +67,7 @@ inline int min(int a, int b) { return a < b ? a : b; }
 
 namespace emulate {
 
-inline bool backwards = false, late = false;
+inline bool backwards = false, late = false, greedy = false;
 inline constexpr std::size_t kStack = 128 * 1024;
 
 struct Copy {
@@ -197,11 +198,13 @@ inline void run_block(int threads, std::size_t shared_bytes) {
     block.progress = false;
     for (int i = 0; i < threads; ++i) {
       const int t = backwards ? threads - 1 - i : i;
-      if (block.fibers[t].done) continue;
-      block.running = t;
-      threadIdx.x = t;
-      swapcontext(&block.scheduler, &block.fibers[t].context);
-      alive -= block.fibers[t].done;
+      if (!block.fibers[t].done) {
+        block.running = t;
+        threadIdx.x = t;
+        swapcontext(&block.scheduler, &block.fibers[t].context);
+        alive -= block.fibers[t].done;
+      }
+      if (greedy && i % 32 == 31 && block.progress) break;  // the first warps again, as far as they come
     }
     if (!block.progress && alive > 0) {
       if (block.copies.empty()) {

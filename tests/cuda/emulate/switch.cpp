@@ -5,3 +5,6 @@ extern "C" __attribute__((visibility("default"))) void emulate_backwards(bool on
 
 // Copies and products of sm_90 happen as late as they may from now on, or at once again.
 extern "C" __attribute__((visibility("default"))) void emulate_late(bool on) { emulate::late = on; }
+
+// A warp runs as long as it can before the next one from now on, or all in turn again.
+extern "C" __attribute__((visibility("default"))) void emulate_greedy(bool on) { emulate::greedy = on; }
