@@ -126,11 +126,16 @@ class Recipe:
         return reached[-1] if reached else None
 
     def but(self, **changes: Any) -> Recipe:
-        """The same recipe with some fields changed; raises ValueError for a field that does not exist."""
+        """The same recipe with some fields changed; raises ValueError for a field that does not exist.
+
+        Options are those of the method: another method begins without any.
+        """
         names = [f.name for f in dataclasses.fields(self)]
         for name in changes:
             if name not in names:
                 raise ValueError(nearest("recipe field", name, names))
+        if changes.get("method", self.method) != self.method:
+            changes.setdefault("options", {})
         return dataclasses.replace(self, **changes)
 
     def changed(self, changes: dict[str, Any]) -> Recipe:

@@ -442,6 +442,14 @@ def test_reproduce_makes_a_table_and_resumes(
     assert (tmp_path / "iem_message=false/skeletons.png").stat().st_size > 1000
 
 
+def test_another_method_begins_without_options() -> None:
+    recipe = read("digits")
+    assert recipe.options == {"exact": False}
+    assert recipe.but(epochs=1).options == recipe.options
+    assert recipe.but(method="magnitude").options == {}
+    assert recipe.but(method="magnitude", options={"seed": 1}).options == {"seed": 1}
+
+
 def test_methods_with_parts_taken_away() -> None:
     recipe = reproduce.with_method(read("digits"), "iem(message=false, gain=2.0)")
     assert (recipe.method, recipe.options) == ("iem", {"message": False, "gain": 2.0})
