@@ -216,7 +216,7 @@ def test_a_run_starts_from_the_weights_of_the_run_before_it(splits: Splits, tmp_
     with pytest.raises(ValueError, match="starts from a pretrained network"):
         Trainer(recipe, splits, tmp_path / "run", start=tmp_path / "first")
     first = Trainer(before, splits, tmp_path / "first")
-    assert (first.steps, len(first.splits.train)) == (8, 60)
+    assert (first.steps, len(first.splits.train)) == (8, 65)
     first.run()
     run = Trainer(recipe, splits, tmp_path / "run", start=tmp_path / "first")
     iessp.detach(run.model, merge=False)
