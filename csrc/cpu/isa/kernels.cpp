@@ -25,6 +25,7 @@ const IsaKernels* SK_JOIN(isa_table_, SK_ISA)() {
   table.store_rows = store_rows;
   table.load_transposed = load_transposed;
   table.store_transposed = store_transposed;
+  table.add_wide = add_wide;
   table.finish_row = finish_row;
   table.max_windows = max_windows;
   table.sum_windows = sum_windows;
