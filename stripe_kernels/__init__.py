@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import stripe_kernels.interpreter  # isort: split
+
 from stripe_kernels.compile import (
     Network,
     explain,

@@ -14,4 +14,6 @@ def _main() -> bool:
 
 
 if not _main():
-    raise ImportError("stripe_kernels runs in the main interpreter only: torch, which it needs, has one state a process")
+    raise ImportError(
+        "stripe_kernels runs in the main interpreter only: torch, which it needs, has one state a process"
+    )

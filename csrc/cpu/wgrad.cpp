@@ -67,9 +67,10 @@ void Wgrad::compute(const Task& task, const Pixels& px, float* tile, double* dw)
   BoxSteps box;
   box.stretch = kStretch;
   box.count[0] = px.images, box.count[1] = p.size(), box.count[2] = q.size();
-  // A short sum can afford stretches whose own errors are as small as those of joining them.
+  // A short sum can afford stretches whose own errors are as small as those of joining them; one whose products are
+  // rounded too needs them.
   const std::int64_t steps = box.count[0] * box.count[1] * box.count[2];
-  box.stretch = steps <= 96 ? 8 : kStretch;
+  box.stretch = steps <= 96 || !isa_.fused ? 8 : kStretch;
   box.a[2] = px.dy_ld, box.a[1] = px.dy_ld * s.Q, box.a[0] = box.a[1] * (px.p1 - px.p0);
   box.b[2] = px.x_ld * s.stride_w, box.b[1] = px.x_ld * s.W * s.stride_h,
   box.b[0] = px.x_ld * s.W * px.in_rows;

@@ -48,6 +48,7 @@ struct Windows {
 
 struct IsaKernels {
   const char* name;
+  bool fused;                             // multiplies and adds with one rounding
   int lanes;                              // W: floats in a vector
   int tile_filters;                       // filters of a full tile
   int tile_vectors[kMaxTileFilters + 1];  // most vectors a tile of F filters keeps in registers
