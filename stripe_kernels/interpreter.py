@@ -1,5 +1,5 @@
-"""Refuses sub-interpreters: torch keeps one state for the whole process, and importing it into a second interpreter hangs
-or ends the process (2.13 on Python 3.11). Imported first, before torch."""
+"""Refuses sub-interpreters: torch keeps one state for the whole process, and importing it into a second interpreter
+hangs (2.13 on Python 3.11). Imported first, before torch."""
 
 from __future__ import annotations
 
