@@ -65,7 +65,6 @@ void Wgrad::compute(const Task& task, const Pixels& px, float* tile, double* dw)
       intersect({ceil_div(-off_w, s.stride_w), floor_div(s.W - 1 - off_w, s.stride_w) + 1}, {0, s.Q});
   if (p.size() == 0 || q.size() == 0) return;
   BoxSteps box;
-  box.stretch = kStretch;
   box.count[0] = px.images, box.count[1] = p.size(), box.count[2] = q.size();
   // A short sum can afford stretches whose own errors are as small as those of joining them; one whose products are
   // rounded too needs them.
