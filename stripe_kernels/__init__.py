@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import stripe_kernels.interpreter  # noqa: F401 # isort: split
 from stripe_kernels.compile import (
     Network,
     explain,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import hashlib
 import json
 import platform
 import signal
@@ -67,8 +68,9 @@ class Generated:
         failure = self.outcome()
         return None if failure == REFUSED else failure
 
-    def outcome(self) -> str | None:
-        """`failure`, but REFUSED where the kernel does not take the problem."""
+    def outcome(self, notes: Tally | None = None) -> str | None:
+        """`failure`, but REFUSED where the kernel does not take the problem. `notes` counts what of few results leaves
+        the budget that torch's own order alone would set: the kernels', and torch's in its other orders."""
         operands = self.case.operands(getattr(torch, self.dtype), self.layout)
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
@@ -83,7 +85,17 @@ class Generated:
             return f"is an exception: {error!r}"
         finally:
             torch.set_num_threads(before)
-        return REFUSED if result is None else self._budget().failure(result)
+        if result is None:
+            return REFUSED
+        budget = self._budget()
+        if notes is not None and budget.plain is not None:
+            beyond = budget.plain.failure(result) is not None
+            notes.update(
+                {"few results/problems": 1, "few results/beyond torch's own order: kernels": int(beyond)}
+            )
+            notes.update({"few results/torch in other orders": budget.orders})
+            notes.update({"few results/beyond torch's own order: torch in others": budget.orders_beyond})
+        return budget.failure(result)
 
     def _result(self, operands: Operands) -> Tensor | None:
         terms = [getattr(operands, name) if name in self.epilogue else None for name in _TERMS]
@@ -261,7 +273,7 @@ def _child(arguments: argparse.Namespace) -> int:
             progress.write(json.dumps({"done": done, "line": repr(problem), "tally": tally}))
             progress.truncate()
             progress.flush()
-            outcome = problem.outcome()
+            outcome = problem.outcome(tally)
             tally.count(problem, outcome)
             if outcome not in (None, REFUSED):
                 small = shrink(problem)
@@ -304,7 +316,8 @@ def _chunk(arguments: argparse.Namespace, first: int, last: int) -> Tally:
     return tally
 
 
-def _run(arguments: argparse.Namespace) -> Tally:
+def _run(arguments: argparse.Namespace) -> Iterator[tuple[int, Tally]]:
+    """After every chunk of problems: how many were tried, and what came of them."""
     tally, last = Tally(), arguments.first + arguments.count
     starts = range(arguments.first, last, CHUNK)
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -312,7 +325,41 @@ def _run(arguments: argparse.Namespace) -> Tally:
         for done, found in enumerate(chunks, 1):
             tally.update(found)
             print(f"{done} of {len(starts)} chunks", file=sys.stderr, flush=True)
-    return tally
+            yield min(done * CHUNK, arguments.count), tally
+
+
+def sources() -> dict[str, str]:
+    """The commit, and a hash of what the native kernels are made of, which other files' changes leave alone."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(
+        p for part in ("core", "cpu") for p in (root / "csrc" / part).rglob("*") if p.is_file()
+    ):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    return {"commit": git.stdout.strip(), "sha256 of csrc/core and csrc/cpu": digest.hexdigest()}
+
+
+def _write(
+    arguments: argparse.Namespace, kernels: dict[str, str], done: int, tables: dict[str, dict[str, int]]
+) -> None:
+    first = f" --first {arguments.first}" if arguments.first else ""
+    options = f"--count {arguments.count} --seed {arguments.seed}{first}"
+    written = {
+        "command": f"python -m tests.generate {options} --record {arguments.record}",
+        "versions": {
+            "stripe_kernels": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "kernels": kernels,
+        "instruction sets": sorted({name.rsplit("_", 1)[1] for name in NATIVE}),
+        "problems": done,
+        "outcome": tables["outcome"],
+        **{axis: values for axis, values in tables.items() if axis != "outcome"},
+    }
+    arguments.record.parent.mkdir(parents=True, exist_ok=True)
+    arguments.record.write_text(json.dumps(written, indent=1) + "\n")
 
 
 def main() -> int:
@@ -334,29 +381,18 @@ def main() -> int:
         return 1 if failure else 0
     if arguments.child:
         return _child(arguments)
-    tables = _run(arguments).tables()
+    kernels = sources()
+    tables: dict[str, dict[str, int]] = {}
+    for done, tally in _run(arguments):
+        tables = tally.tables()
+        if arguments.record:
+            _write(arguments, kernels, done, tables)
     outcomes = tables.pop("outcome", {})
     for axis, values in tables.items():
         print(f"\n{axis}")
         for value, n in values.items():
             print(f"    {value:40s} {n:6d}")
     print(f"\n{arguments.count} problems, seed {arguments.seed}: {outcomes}")
-    if arguments.record:
-        options = f"--count {arguments.count} --seed {arguments.seed}"
-        written = {
-            "command": f"python -m tests.generate {options} --record {arguments.record}",
-            "versions": {
-                "stripe_kernels": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "instruction sets": sorted({name.rsplit("_", 1)[1] for name in NATIVE}),
-            "problems": arguments.count,
-            "outcome": outcomes,
-            **tables,
-        }
-        arguments.record.parent.mkdir(parents=True, exist_ok=True)
-        arguments.record.write_text(json.dumps(written, indent=1) + "\n")
     return 1 if outcomes.get("failed") else 0
 
 

@@ -17,6 +17,7 @@ IESSP = ROOT / "python/iessp"
 # Each module may import only what stands before it, so the order is also free of cycles.
 ORDER = (
     *(
+        "interpreter",
         "version",
         "geometry",
         "skeleton",

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/gil.h"
 #include "cpu/call_list.h"
 #include "cpu/dgrad.h"
 #include "cpu/fprop.h"
@@ -123,6 +124,7 @@ template <class Kernel>
 void run_fprop(const Kernel& k, int threads, std::uintptr_t x, int x_type, const Strides& xs,
                std::uintptr_t packed, std::uintptr_t y, int y_type, const Strides& ys, std::uintptr_t scale,
                std::uintptr_t shift, std::uintptr_t residual, const Strides& rs, int activation) {
+  require(threads >= 1, "threads is positive");
   k.run(view(x, x_type, xs), reinterpret_cast<const float*>(packed), view(y, y_type, ys),
         epilogue(scale, shift, residual, y_type, rs, activation), threads);
 }
@@ -137,8 +139,9 @@ void pack_weight(const Kernel& k, std::uintptr_t weight, int type, std::uintptr_
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
+  if (const char* reason = refuse_interpreter()) throw py::import_error(reason);
   m.doc() = "Stripe convolutions on the CPU. Raw pointers: use stripe_kernels.stripe_conv2d.";
-  using Release = py::call_guard<py::gil_scoped_release>;
+  using Release = py::call_guard<GilReleased>;
 
   m.def(
       "isas",
@@ -190,6 +193,7 @@ PYBIND11_MODULE(_cpu, m) {
           "run",
           [](const Dgrad& k, int threads, std::uintptr_t dy, int dy_type, const Strides& dys,
              std::uintptr_t packed, std::uintptr_t dx, int dx_type, const Strides& dxs) {
+            require(threads >= 1, "threads is positive");
             k.run(view(dy, dy_type, dys), floats(packed), view(dx, dx_type, dxs), threads);
           },
           Release());
@@ -205,6 +209,7 @@ PYBIND11_MODULE(_cpu, m) {
           "run",
           [](const Wgrad& k, int threads, std::uintptr_t x, int x_type, const Strides& xs, std::uintptr_t dy,
              int dy_type, const Strides& dys, std::uintptr_t dw, int dw_type) {
+            require(threads >= 1, "threads is positive");
             k.run(view(x, x_type, xs), view(dy, dy_type, dys), reinterpret_cast<void*>(dw), dtype(dw_type),
                   threads);
           },

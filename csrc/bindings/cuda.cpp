@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bindings/cuda_check.h"
+#include "bindings/gil.h"
 #include "cuda/kernels.h"
 #include "cuda/runtime.h"
 
@@ -135,6 +136,7 @@ void run_reduce(std::uintptr_t stream, std::uintptr_t partial, int splits, std::
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+  if (const char* reason = refuse_interpreter()) throw py::import_error(reason);
   m.doc() = "Stripe convolutions on NVIDIA GPUs. Raw pointers: use stripe_kernels.stripe_conv2d.";
   m.def(
       "devices",

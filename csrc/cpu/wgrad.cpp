@@ -54,7 +54,7 @@ Wgrad::Wgrad(const ConvShape& shape, Stripes stripes, int chunk_pixels, const Is
     }
 }
 
-void Wgrad::compute(const Task& task, const Pixels& px, float* dw) const {
+void Wgrad::compute(const Task& task, const Pixels& px, float* tile, double* dw) const {
   const ConvShape& s = shape_;
   const int r = task.tap / s.S, c = task.tap % s.S;
   const int off_h = r * s.dil_h - s.pad_top, off_w = c * s.dil_w - s.pad_left;
@@ -65,8 +65,11 @@ void Wgrad::compute(const Task& task, const Pixels& px, float* dw) const {
       intersect({ceil_div(-off_w, s.stride_w), floor_div(s.W - 1 - off_w, s.stride_w) + 1}, {0, s.Q});
   if (p.size() == 0 || q.size() == 0) return;
   BoxSteps box;
-  box.stretch = kStretch;
   box.count[0] = px.images, box.count[1] = p.size(), box.count[2] = q.size();
+  // A short sum can afford stretches whose own errors are as small as those of joining them; one whose products are
+  // rounded too needs them.
+  const std::int64_t steps = box.count[0] * box.count[1] * box.count[2];
+  box.stretch = steps <= 96 || !isa_.fused ? 8 : kStretch;
   box.a[2] = px.dy_ld, box.a[1] = px.dy_ld * s.Q, box.a[0] = box.a[1] * (px.p1 - px.p0);
   box.b[2] = px.x_ld * s.stride_w, box.b[1] = px.x_ld * s.W * s.stride_h,
   box.b[0] = px.x_ld * s.W * px.in_rows;
@@ -78,10 +81,12 @@ void Wgrad::compute(const Task& task, const Pixels& px, float* dw) const {
   for (int f = 0; f < task.filters; ++f)
     filters[f] = task.group * s.group_k() + stripes_.filter[task.first + f];
   const std::int64_t ld = (s.group_c() + isa_.lanes - 1) / isa_.lanes * isa_.lanes;
+  std::fill(tile, tile + task.filters * ld, 0.f);
   each_tile(static_cast<int>(ld / isa_.lanes), isa_.tile_vectors[task.filters], [&](int at, int vectors) {
     isa_.box[task.filters][vectors](box, a, filters, b + at * isa_.lanes,
-                                    dw + task.first * ld + at * isa_.lanes, ld);
+                                    tile + at * isa_.lanes, ld);
   });
+  isa_.add_wide(dw + task.first * ld, tile, task.filters * ld);
 }
 
 void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type, int threads) const {
@@ -96,9 +101,14 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
       padded(px.x_ld * s.W * in_rows_most * chunk_.images + 2 * kMaxTileVectors * isa_.lanes);
   const std::int64_t dy_floats = padded(px.dy_ld * s.Q * chunk_.rows * chunk_.images);
   const std::int64_t ld = padded(s.group_c()), a = stripes_.count();
-  float* const sums = scratch(static_cast<std::size_t>(x_floats + dy_floats + a * ld + 16));
-  px.x = sums + (a * ld + 15) / 16 * 16, px.dy = px.x + x_floats;
-  std::fill(sums, sums + a * ld, 0.f);
+  threads = std::max(1, threads);
+  const std::int64_t tile_floats = kMaxTileFilters * ld + 16;  // a thread's
+  float* const memory =
+      scratch(static_cast<std::size_t>(padded(2 * a * ld) + 16 + threads * tile_floats + x_floats + dy_floats));
+  double* const sums = reinterpret_cast<double*>(memory);
+  float* const tiles = memory + (2 * a * ld + 15) / 16 * 16;
+  px.x = tiles + threads * tile_floats, px.dy = px.x + x_floats;
+  std::fill(sums, sums + a * ld, 0.);
   const int image_chunks = ceil_div(s.N, chunk_.images),
             row_chunks = s.Q == 0 ? 0 : ceil_div(s.P, chunk_.rows);
   const int tasks = static_cast<int>(tasks_.size());
@@ -106,6 +116,7 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
 
   run_team(threads, [&](const Team& team) {
     Pixels mine = px;
+    float* const tile = tiles + team.thread * tile_floats;
     for (int chunk = 0; chunk < image_chunks * row_chunks; ++chunk) {
       const int n0 = chunk / row_chunks * chunk_.images;
       mine.images = std::min(chunk_.images, s.N - n0);
@@ -130,13 +141,15 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
       }
       if (team.thread == 0) next[(chunk + 1) % 2].store(0);
       team.barrier();
-      for (int t; (t = next[chunk % 2].fetch_add(1)) < tasks;) compute(tasks_[t], mine, sums);
+      for (int t; (t = next[chunk % 2].fetch_add(1)) < tasks;) compute(tasks_[t], mine, tile, sums);
       team.barrier();
     }
-    for (std::int64_t i = team.begin(a); i < team.end(a); ++i)
+    for (std::int64_t i = team.begin(a); i < team.end(a); ++i) {
+      std::copy(sums + i * ld, sums + i * ld + s.group_c(), tile);
       isa_.store_row(
           static_cast<char*>(dw) + stripes_.row[i] * s.group_c() * static_cast<std::int64_t>(size_of(type)),
-          type, 1, sums + i * ld, s.group_c());
+          type, 1, tile, s.group_c());
+    }
   });
 }
 

@@ -1,7 +1,8 @@
 // dw[row(k, t), c] = sum over n, p, q of  dy[n, k, p, q] * x[n, c, p', q']     (live stripes only; p', q' as in fprop)
 //
 // Lanes run along c, and both tensors are turned pixel-major first: exact borders, no halo, no horizontal sums. Every
-// thread owns stripes, so the sums have one order whatever the number of threads.
+// thread owns stripes, so the sums have one order whatever the number of threads. The sums of chunks meet in float64: in
+// float32 equal addends, as equal images have, err the same way every time (generated problems).
 #pragma once
 #include <vector>
 
@@ -28,7 +29,7 @@ class Wgrad {
   };
   struct Pixels;  // the pixel-major copies of a chunk
 
-  void compute(const Task& task, const Pixels& pixels, float* dw) const;
+  void compute(const Task& task, const Pixels& pixels, float* tile, double* dw) const;
 
   ConvShape shape_;
   Stripes stripes_;

@@ -58,10 +58,10 @@ class ReferenceDgrad(_Reference):
 
 class ReferenceWgrad(_Reference):
     def __call__(self, dy: Tensor, x: Tensor) -> Tensor:
-        s = self.shape
-        dense: Tensor = conv2d_weight(
-            self.pad(x), (s.K, s.group_c, s.R, s.S), dy, s.stride, 0, s.dilation, s.groups
-        )
+        s, x, stride = self.shape, self.pad(x), self.shape.stride
+        if s.taps == 1:  # torch's own strided one can corrupt the heap: see dense.py
+            x, stride = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=self.format), (1, 1)
+        dense: Tensor = conv2d_weight(x, (s.K, s.group_c, s.R, s.S), dy, stride, 0, s.dilation, s.groups)
         return dense.permute(0, 2, 3, 1)[self.live.to(dense.device)]
 
 

@@ -48,6 +48,7 @@ struct Windows {
 
 struct IsaKernels {
   const char* name;
+  bool fused;                             // multiplies and adds with one rounding
   int lanes;                              // W: floats in a vector
   int tile_filters;                       // filters of a full tile
   int tile_vectors[kMaxTileFilters + 1];  // most vectors a tile of F filters keeps in registers
@@ -74,6 +75,8 @@ struct IsaKernels {
   // dst[j * dst_ld + i] = type(src[i * src_ld + j]) for i < rows, j < cols
   void (*store_transposed)(void* dst, DType type, std::int64_t dst_ld, const float* src, std::int64_t src_ld,
                            std::int64_t rows, std::int64_t cols);
+  // sums[i] += x[i]
+  void (*add_wide)(double* sums, const float* x, std::int64_t n);
   // row[i] = activation(row[i] * scale + shift + residual[i]); residual may be null
   void (*finish_row)(float* row, std::int64_t n, float scale, float shift, const float* residual,
                      Activation act);

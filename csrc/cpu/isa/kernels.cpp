@@ -17,6 +17,9 @@ const IsaKernels* SK_JOIN(isa_table_, SK_ISA)() {
   static IsaKernels table;
   table.name = SK_TEXT(SK_ISA);
   table.lanes = W;
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__)
+  table.fused = true;
+#endif
   table.tile_filters = kTileFilters;
   fill_tiles<kMaxTileFilters>(table);
   table.load_row = load_row;
@@ -25,6 +28,7 @@ const IsaKernels* SK_JOIN(isa_table_, SK_ISA)() {
   table.store_rows = store_rows;
   table.load_transposed = load_transposed;
   table.store_transposed = store_transposed;
+  table.add_wide = add_wide;
   table.finish_row = finish_row;
   table.max_windows = max_windows;
   table.sum_windows = sum_windows;

@@ -223,4 +223,8 @@ void store_transposed(void* dst, sk::DType type, std::int64_t dst_ld, const floa
   });
 }
 
+void add_wide(double* sums, const float* x, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(x[i]);
+}
+
 }  // namespace

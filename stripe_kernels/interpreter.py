@@ -1,0 +1,19 @@
+"""Refuses sub-interpreters: torch keeps one state for the whole process, and importing it into a second interpreter
+hangs (2.13 on Python 3.11). Imported first, before torch."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+def _main() -> bool:
+    api = ctypes.pythonapi
+    here, main = api.PyInterpreterState_Get, api.PyInterpreterState_Main
+    here.restype = main.restype = ctypes.c_void_p
+    return bool(here() == main())
+
+
+if not _main():
+    raise ImportError(
+        "stripe_kernels runs in the main interpreter only: torch, which it needs, has one state a process"
+    )
