@@ -194,3 +194,14 @@ def test_a_missing_part_costs_its_kernels_and_is_named(part: str, backend: str) 
     assert not [name for name in left.split() if name.split("_")[0] == backend]
     assert part in message
     assert "pip install" in message
+
+
+def test_hashed_pins_are_the_constraints() -> None:
+    pins = dict(
+        re.findall(r"^([A-Za-z0-9._-]+)==([^ ;\n]+)", (ROOT / "requirements-dev.txt").read_text(), re.M)
+    )
+    wanted = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^ ;\n]+)", (ROOT / "constraints.txt").read_text(), re.M))
+    del wanted["torch"]  # chosen by tools/install
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    wanted = {name.lower().replace("_", "-"): version for name, version in wanted.items()}
+    assert {name: pins.get(name) for name in wanted} == wanted
