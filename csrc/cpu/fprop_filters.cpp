@@ -69,11 +69,12 @@ void FpropFilters::pack_weight(const void* weight, DType type, float* packed) co
 
 // sums[(image * P + p) * Q + q][filter of the part] over every tap.
 void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int images, const TensorView& x,
-                           const float* packed, float* sums) const {
+                           const float* packed, std::int32_t* places, float* sums) const {
   const ConvShape& s = shape_;
   const int filters = part.end - part.begin;
   alignas(64) float tile[kMaxTileFilters * kMaxTileVectors * 16];
-  std::vector<std::int32_t> source, target;  // where a pixel is read in x, and its row of sums
+  std::int32_t* const source = places;  // where a pixel is read in x
+  std::int32_t* const target = places + static_cast<std::int64_t>(images_) * s.P * s.Q;  // its row of sums
   BoxSteps box{};
   box.count[0] = box.count[1] = 1, box.count[2] = box.stretch = s.group_c();
   box.a[2] = x.stride[1];
@@ -84,14 +85,14 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
     const Plane& plane = lattice_.planes[t->access.plane];
     const int row0 = t->access.dr * lattice_.step_h + plane.row0,
               col0 = t->access.ds * lattice_.step_w + plane.col0;
-    source.clear(), target.clear();
+    int pixels = 0;
     for (int image = 0; image < images; ++image)
       for (int row = t->rows.lo; row < t->rows.hi; ++row)
         for (int col = t->cols.lo; col < t->cols.hi; ++col) {
-          source.push_back(static_cast<std::int32_t>(image * x.stride[0] +
-                                                     (row * lattice_.step_h + row0) * x.stride[2] +
-                                                     (col * lattice_.step_w + col0) * x.stride[3]));
-          target.push_back((image * s.P + row) * s.Q + col);
+          source[pixels] =
+              static_cast<std::int32_t>(image * x.stride[0] + (row * lattice_.step_h + row0) * x.stride[2] +
+                                        (col * lattice_.step_w + col0) * x.stride[3]);
+          target[pixels++] = (image * s.P + row) * s.Q + col;
         }
     each_tile(t->vectors, t->tile_vectors, [&](int at, int vectors) {
       const int lanes = vectors * isa_.lanes;
@@ -99,10 +100,10 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
       const float* const b = packed + t->weight + static_cast<std::int64_t>(at) * isa_.lanes * s.group_c();
       const std::int32_t* const filter = &stripes_.filter[t->first + at * isa_.lanes];
       const int live = std::min(lanes, t->last - t->first - at * isa_.lanes);
-      split_evenly(static_cast<int>(source.size()), t->tile_pixels, [&](int begin, int end) {
+      split_evenly(pixels, t->tile_pixels, [&](int begin, int end) {
         const int count = end - begin;
         std::fill(tile, tile + count * lanes, 0.f);
-        isa_.box[count][vectors](box, a, &source[begin], b, tile, lanes);
+        isa_.box[count][vectors](box, a, source + begin, b, tile, lanes);
         for (int f = 0; f < count; ++f) {
           float* const out = sums + static_cast<std::int64_t>(target[begin + f]) * filters - part.begin;
           for (int j = 0; j < live; ++j) out[filter[j]] += tile[f * lanes + j];
@@ -126,7 +127,7 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
   const bool copy = x.dtype != DType::f32 || reach > std::numeric_limits<std::int32_t>::max();
   const std::int64_t x_floats = copy ? static_cast<std::int64_t>(s.N) * s.C * s.H * s.W : 0;
   const std::int64_t strip_floats = e.residual.data ? padded(pixels * kFinishStrip) : 0;
-  const std::int64_t each = 2 * part_floats + strip_floats;
+  const std::int64_t each = 2 * part_floats + strip_floats + padded(2 * pixels);
   float* const memory = scratch(static_cast<std::size_t>(padded(x_floats) + threads * each));
 
   TensorView source = x;
@@ -151,6 +152,7 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
     }
     float* const sums = memory + padded(x_floats) + team.thread * each;
     float* const turned = sums + part_floats;
+    auto* const places = reinterpret_cast<std::int32_t*>(turned + part_floats + strip_floats);
     for (int task; (task = next.fetch_add(1)) < tasks;) {
       const int index = task % static_cast<int>(parts_.size());
       const Part& part = parts_[index];
@@ -159,7 +161,8 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
       m.n0 = task / static_cast<int>(parts_.size()) * images_, m.images = std::min(images_, s.N - m.n0);
       const std::int64_t here = static_cast<std::int64_t>(m.images) * s.P * s.Q;
       std::fill(sums, sums + here * filters, 0.f);
-      compute(part, taps_.data() + index * lattice_.taps.size(), m.n0, m.images, source, packed, sums);
+      compute(part, taps_.data() + index * lattice_.taps.size(), m.n0, m.images, source, packed, places,
+              sums);
       isa_.load_transposed(turned, here, sums, DType::f32, filters, here, filters, kUnpaired);
       m.c_stride = here;
       finish_lanes(isa_, e, m, part.group * s.group_k() + part.begin, filters, turned, turned + part_floats);

@@ -38,7 +38,7 @@ class FpropFilters {
   };
 
   void compute(const Part& part, const TapFilters* taps, int n0, int images, const TensorView& x,
-               const float* packed, float* sums) const;
+               const float* packed, std::int32_t* places, float* sums) const;
 
   ConvShape shape_;
   Stripes stripes_;
