@@ -87,6 +87,7 @@ class Trainer:
         recipe, splits = self.recipe, self.splits
         self.example = torch.zeros(1, splits.channels, splits.size, splits.size, device=self.device)
         self.model = assemble(recipe, len(splits.classes), self.example, weights)
+        self.format = image_format(recipe, self.model, self.device)
         self.network = probe(self.model, self.example)
         self.loss: StripeLoss | None = None
         self.budget = 1.0 if recipe.milliseconds else float(recipe.budget)  # share of what it counts
@@ -257,7 +258,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
         part = (ranks.mine(), ranks.count())
         x = normalise(augment(images.x, generator, recipe.crop, self.splits.flip, part), self.splits, size)
-        return (x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x), images.y
+        return x.contiguous(memory_format=self.format), images.y
 
     def _epoch(self, epoch: int, within: int) -> Iterator[Images]:
         """The batches of an epoch from the one at `within` on, of each the images that are this rank's."""
@@ -324,9 +325,26 @@ def assemble(
     model = build(recipe.model, classes, example.shape[1], width).to(example.device)
     if weights is not None:
         model.load_state_dict(weights)
-    if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=image_format(recipe, model, example.device))  # type: ignore[call-overload]
     return attach(model, recipe.method, example_input=example, **recipe.options) if recipe.pruned else model
+
+
+def image_format(recipe: Recipe, model: nn.Module, device: torch.device) -> torch.memory_format:
+    """The recipe's memory format, except where torch cannot be trusted with it: on a CPU with AVX2 its weight
+    gradient of a strided 1x1 in channels_last writes beyond its memory (torch 2.13, float32; SECURITY.md)."""
+    if not recipe.channels_last:
+        return torch.contiguous_format
+    strided = any(
+        isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1) for m in model.modules()
+    )
+    if strided and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        warnings.warn(
+            "trained in contiguous format: torch's gradient of a strided 1x1 in channels_last is unsafe on AVX2",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def packed_from(model: nn.Module, chosen: dict[str, Tensor]) -> nn.Module:

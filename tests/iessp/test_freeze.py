@@ -61,10 +61,10 @@ def test_comparison_notices_a_difference() -> None:
 
 
 def test_finetuning_the_packed_weights_follows_the_masked_network() -> None:
-    """20 steps: packed training strays no further from a float64 run than masked dense training, median of 5
-    seeds."""
+    """20 steps: packed training strays no further from a float64 run than masked dense training, median of 10
+    seeds: single ones span two orders of magnitude, and of 5 it is a toss."""
     splits = load("digits")
-    curves = [follow("resnet20", 0.25, splits, seed, batch=16, size=8, smooth=True) for seed in range(5)]
+    curves = [follow("resnet20", 0.25, splits, seed, batch=16, size=8, smooth=True) for seed in range(10)]
     drifts = {kind: median(curve.drift(kind) for curve in curves) for kind in ("dense", "packed")}
     assert drifts["packed"] <= drifts["dense"], drifts
     assert 0 < drifts["dense"] < 1e-2
