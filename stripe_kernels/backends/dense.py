@@ -95,7 +95,7 @@ class DenseWgrad(_Dense):
             # generated problems): what it reads, at stride 1, is the same problem.
             x = F.pad(x, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
             x = x[:, :, :: s.stride[0], :: s.stride[1]].contiguous(memory_format=self.format)
-            dw = torch.ops.aten.convolution_backward(
+            dw: Tensor = torch.ops.aten.convolution_backward(
                 dy, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], s.groups, [False, True, False]
             )[1]
         else:
