@@ -114,7 +114,7 @@ struct LaneNetwork::PoolStep : Step {
   PoolStep(Pool kind, const PoolShape& s, const IsaKernels& isa, int images)
       : kind(kind), s(s), isa(isa), images(images) {}
 
-  // Windows clipped to the map: column j's is where row 0 of the window's pixels begins.
+  // Rows and columns of the map that the windows of output row i and column j cover.
   Range rows_of(int i) const {
     return intersect({i * s.stride_h - s.pad_h, i * s.stride_h - s.pad_h + s.kernel_h}, {0, x.h});
   }
@@ -123,7 +123,7 @@ struct LaneNetwork::PoolStep : Step {
   }
 
   void run(float* arena, float*, const Team& team) const override {
-    // Columns whose windows are whole follow each other at one step; the others are rows of one window.
+    // Columns whose windows are whole go together; of the clipped ones each goes alone.
     const Range whole = intersect(
         {ceil_div(s.pad_w, s.stride_w), floor_div(x.w + s.pad_w - s.kernel_w, s.stride_w) + 1}, {0, y.w});
     for (std::int64_t c = team.begin(x.c); c < team.end(x.c); ++c) {

@@ -24,7 +24,7 @@ WINDOW = 12  # vectors: a common multiple of the register tiles 2, 3, 4, 6, 12
 
 @dataclass(frozen=True)
 class Cycles:
-    """What a core takes for the parts of a pass, fitted to measured times of kernels at d = .1 and .24."""
+    """What a core takes for the parts of a pass, measured; AVX2's are fitted to kernels at d = .1 and .24."""
 
     fma: float  # a multiply-add of a vector in fprop
     gradient: float  # the same in dgrad, whose operands are found through indices
@@ -41,9 +41,15 @@ class Cycles:
 
 # By lanes of a vector: AVX-512 on Zen 4 (one multiply-add a cycle), AVX2 on Zen 3 (two), which stands for the others.
 CYCLES = {
-    16: Cycles(1.05, 1.05, 3.0, 20.0, 1.5, 8.0, 1.15, 24.0, 5.0, 1.3, 6.0),
-    8: Cycles(0.67, 0.91, 3.4, 16.0, 2.5, 13.0, 0.81, 14.0, 3.7, 0.9, 8.0),
-}
+    16: Cycles(
+        fma=1.05, gradient=1.05, update=3.0, row=20.0, vector=1.5, transpose=8.0,
+        filters_fma=1.15, scatter=24.0, weights=5.0, wgrad=1.3, copy=6.0,
+    ),
+    8: Cycles(
+        fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, transpose=13.0,
+        filters_fma=0.81, scatter=14.0, weights=3.7, wgrad=0.9, copy=8.0,
+    ),
+}  # fmt: skip
 
 
 def cycles(lanes: int) -> Cycles:
