@@ -80,6 +80,9 @@ Weights = Annotated[
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Folder with the data set's files; digits need none.")
 ]
+Download = Annotated[
+    bool, typer.Option("--download", help="Fetch the data set's official files into --data-dir first.")
+]
 Out = Annotated[
     Path | None,
     typer.Option("--out", help="Folder of the run; a run found there is resumed. Default: runs/RECIPE."),
@@ -120,6 +123,7 @@ def train(
     recipe: RecipeName,
     out: Out = None,
     data_dir: DataDir = None,
+    download: Download = False,
     changes: Changes = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -139,7 +143,7 @@ def train(
     chosen = _recipe(recipe, changes)
     with ranks.joined(device) as device:
         folder = out or Path("runs") / chosen.name
-        splits = load(chosen.data, data_dir)
+        splits = load(chosen.data, data_dir, download)
         start = folder / "pretrained"
         if before := chosen.before():
             train_with_bar(Trainer(before, splits, start, device), "pretrained", tensorboard)
@@ -317,6 +321,7 @@ def reproduce(
         ),
     ] = None,
     data_dir: DataDir = None,
+    download: Download = False,
     methods: Annotated[
         list[str] | None,
         typer.Option("--method", help=f"{known_methods()}, or iem(message=false); repeatable. Default: all."),
@@ -343,7 +348,7 @@ def reproduce(
     chosen = _recipe(recipe, changes)
     listed = methods or (list(ABLATION) if ablation else list(DEFAULT))
     folder = out or Path("runs") / f"reproduce-{chosen.name}"
-    path = run(chosen, load(chosen.data, data_dir), folder, listed, seeds, device)
+    path = run(chosen, load(chosen.data, data_dir, download), folder, listed, seeds, device)
     console.print(f"rows are in {path}")
     return {"file": str(path), **json.loads(path.read_text())}
 

@@ -16,19 +16,19 @@ from typing import Any
 from iessp import runs
 from iessp.data import load
 from iessp.data.images import Splits
-from iessp.progress import console, train_with_bar
+from iessp.progress import console
 from iessp.recipe import Recipe, parse_changes, read
 from iessp.report import _pyplot, _write, table
+from iessp.reproduce import trained
 from iessp.timing import busy
-from iessp.train import Trainer, write_results
+from iessp.train import write_results
 
 Point = dict[str, Any]  # budget, kind, ms, accuracy (held-out images), macs_kept
 
 
 def point(recipe: Recipe, splits: Splits, folder: Path, kind: str, seconds: float) -> Point:
     """Train (or find) a run and time its frozen network on `timed_batch` images."""
-    trainer = Trainer(recipe, splits, folder)
-    train_with_bar(trainer, f"{kind}, {recipe.budget}")
+    trainer = trained(recipe, splits, folder.parent, folder)
     found = runs.results(trainer)
     if "frozen_ms" not in found:
         frozen = runs.load_run(folder)

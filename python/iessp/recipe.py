@@ -23,7 +23,7 @@ UNPRUNED = ("dense", "slim")  # trained without gates; slim is thinner throughou
 
 # What a run shares with the one it starts from, whatever the method and its trials changed.
 PRETRAINED_ALIKE = (
-    "model", "width", "data", "budget", "images", "resolution", "batch", "seed", "momentum", "weight_decay",
+    "model", "width", "data", "images", "resolution", "batch", "seed", "momentum", "weight_decay",
     "label_smoothing", "crop", "channels_last", "bfloat16",
 )  # fmt: skip
 
@@ -148,9 +148,9 @@ class Recipe:
         if not self.pretrain:
             return None
         same = {name: getattr(self, name) for name in PRETRAINED_ALIKE}
-        return Recipe(self.name, method="slim" if self.method == "slim" else "dense").but(
-            **{**same, **self.pretrain}
-        )
+        if self.method == "slim":
+            same |= {"method": "slim", "budget": self.budget}
+        return Recipe(self.name, method="dense").but(**{**same, **self.pretrain})
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

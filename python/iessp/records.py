@@ -18,7 +18,8 @@ BLOCK = re.compile(r"(<!-- record: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(record: dict[str, Any]) -> str:
-    """Markdown: a line a method, best first; mean ± standard deviation over its seeds, in per cent."""
+    """Markdown: a line a method, best first; mean ± standard deviation over its seeds, in per cent. Latencies, where
+    every row has them: medians over the seeds of the dense twin's, the frozen network's and their ratio."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
         rows.setdefault(row["method"], []).append(row)
@@ -27,17 +28,24 @@ def table(record: dict[str, Any]) -> str:
         values = [100 * row[key] for row in rows[method]]
         return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
-    lines = [
-        "| method | seeds | test accuracy, % | MACs kept, % | after compaction, % |",
-        "|---|---|---|---|---|",
-    ]
+    titles = ["method", "seeds", "test accuracy, %", "MACs kept, %", "after compaction, %"]
+    batches = [b for b in ("1", "32") if all(f"frozen_ms_{b}" in row for row in record["rows"])]
+    titles += [f"ms a batch of {b}: dense, frozen" for b in batches]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+
+    def times(method: str, batch: str) -> str:
+        pairs = [(row[f"dense_ms_{batch}"], row[f"frozen_ms_{batch}"]) for row in rows[method]]
+        dense, frozen = (statistics.median(values) for values in zip(*pairs, strict=True))
+        return f"{dense:.2f}, {frozen:.2f}, {statistics.median(d / f for d, f in pairs):.2f}x | "
+
     for method in sorted(rows, key=lambda m: -percent(m, "accuracy")[0]):
         mean, spread = percent(method, "accuracy")
         kept, compacted = (percent(method, key)[0] for key in ("macs_kept", "macs_kept_after_compaction"))
         lines.append(
-            f"| {method} | {len(rows[method])} | {mean:.2f} ± {spread:.2f} | {kept:.2f} | {compacted:.2f} |"
+            f"| {method} | {len(rows[method])} | {mean:.2f} ± {spread:.2f} | {kept:.2f} | {compacted:.2f} | "
+            + "".join(times(method, batch) for batch in batches)
         )
-    return "\n".join([*lines, ""])
+    return "\n".join([*(line.rstrip() for line in lines), ""])
 
 
 def rewritten(text: str, folder: Path) -> str:

@@ -55,7 +55,7 @@ def _runs(folder: Path) -> list[dict[str, Any]]:
                 "folder": None,
                 "accuracy": row["accuracy"],
                 "macs_kept": row["macs_kept"],
-                "ms": row.get("frozen_ms"),
+                "ms": row.get("frozen_ms_1"),
             }
             for row in rows
         ]
@@ -73,7 +73,7 @@ def _run(path: Path) -> dict[str, Any]:
             "folder": path.parent.resolve(),
             "accuracy": 1 - found["test_errors"] / found["images"]["test"],
             "macs_kept": found["macs_kept"],
-            "ms": found.get("latency", {}).get("frozen"),
+            "ms": found.get("latency", {}).get("1", {}).get("frozen"),
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} holds no results of a run: {type(error).__name__} {error}") from error

@@ -36,6 +36,7 @@ ABLATION = (
 )
 LOSS_PARTS = ("kappa", "adaptive")
 LATENCY_SECONDS = 3.0
+LATENCY_BATCHES = (1, 32)
 TRIAL_SEED = 1000  # of no run in a table
 
 
@@ -70,7 +71,7 @@ def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: in
         for method in methods:
             changes = chosen[method]["changes"] if method in chosen else {}
             cell = with_method(recipe, method).changed(changes).but(seed=seed, trials={}, trial_epochs=0)
-            trainer = _trained(cell, splits, out, folder_of(out, method) / str(seed), device)
+            trainer = trained(cell, splits, out, folder_of(out, method) / str(seed), device)
             finished[method, seed] = trainer
             _write(out, recipe, splits, seeds, tried, finished)
     for trainer in finished.values():
@@ -86,7 +87,7 @@ def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: in
     return out / "table.json"
 
 
-def _trained(recipe: Recipe, splits: Splits, out: Path, folder: Path, device: str) -> Trainer:
+def trained(recipe: Recipe, splits: Splits, out: Path, folder: Path, device: str = "cpu") -> Trainer:
     """The finished run of `recipe` in `folder`, after the one in OUT/pretrained that it starts from, if any."""
     before, start = recipe.before(), None
     if before is not None:
@@ -112,7 +113,7 @@ def tune(recipe: Recipe, method: str, splits: Splits, out: Path, device: str) ->
             short["pretrain"] = {**recipe.pretrain, "seed": 0}
         cell = with_method(recipe, name).changed(changes).but(**short)
         folder = folder_of(out / "trials", name) / str(index)
-        trainer = _trained(cell, splits, out, folder, device)
+        trainer = trained(cell, splits, out, folder, device)
         path = folder / "held_out.json"
         if not path.exists():
             errors = count_errors(trainer.model, trainer.splits.held_out, trainer.splits)
@@ -173,10 +174,11 @@ def time_once(trainer: Trainer) -> None:
     found = runs.results(trainer)
     if "latency" in found or busy() is not None:
         return
-    frozen = runs.load_run(trainer.folder)
-    times = runs.contest(frozen.model, 1, frozen.example, LATENCY_SECONDS, optimize=False)
-    found["latency"] = {name: timing.median for name, (timing, _) in times.items()}
-    found["threads"] = torch.get_num_threads()
+    frozen, latency = runs.load_run(trainer.folder), {}
+    for batch in LATENCY_BATCHES:
+        times = runs.contest(frozen.model, batch, frozen.example, LATENCY_SECONDS, optimize=False)
+        latency[str(batch)] = {name: timing.median for name, (timing, _) in times.items()}
+    found |= {"latency": latency, "threads": torch.get_num_threads()}
     write_results(trainer.folder, found)
 
 
@@ -184,7 +186,11 @@ def row(trainer: Trainer) -> dict[str, Any]:
     """What the table says of one run."""
     found = runs.results(trainer)
     recipe, tested = trainer.recipe, found["images"]["test"]
-    latency = found.get("latency", {})
+    latency = {
+        f"{title}_{batch}": times[name]
+        for batch, times in found.get("latency", {}).items()
+        for name, title in (("dense", "dense_ms"), ("frozen", "frozen_ms"))
+    }
     return {
         "model": recipe.model,
         "width": recipe.width,
@@ -194,20 +200,24 @@ def row(trainer: Trainer) -> dict[str, Any]:
         "held_out_accuracy": 1 - found["held_out_errors"] / found["images"]["held_out"],
         "macs_kept": found["macs_kept"],
         "macs_kept_after_compaction": found["macs_kept_after_compaction"],
-        "dense_twin_ms": latency.get("dense"),
-        "frozen_ms": latency.get("frozen"),
         "threads": found.get("threads"),
+        **latency,
     }
 
 
 def summary(rows: list[dict[str, Any]], title: str) -> Table:
     """Mean and spread (standard deviation) over the seeds of each method."""
     lines = []
+    latencies = {
+        f"{kind}_ms_{batch}": f"{title}, {batch}, ms"
+        for batch in LATENCY_BATCHES
+        for kind, title in (("dense", "dense twin"), ("frozen", "frozen"))
+    }
     for method in dict.fromkeys(r["method"] for r in rows):
         mine = [r for r in rows if r["method"] == method]
 
         def cell(key: str, scale: float = 100.0, mine: list[dict[str, Any]] = mine) -> str:
-            values = [scale * r[key] for r in mine if r[key] is not None]
+            values = [scale * r[key] for r in mine if key in r]
             if not values:
                 return "-"
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -215,7 +225,7 @@ def summary(rows: list[dict[str, Any]], title: str) -> Table:
 
         lines.append([
             method, str(len(mine)), cell("accuracy"), cell("macs_kept"), cell("macs_kept_after_compaction"),
-            cell("dense_twin_ms", 1.0), cell("frozen_ms", 1.0),
+            *(cell(column, 1.0) for column in latencies),
         ])  # fmt: skip
     columns = [
         "method",
@@ -223,8 +233,7 @@ def summary(rows: list[dict[str, Any]], title: str) -> Table:
         "test accuracy, %",
         "MACs kept, %",
         "compacted, %",
-        "dense twin, ms",
-        "frozen, ms",
+        *latencies.values(),
     ]
     return table(title, columns, lines)
 

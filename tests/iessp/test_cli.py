@@ -349,7 +349,7 @@ def test_points_of_accuracy_from_records(here: Path) -> None:
     for folder, method, errors in (("a", "iem", 2), ("b", "iem", 4), ("c", "dense", 1)):
         results = {
             "recipe": {"method": method}, "test_errors": errors, "images": {"test": 100}, "macs_kept": 0.25,
-            "latency": {"frozen": 3.0},
+            "latency": {"1": {"frozen": 3.0}},
         }  # fmt: skip
         (here / "runs" / folder).mkdir(parents=True)
         (here / "runs" / folder / "results.json").write_text(json.dumps(results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import pickle
 import struct
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from iessp.data import load
+from iessp.data.download import SOURCES
 from iessp.data.images import Images, augment, normalise, shuffled, subset
 from iessp.data.stream import imagenet
 from iessp.recipe import Recipe
@@ -133,6 +135,38 @@ def test_cifar_refuses_code_and_damage(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content[:-1])
     with pytest.raises(ValueError, match="not made of records of 3073"):
         load("cifar10", tmp_path)
+
+
+def test_official_files_are_fetched_checked_and_left_when_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, mine = tmp_path / "official", tmp_path / "mine"
+    place.mkdir()
+    with tarfile.open(place / "c.tar.gz", "w:gz") as archive:
+        for name, content in cifar_files("python").items():
+            info = tarfile.TarInfo(f"batches/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    whole = (place / "c.tar.gz").read_bytes()
+    (place / "cifar-10-python.tar.gz").write_bytes(whole)
+    files = {"cifar-10-python.tar.gz": hashlib.md5(whole).hexdigest()}
+    monkeypatch.setitem(SOURCES, "cifar10", (f"{place.as_uri()}/", files))
+    assert len(load("cifar10", mine, fetch=True).test) == 20
+    (place / "cifar-10-python.tar.gz").unlink()
+    load("cifar10", mine, fetch=True)  # whole: not fetched again
+    (mine / "cifar-10-python.tar.gz").write_bytes(whole[:-1])
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-python.tar.gz cannot be fetched .* yourself"):
+        load("cifar10", mine, fetch=True)
+    (place / "cifar-10-python.tar.gz").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="not the published"):
+        load("cifar10", mine, fetch=True)
+    assert [path.name for path in mine.iterdir()] == ["cifar-10-python.tar.gz"], (
+        "as it was, nothing beside it"
+    )
+    with pytest.raises(ValueError, match="needs --data-dir"):
+        load("cifar10", fetch=True)
+    with pytest.raises(ValueError, match="digits has no place to download from"):
+        load("digits", mine, fetch=True)
 
 
 def test_missing_data_says_what_to_get(tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ def test_a_block_is_written_anew_and_the_rest_is_left(tmp_path: Path) -> None:
         "| b | 2 | 85.00 ± 7.07 | 25.00 | 20.00 |",
         "| a | 1 | 50.00 ± 0.00 | 25.00 | 20.00 |",
     ]
+    timed = [{**row, "dense_ms_32": 4.0, "frozen_ms_32": 2.0 - row["accuracy"]} for row in rows]
+    assert table({"rows": timed}).splitlines()[0].endswith("| ms a batch of 32: dense, frozen |")
+    assert table({"rows": timed}).splitlines()[3].endswith("| 20.00 | 4.00, 1.50, 2.67x |")
 
 
 @pytest.mark.parametrize("name", bundled())

@@ -213,6 +213,10 @@ def test_a_run_starts_from_the_weights_of_the_run_before_it(splits: Splits, tmp_
     before = recipe.before()
     assert before is not None
     assert before == recipe.but(method="magnitude", options={}, lr=0.2).before(), "one for all methods"
+    assert before == recipe.but(budget="2 ms").before(), "and for all budgets"
+    slim = recipe.but(method="slim", options={}).before()
+    assert slim is not None
+    assert (slim.method, slim.budget) == ("slim", recipe.budget)
     with pytest.raises(ValueError, match="starts from a pretrained network"):
         Trainer(recipe, splits, tmp_path / "run", start=tmp_path / "first")
     first = Trainer(before, splits, tmp_path / "first")

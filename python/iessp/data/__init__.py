@@ -9,6 +9,7 @@ from pathlib import Path
 from iessp.attach import nearest
 from iessp.data.cifar import cifar10, cifar100
 from iessp.data.digits import digits
+from iessp.data.download import download
 from iessp.data.folder import folder, is_folder
 from iessp.data.idx import fashion_mnist, mnist
 from iessp.data.images import Images, Splits
@@ -25,8 +26,8 @@ DATASETS: dict[str, Callable[[Path | None], Splits]] = {
 }
 
 
-def load(name: str, data_dir: Path | None = None) -> Splits:
-    """Train, held-out and test images of a data set.
+def load(name: str, data_dir: Path | None = None, fetch: bool = False) -> Splits:
+    """Train, held-out and test images of a data set; fetch: download its official files into `data_dir` first.
 
     A `data_dir` with train/<class>/ and test/<class>/ is read as a folder of images, whatever the name; the
     splits' name then says so, for JPEG loses detail and such figures compare only with each other.
@@ -34,10 +35,14 @@ def load(name: str, data_dir: Path | None = None) -> Splits:
     """
     if name not in DATASETS:
         raise ValueError(nearest("data set", name, DATASETS))
+    if fetch:
+        if data_dir is None:
+            raise ValueError("--download needs --data-dir, the folder to put the files into")
+        download(name, data_dir)
     if name not in ("digits", "folder", "imagenet") and is_folder(data_dir):
         kind = "JPEG copies" if next(data_dir.glob("train/*/*.jpg"), None) else "image files"
         return replace(folder(data_dir), name=f"{name} ({kind})")
     return DATASETS[name](data_dir)
 
 
-__all__ = ["DATASETS", "Images", "Splits", "load"]
+__all__ = ["DATASETS", "Images", "Splits", "download", "load"]
