@@ -18,13 +18,23 @@ import torch
 from stripe_kernels import backends, ops, registry
 from stripe_kernels.compile import cache
 from stripe_kernels.registry import PASSES, Pass
-from stripe_kernels.testing import CASES, DTYPES, budgets, poisoned_memory, prepared
+from stripe_kernels.testing import (
+    CASES,
+    DTYPES,
+    Budgets,
+    Case,
+    Operands,
+    Trial,
+    budgets,
+    failure,
+    poisoned_memory,
+    prepared,
+)
 from stripe_kernels.version import __version__
 
 _LAYOUTS = ("contiguous", "channels_last")
 _PLAIN = "many channels"  # the case that says whether a kernel takes an ordinary layer
 _COMPILERS = ("c++", "nvcc", "ninja")
-_RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
 
 
 def diagnose(seconds: float = 10.0) -> dict[str, Any]:
@@ -149,11 +159,11 @@ def _self_test(kernels: dict[str, dict[str, Any]], seconds: float) -> dict[str, 
         operands = case.operands(dtype, layout, _device())
         budget = budgets(case, operands)
         for name, which in product(tested, PASSES):
-            failure = _check(case, operands, name, which, budget)
-            if failure is not False:
+            found = _check(case, operands, layout, name, which, budget)
+            if found is not False:
                 kernels[name]["checks"] += 1
                 kernels[name]["failures"] += (
-                    [f"{which} of {case.name}, {dtype}, {layout}: {failure}"] if failure else []
+                    [f"{which} of {case.name}, {dtype}, {layout}: {found}"] if found else []
                 )
     return {
         "seconds": time.perf_counter() - start,
@@ -168,18 +178,24 @@ def _plain_first(combinations: Any) -> Iterator[Any]:
     return iter(sorted(combinations, key=lambda c: (c[2].name != _PLAIN, list(CASES).index(c[2].name))))
 
 
-def _check(case: Any, operands: Any, name: str, which: Pass, budget: Any) -> str | bool | None:
+def _check(
+    case: Case, operands: Operands, layout: str, name: str, which: Pass, budget: Budgets
+) -> str | bool | None:
     """What is wrong with a kernel's first choice on a case; None if nothing is, False where it refuses."""
     device = operands.x.device
-    if name.startswith("cpu_") and device.type != "cpu":
-        operands = type(operands)(*(t.cpu() for t in operands))
-    try:
-        ready = next(iter(prepared(case, operands, which, name).values()))
+
+    def trial(draw: int) -> Trial:
+        drawn = case.operands(operands.x.dtype, layout, device.type, draw) if draw else operands
+        allowed = budgets(case, drawn, which) if draw else budget
+        if name.startswith("cpu_"):
+            drawn = Operands(*(t.cpu() for t in drawn))
+        ready = next(iter(prepared(case, drawn, which, name).values()))
         with poisoned_memory():
-            result = ready.call(operands).to(device)
+            return Trial(allowed.of(which), ready.call(drawn).to(device))
+
+    try:
+        return failure(trial)
     except RuntimeError as error:
         return False if "does not run" in str(error) else str(error).splitlines()[0]
     except (ValueError, TypeError, MemoryError) as error:
         return f"{type(error).__name__}: {error}"
-    failure: str | None = getattr(budget, _RESULT[which]).failure(result)
-    return failure

@@ -30,6 +30,7 @@ from stripe_kernels.skeleton import FilterSkeleton
 from stripe_kernels.snapshots import packed_weight
 
 _RUNNERS_KEPT = 64  # shapes a layer remembers
+_OPS_KEPT = 1024  # layers' settings, with their runners, beyond those that modules hold
 
 library = torch.library.Library("stripe_kernels", "DEF")
 # Plans look at strides: a compiler may not change those of an argument. (torch before 2.7 knows their order only.)
@@ -84,7 +85,7 @@ class StripeOp:
         return FilterSkeleton.from_text(self.arguments[0])
 
     @staticmethod
-    @lru_cache(maxsize=4096)
+    @lru_cache(maxsize=_OPS_KEPT)
     def of(*arguments: Any) -> StripeOp:
         return StripeOp(*arguments)
 

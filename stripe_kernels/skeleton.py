@@ -39,7 +39,7 @@ class FilterSkeleton:
         return cls(np.ones((filters, rows, columns), np.bool_))
 
     @staticmethod
-    @lru_cache(maxsize=4096)
+    @lru_cache(maxsize=1024)
     def from_text(text: str) -> FilterSkeleton:
         """The skeleton that wrote `text`; ValueError when it is malformed."""
         try:

@@ -34,7 +34,18 @@ from stripe_kernels.epilogue import ACTIVATIONS, apply_epilogue
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.ops import StripeOp
 from stripe_kernels.registry import PASSES, Pass
-from stripe_kernels.testing import LAYOUTS, PATTERNS, Budget, Case, Operands, budgets, case, poisoned_memory
+from stripe_kernels.testing import (
+    LAYOUTS,
+    PATTERNS,
+    Budget,
+    Case,
+    Operands,
+    Trial,
+    budgets,
+    case,
+    failure,
+    poisoned_memory,
+)
 from stripe_kernels.version import __version__
 from tests.guarded import guarded
 from tests.passes import KERNELS, NATIVE, problem_of, run, spoil_scratch
@@ -43,6 +54,10 @@ CHUNK = 500  # problems a child process
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _TERMS = ("bias", "scale", "residual")
 REFUSED = "refused"
+
+
+class _Refused(Exception):
+    """The kernel does not take the problem."""
 
 
 @dataclass(frozen=True)
@@ -69,35 +84,42 @@ class Generated:
         return None if failure == REFUSED else failure
 
     def outcome(self, notes: Tally | None = None) -> str | None:
-        """`failure`, but REFUSED where the kernel does not take the problem. `notes` counts what of few results leaves
-        the budget that torch's own order alone would set: the kernels', and torch's in its other orders."""
-        operands = self.case.operands(getattr(torch, self.dtype), self.layout)
+        """`failure`, but REFUSED where the kernel does not take the problem. `notes` counts the problems that
+        several draws of values had to decide."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
+        draws: list[int] = []
+
+        def trial(draw: int) -> Trial:
+            draws.append(draw)
+            return self._trial(draw)
+
         try:
-            with ExitStack() as stack:
-                if self.guard:
-                    end = self.guard == "end"
-                    operands = Operands(*(stack.enter_context(guarded(t, end)) for t in operands))
-                result = self._result(operands)
-                del operands
+            found = failure(trial)
+        except _Refused:
+            return REFUSED
         except Exception as error:  # noqa: BLE001 - whatever a problem raises is a finding, and shrinks
             return f"is an exception: {error!r}"
         finally:
             torch.set_num_threads(before)
-        if result is None:
-            return REFUSED
-        budget = self._budget()
-        if notes is not None and budget.plain is not None:
-            beyond = budget.plain.failure(result) is not None
+        if notes is not None:
             notes.update(
-                {"few results/problems": 1, "few results/beyond torch's own order: kernels": int(beyond)}
+                ["decided by/several draws of values" if len(draws) > 1 else "decided by/one draw of values"]
             )
-            notes.update({"few results/torch in other orders": budget.orders})
-            notes.update({"few results/beyond torch's own order: torch in others": budget.orders_beyond})
-        return budget.failure(result)
+        return found
 
-    def _result(self, operands: Operands) -> Tensor | None:
+    def _trial(self, draw: int) -> Trial:
+        dtype = getattr(torch, self.dtype)
+        operands = self.case.operands(dtype, self.layout, draw=draw)
+        with ExitStack() as stack:
+            if self.guard:
+                end = self.guard == "end"
+                operands = Operands(*(stack.enter_context(guarded(t, end)) for t in operands))
+            result = self._result(operands)
+            del operands
+        return Trial(self._budget(self.case.operands(dtype, self.layout, draw=draw)), result)
+
+    def _result(self, operands: Operands) -> Tensor:
         terms = [getattr(operands, name) if name in self.epilogue else None for name in _TERMS]
         if self.kernel == "auto":
             op = StripeOp.of(*self.case.arguments, "auto")
@@ -109,7 +131,7 @@ class Generated:
                 return ops.fprop(op, operands.x, operands.weight, *terms, self._activation)
         problem, kernel = problem_of(self.case, operands, self.which), registry.find(self.kernel)
         if kernel.refuse(problem, self.which):
-            return None
+            raise _Refused
         found = list(kernel.candidates(problem, self.which))
         runner = kernel.build(problem, self.which, found[self.pick % len(found)])
         with poisoned_memory():
@@ -122,9 +144,8 @@ class Generated:
     def _activation(self) -> str:
         return next((name for name in self.epilogue if name in ACTIVATIONS), "none")
 
-    def _budget(self) -> Budget:
-        operands = self.case.operands(getattr(torch, self.dtype), self.layout)
-        found = budgets(self.case, operands, self.which)[PASSES.index(self.which)]
+    def _budget(self, operands: Operands) -> Budget:
+        found = budgets(self.case, operands, self.which).of(self.which)
         if not self.epilogue:
             return found
         # torch's own y is not kept: the epilogue of y rounded to the dtype stands for it, and its error adds to y's.
@@ -186,7 +207,7 @@ def draw(rng: np.random.Generator, kernels: list[str]) -> Generated:
         wide = 0.0 if kernel in NATIVE else 0.1  # native kernels refuse float64
         dtype = str(rng.choice(_DTYPES, p=[0.5 - wide, 0.25, 0.25, wide]))
         if dtype == "bfloat16" and kernel in ("auto", "dense", "reference"):
-            dtype = "float16"  # torch's own convolution in bfloat16 corrupts memory: see stripe_kernels/testing.py
+            dtype = "float16"  # torch's own convolution in bfloat16 corrupts memory: see SECURITY.md
         layout, threads, pick = str(rng.choice(list(LAYOUTS))), size(1, 1, 2, 3), int(rng.integers(16))
         epilogue: tuple[str, ...] = ()
         if which == "fprop" and rng.random() < 0.5:

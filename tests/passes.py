@@ -13,7 +13,7 @@ from torch import Tensor
 from stripe_kernels import list_kernels, registry
 from stripe_kernels.ops import StripeOp
 from stripe_kernels.registry import Config, Pass, Problem
-from stripe_kernels.testing import CASES, Budgets, Case, Operands, budgets, poisoned_memory
+from stripe_kernels.testing import CASES, Budgets, Case, Operands, Trial, budgets, failure, poisoned_memory
 
 _SAMPLE = StripeOp.of(*CASES["lopsided"].arguments, "auto").problem(
     CASES["lopsided"].shape.input_size, torch.float32, torch.device("cpu"), False
@@ -27,7 +27,6 @@ KERNELS = [
 NATIVE = [name for name in KERNELS if name.startswith("cpu_")]
 # Native kernels that multiply pairs of bfloat16 channels and take nothing else, where the processor has them.
 PAIRED = [name for name in list_kernels() if name.startswith("cpu_") and name.endswith("bf16")]
-_RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
 
 
 @cache
@@ -82,11 +81,16 @@ def check_pass(
             op.plan(which, problem)
         assert reason in str(raised.value)
         return
-    budget = getattr(budgets_of(case, dtype, layout), _RESULT[which])
     for config in configurations(kernel, problem, which, every):
         runner = kernel.build(problem, which, config)
-        with poisoned_memory():
-            spoil_scratch(runner, which, operands)
-            result = run(runner, which, operands)
-        what = f"{name}{list(config)} {which} of {case}, {dtype}, {layout}, {problem.threads} threads:"
-        budget.check(result, what)
+
+        def trial(draw: int, runner: Any = runner) -> Trial:
+            drawn = case.operands(dtype, layout, draw=draw) if draw else operands
+            budget = budgets(case, drawn, which) if draw else budgets_of(case, dtype, layout)
+            with poisoned_memory():
+                spoil_scratch(runner, which, drawn)
+                return Trial(budget.of(which), run(runner, which, drawn))
+
+        found = failure(trial)
+        what = f"{name}{list(config)} {which} of {case}, {dtype}, {layout}, {problem.threads} threads: the result"
+        assert found is None, f"{what} {found}"

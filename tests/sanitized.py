@@ -24,6 +24,8 @@ TESTS = (
     "tests/test_epilogue.py",
 )
 SELECT = "cpu_ and not forked and not gil and not DataLoader"
+# Whole networks in one native call: CallList, LaneNetwork.
+NETWORKS = ("tests/compile/test_program.py", "tests/compile/test_resident.py")
 PROBLEMS = ("-m", "tests.generate", "--count", "500", "--seed", "77")
 
 
@@ -76,19 +78,9 @@ def address() -> None:
     # The runtimes come before Python's own allocations, and libstdc++ before they look for its __cxa_throw.
     options["LD_PRELOAD"] = " ".join(map(library, ("libasan.so", "libubsan.so", "libstdc++.so")))
     options["OMP_NUM_THREADS"] = "1"
-    call(
-        folder,
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        SELECT,
-        *TESTS,
-        **options,
-    )
+    pytest = (sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider")
+    call(folder, *pytest, "-k", SELECT, *TESTS, **options)
+    call(folder, *pytest, *NETWORKS, **options)
     call(folder, sys.executable, *PROBLEMS, **options)
 
 

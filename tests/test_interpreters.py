@@ -73,7 +73,9 @@ SUB_INTERPRETER = """
 """
 
 
-@pytest.mark.parametrize("statement", ["import stripe_kernels", "from stripe_kernels import load"])
+@pytest.mark.parametrize(
+    "statement", ["import stripe_kernels", "import iessp", "from stripe_kernels import load"]
+)
 def test_sub_interpreters_are_refused(statement: str) -> None:
     """Before torch is imported there: torch itself hangs or ends the process."""
     result = run(SUB_INTERPRETER, statement)

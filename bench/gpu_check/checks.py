@@ -14,7 +14,18 @@ from bench.gpu_check.device import FAILURES, Device, set_precision
 from bench.gpu_check.journal import Journal
 from bench.gpu_check.tools import WRONG
 from stripe_kernels import FilterSkeleton, StripeConv2d, list_kernels
-from stripe_kernels.testing import CASES, Case, Operands, budgets, poisoned_memory, prepared
+from stripe_kernels.testing import (
+    CASES,
+    Budgets,
+    Case,
+    Operands,
+    Pass,
+    Trial,
+    budgets,
+    failure,
+    poisoned_memory,
+    prepared,
+)
 
 PASSES = ("fprop", "dgrad", "wgrad")
 RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
@@ -77,16 +88,34 @@ def _rounded(operands: Operands) -> Operands:
     return Operands(*(cut(t.clone()) for t in operands))
 
 
-def _one(case: Case, operands: Operands, which: str, kernel: str, budget: Any) -> Iterator[str]:
+def _drawn(case: Case, like: Operands, draw: int, rounded: bool) -> Operands:
+    """Another draw of the values of `like`, in its dtype, memory format and place."""
+    last = like.x.is_contiguous(memory_format=torch.channels_last) and not like.x.is_contiguous()
+    operands = case.operands(like.x.dtype, "channels_last" if last else "contiguous", draw=draw)
+    operands = _rounded(operands) if rounded else operands
+    return Operands(*(t.to(like.x.device) for t in operands))
+
+
+def _one(case: Case, operands: Operands, which: Pass, kernel: str, budget: Budgets) -> Iterator[str]:
     """What is wrong with the configurations predicted to be best; the layers' rows check others."""
     most = 1 if kernel == "triton" else CONFIGS
     for name, (call, _) in list(prepared(case, operands, which, kernel).items())[:most]:
         with poisoned_memory():
             first = call(operands)
             again = call(operands)
-        failure = getattr(budget, RESULT[which]).failure(first)
-        if failure:
-            yield f"{name} {which} of {case.name}, {operands.x.dtype}: {failure}"
+
+        def trial(draw: int, name: str = name, first: torch.Tensor = first) -> Trial:
+            if draw == 0:
+                return Trial(budget.of(which), first)
+            drawn = _drawn(case, operands, draw, "tf32" in kernel)
+            with poisoned_memory():
+                result = prepared(case, drawn, which, kernel)[name].call(drawn)
+            on_cpu = Operands(*(t.cpu() for t in drawn))
+            return Trial(budgets(case, on_cpu, which).of(which), result)
+
+        found = failure(trial)
+        if found:
+            yield f"{name} {which} of {case.name}, {operands.x.dtype}: {found}"
         elif not torch.equal(first, again):
             yield f"{name} {which} of {case.name}, {operands.x.dtype}: two runs differ"
 
@@ -131,7 +160,7 @@ def correctness(
     return found
 
 
-def _checked(case: Case, operands: Operands, which: str, kernel: str, budget: Any) -> tuple[str, str]:
+def _checked(case: Case, operands: Operands, which: Pass, kernel: str, budget: Budgets) -> tuple[str, str]:
     """("ok" | "refused" | "wrong", the reason)."""
     try:
         failures = list(_one(case, operands, which, kernel, budget))

@@ -274,6 +274,11 @@ PYBIND11_MODULE(_cpu, m) {
                      "a pool's extents are positive");
              for (int i : in) require(i >= 0, "sizes are not negative");
              for (int i : out) require(i >= 0, "sizes are not negative");
+             require(in[0] == out[0] && in[1] == out[1], "a pool keeps its images and channels");
+             for (int i : {0, 1})
+               for (std::int64_t reach :
+                    {std::int64_t(out[2 + i]) * v[2 + i] + v[i], std::int64_t(in[2 + i]) + v[4 + i]})
+                 require(reach < (1 << 30), "an extent exceeds 2^30");
              l.add_max_pool({v[0], v[1], v[2], v[3], v[4], v[5]}, {in[0], in[1], in[2], in[3]},
                             {out[0], out[1], out[2], out[3]}, x, y);
            })

@@ -17,6 +17,7 @@ constexpr int kGap =
     16;  // an odd number of cache lines between channels: maps are powers of two, cache sets too
 // Output rows are zeroed, summed and finished while they are in L2 (1 MB, shared with the rows they read).
 constexpr std::int64_t kRowsInCache = 32 * 1024;
+constexpr std::int64_t kLargest = 1 << 30;  // extent: what is computed from two of them stays an int
 
 }  // namespace
 
@@ -198,6 +199,11 @@ void LaneNetwork::check(int activation) const {
     throw std::invalid_argument("activation " + std::to_string(activation) + " does not exist");
 }
 
+void LaneNetwork::check_residual(const Activation3& residual, const Activation3& y) {
+  if (residual.c != y.c || residual.h != y.h || residual.w != y.w)
+    throw std::invalid_argument("a residual has its output's sizes");
+}
+
 std::int64_t LaneNetwork::channel_floats(int h, int w) const {
   return static_cast<std::int64_t>(h) * w * images_ + kGap;
 }
@@ -205,6 +211,8 @@ std::int64_t LaneNetwork::channel_floats(int h, int w) const {
 int LaneNetwork::add_activation(int c, int h, int w, std::int64_t offset) {
   if (c < 1 || h < 1 || w < 1 || offset < 0 || offset % 16)
     throw std::invalid_argument("an activation needs sizes and a place");
+  if (c >= 1 << 20 || std::int64_t{h} * w >= kLargest || offset >= std::int64_t{1} << 60)
+    throw std::invalid_argument("an activation exceeds 2^20 channels of 2^30 pixels");
   activations_.push_back({c, h, w, offset, channel_floats(h, w)});
   arena_floats_ = std::max(arena_floats_, (offset + c * channel_floats(h, w) + 31) / 16 * 16);
   return static_cast<int>(activations_.size()) - 1;
@@ -226,8 +234,7 @@ void LaneNetwork::add_conv(const ConvShape& shape, Stripes stripes, const float*
   if (residual >= 0) {
     check(residual);
     step->residual = activations_[residual], step->has_residual = true;
-    if (step->residual.c != out.c || step->residual.h != out.h || step->residual.w != out.w)
-      throw std::invalid_argument("a residual has its output's sizes");
+    check_residual(step->residual, out);
   }
   staging_floats_ = std::max(staging_floats_, step->split_floats());
   steps_.push_back(std::move(step));
@@ -238,6 +245,12 @@ void LaneNetwork::add_pool(Pool kind, const PoolShape& shape, int x, int y) {
   auto step = std::make_unique<PoolStep>(kind, shape, isa_, images_);
   step->x = activations_[x], step->y = activations_[y];
   if (step->x.c != step->y.c) throw std::invalid_argument("a pool keeps its channels");
+  const auto reach = [](int out, int stride, int kernel, int pad, int in) {
+    return std::max(std::int64_t{out} * stride + kernel, std::int64_t{in} + pad);
+  };
+  if (reach(step->y.h, shape.stride_h, shape.kernel_h, shape.pad_h, step->x.h) >= kLargest ||
+      reach(step->y.w, shape.stride_w, shape.kernel_w, shape.pad_w, step->x.w) >= kLargest)
+    throw std::invalid_argument("a pool's windows exceed 2^30");
   steps_.push_back(std::move(step));
 }
 
@@ -250,7 +263,11 @@ void LaneNetwork::add_pointwise(const float* scale, const float* shift, Activati
     throw std::invalid_argument("a pointwise step keeps its sizes");
   if (scale) step->scale.assign(scale, scale + step->x.c);
   if (shift) step->shift.assign(shift, shift + step->x.c);
-  if (residual >= 0) check(residual), step->residual = activations_[residual], step->has_residual = true;
+  if (residual >= 0) {
+    check(residual);
+    step->residual = activations_[residual], step->has_residual = true;
+    check_residual(step->residual, step->y);
+  }
   steps_.push_back(std::move(step));
 }
 

@@ -56,6 +56,7 @@ class LaneNetwork {
   struct PointwiseStep;
 
   void check(int activation) const;
+  static void check_residual(const Activation3& residual, const Activation3& y);
 
   int images_, parts_;
   const IsaKernels& isa_;

@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -18,6 +19,18 @@ namespace {
 
 std::atomic<bool> forked{false};
 const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
+// Says how much was asked for; the bindings make MemoryError of it.
+class NoMemory : public std::bad_alloc {
+ public:
+  explicit NoMemory(std::size_t bytes) {
+    std::snprintf(text_, sizeof text_, "stripe_kernels: no memory for %zu bytes of scratch", bytes);
+  }
+  const char* what() const noexcept override { return text_; }
+
+ private:
+  char text_[80];
+};
 
 struct Free {
   void operator()(float* p) const { std::free(p); }
@@ -65,7 +78,7 @@ float* scratch(std::size_t floats) {
     capacity = 0;
     const std::size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
     void* p = std::aligned_alloc(64, bytes);
-    if (!p) throw std::bad_alloc();
+    if (!p) throw NoMemory(bytes);
     buffer.reset(static_cast<float*>(p));
     capacity = bytes / sizeof(float);
   }

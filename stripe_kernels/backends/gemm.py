@@ -180,6 +180,19 @@ class TorchGather:
                 image[:, tap.first : tap.last, rows, columns] = dy[:, :, p, q].index_select(1, arrays[name])
 
 
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left @ right [..., M, N]. Of one row or column MKL makes axpys, which add in a single sequence: 1.8 times as far
+    off as a matrix's sums over 576 products, 3.3 times over 2304. torch's sum is pairwise."""
+    row, column = left.shape[-2] == 1, right.shape[-1] == 1
+    if not (row or column) or left.dtype != torch.float32 or left.device.type != "cpu":
+        return torch.matmul(left, right, out=out) if out is not None else torch.matmul(left, right)
+    if row:
+        found = (left.mT * right).sum(-2, keepdim=True)
+    else:
+        found = (left * right.mT).sum(-1, keepdim=True)
+    return found if out is None else out.copy_(found)
+
+
 class _Gemm:
     """What the passes share: the layout, the packed order of the stripes, and the chunks."""
 
@@ -286,9 +299,9 @@ class GemmDgrad(_Gemm):
                     left, right = weight.t().expand(n, -1, -1), layout.batched(p, n, i)
                     whole = self.channel_major(dx[chunk], phase) if self.whole else None
                 if whole is not None:
-                    torch.matmul(left, right, out=whole)
+                    _product(left, right, out=whole)
                     continue
-                found, image = torch.matmul(left, right), (n, phase.rows, phase.columns, self.shape.group_c)
+                found, image = _product(left, right), (n, phase.rows, phase.columns, self.shape.group_c)
                 target.copy_(found.view(image).permute(0, 3, 1, 2) if self.last else found.view(target.shape))
         return dx
 
@@ -308,7 +321,7 @@ class GemmWgrad(_Gemm):
                 if phase.stripes:
                     self.gather.spread(dy[chunk], i, p)
                     product = self.layout.matrix(p, chunk.stop - chunk.start, i)
-                    total[self.layout.column_ranges[i]] += torch.mm(
+                    total[self.layout.column_ranges[i]] += _product(
                         product.t(), self.pixel_major(x[chunk], phase)
                     )
         return total.index_select(0, self.arrays.on(x.device)["column"]).to(x.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stripe_kernels.registry import Pass, Problem
-from stripe_kernels.testing import Budgets, Case, Operands, budgets, poisoned_memory
+from stripe_kernels.testing import Budgets, Case, Operands, Trial, budgets, failure, poisoned_memory
 
 RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
 
@@ -39,7 +39,13 @@ def run(runner: Any, which: Pass, o: Operands) -> Tensor:
 
 def check(runner: Any, c: Case, which: Pass, dtype: torch.dtype, layout: str, what: str) -> Tensor:
     result = run(runner, which, operands_of(c, dtype, layout))
-    getattr(budgets_of(c, dtype, layout), RESULT[which]).check(
-        result, f"{what} {which} of {c}, {dtype}, {layout}:"
-    )
+
+    def trial(draw: int) -> Trial:
+        if draw == 0:
+            return Trial(budgets_of(c, dtype, layout).of(which), result)
+        drawn = c.operands(dtype, layout, draw=draw)
+        return Trial(budgets(c, drawn, which).of(which), run(runner, which, drawn))
+
+    found = failure(trial)
+    assert found is None, f"{what} {which} of {c}, {dtype}, {layout}: the result {found}"
     return result

@@ -3,11 +3,13 @@
 // is exact whatever its order, and results have to be equal to the last bit: rounded once, to nearest even,
 // where they are stored.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "cpu/call_list.h"
 #include "cpu/dgrad.h"
 #include "cpu/fprop.h"
 #include "cpu/fprop_filters.h"
@@ -208,8 +210,36 @@ void check_wgrad(const std::string& what, Operands& in, const ConvShape& s, Answ
   check(what + " wgrad", dw, want.dw);
 }
 
-// One convolution in batch lanes, and on top of it a second activation: scale, shift, its own input as
-// residual, relu.
+// The output sizes of a window of `size` at a stride, with `pad` on both sides.
+int windows(int in, int size, int stride, int pad) { return (in + 2 * pad - size) / stride + 1; }
+
+// Maxima (or, without padding, means) of square windows of a map in double.
+Expected pooled(Expected& from, int size, int stride, int pad, bool mean) {
+  const std::vector<int>& n = from.shape;
+  Expected to({n[0], n[1], windows(n[2], size, stride, pad), windows(n[3], size, stride, pad)});
+  for (int a = 0; a < n[0]; ++a)
+    for (int b = 0; b < n[1]; ++b)
+      for (int i = 0; i < to.shape[2]; ++i)
+        for (int j = 0; j < to.shape[3]; ++j) {
+          double sum = 0, most = -INFINITY;
+          for (int h = std::max(0, i * stride - pad); h < std::min(n[2], i * stride - pad + size); ++h)
+            for (int w = std::max(0, j * stride - pad); w < std::min(n[3], j * stride - pad + size); ++w)
+              sum += from.at(a, b, h, w), most = std::max(most, from.at(a, b, h, w));
+          to.at(a, b, i, j) = mean ? sum / (size * size) : most;
+        }
+  return to;
+}
+
+struct Windowing {
+  const char* name;
+  int size, stride, pad;
+  bool mean;
+};
+constexpr Windowing kWindowings[] = {
+    {", max pool", 3, 2, 1, false}, {", halved", 2, 2, 0, false}, {", mean", 2, 1, 0, true}};
+
+// A network in batch lanes: a convolution; on top of it a second activation, scale, shift, its own input as residual, relu;
+// then pools.
 void check_lanes(const std::string& what, Operands& in, const ConvShape& s, Answers& want, int threads,
                  const IsaKernels& isa) {
   LaneNetwork network(isa.lanes, threads, isa);
@@ -223,11 +253,49 @@ void check_lanes(const std::string& what, Operands& in, const ConvShape& s, Answ
   network.add_conv(s, stripes_of(s, in.live), static_cast<const float*>(in.w.data()), nullptr, nullptr,
                    Activation::none, x, -1, conv);
   network.add_pointwise(in.scale.data(), in.shift.data(), Activation::relu, conv, conv, top);
-  Tensor y = like(in.dy), above = like(in.dy);
-  network.run(in.x.view(), s.N, x, y.view(), conv, threads);
-  check(what + " lane network", y, want.y);
-  network.run(in.x.view(), s.N, x, above.view(), top, threads);
-  check(what + " lane network, pointwise", above, want.above);
+  const auto run = [&](const std::string& name, int activation, Expected& expected) {
+    Tensor y(expected.shape, selftest::kFormats[0], in.x.channels_last());
+    network.run(in.x.view(), s.N, x, y.view(), activation, threads);
+    check(what + name, y, expected);
+  };
+  run(" lane network", conv, want.y);
+  run(" lane network, pointwise", top, want.above);
+  for (const Windowing& k : kWindowings) {
+    if (std::min(s.P, s.Q) + 2 * k.pad < k.size) continue;
+    Expected expected = pooled(want.above, k.size, k.stride, k.pad, k.mean);
+    const int pool = place(s.K, expected.shape[2], expected.shape[3]);
+    network.add_pool(k.mean ? Pool::average : Pool::max, {k.size, k.size, k.stride, k.stride, k.pad, k.pad},
+                     top, pool);
+    run(std::string(" lane network") + k.name, pool, expected);
+  }
+}
+
+// A list of native calls: y into the arena, a second convolution with y as its residual beside it, a max pool to the outside.
+template <class Kernel>
+void check_list(const std::string& what, const Kernel& kernel, Operands& in, Answers& want, int threads) {
+  const std::unique_ptr<float[]> packed(new float[kernel.packed_floats()]);
+  kernel.pack_weight(in.w.data(), in.w.format().type, packed.get());
+  const MapSize map{in.dy.shape()[0], in.dy.shape()[1], in.dy.shape()[2], in.dy.shape()[3]};
+  for (const Windowing& k : kWindowings) {
+    if (k.mean || std::min(map.h, map.w) + 2 * k.pad < k.size) continue;
+    Expected expected = pooled(want.above, k.size, k.stride, k.pad, false);
+    Tensor y = like(in.dy), above = like(in.dy), out(expected.shape, in.dy.format(), in.dy.channels_last());
+    const std::int64_t bytes = static_cast<std::int64_t>(want.y.v.size()) * 4;
+    const std::unique_ptr<char[]> arena(new char[2 * bytes]);
+    CallList list;
+    const int x = list.add_slot(DType::f32, in.x.view().stride, 0);
+    const int mid = list.add_arena(DType::f32, y.view().stride, 0);
+    const int top = list.add_arena(DType::f32, above.view().stride, bytes);
+    const int end = list.add_slot(DType::f32, out.view().stride, 1);
+    list.add_fprop(kernel, packed.get(), Epilogue{}, x, -1, mid);
+    list.add_fprop(kernel, packed.get(), Epilogue{in.scale.data(), in.shift.data(), {}, Activation::relu}, x,
+                   mid, top);
+    list.add_max_pool({k.size, k.size, k.stride, k.stride, k.pad, k.pad}, map,
+                      {map.n, map.c, expected.shape[2], expected.shape[3]}, top, end);
+    const auto address = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p); };
+    list.run(address(arena.get()), {address(in.x.view().data), address(out.data())}, threads);
+    check(what + " call list" + k.name, out, expected);
+  }
 }
 
 void check_isa(const Problem& problem, Operands& in, Answers& want, const IsaKernels& isa) {
@@ -245,11 +313,19 @@ void check_isa(const Problem& problem, Operands& in, Answers& want, const IsaKer
                 want, plan.threads);
     check_dgrad(what + plan.name, in, problem.s, want, plan, isa);
   }
+  const bool networks = in.w.format().type == DType::f32 && problem.s.P > 0 && problem.s.Q > 0;
   for (int parts : {1, 3})
     check_fprop(what + ", filters",
                 FpropFilters(problem.s, stripes_of(problem.s, in.live), parts, parts, isa), in, want, parts);
-  if (in.w.format().type == DType::f32 && problem.s.P > 0 && problem.s.Q > 0)
-    for (int threads : {1, 3}) check_lanes(what, in, problem.s, want, threads, isa);
+  for (int threads : {1, 3})
+    if (networks) {
+      check_lanes(what, in, problem.s, want, threads, isa);
+      check_list(what, Fprop(problem.s, stripes_of(problem.s, in.live), plans[2].tiling, isa), in, want,
+                 threads);
+      check_list(what + ", filters",
+                 FpropFilters(problem.s, stripes_of(problem.s, in.live), threads, threads, isa), in, want,
+                 threads);
+    }
   for (int chunk_pixels : {1, 10, 1000}) check_wgrad(what, in, problem.s, want, chunk_pixels, isa);
 }
 

@@ -15,7 +15,18 @@ from stripe_kernels.backends.triton.launch import INTERPRETED
 from stripe_kernels.epilogue import ACTIVATIONS, apply_epilogue
 from stripe_kernels.ops import StripeOp, is_channels_last
 from stripe_kernels.registry import PASSES, Config, Pass, Problem
-from stripe_kernels.testing import CASES, Budget, Case, Operands, budgets, case, evaluate, poisoned_memory
+from stripe_kernels.testing import (
+    CASES,
+    Budget,
+    Case,
+    Operands,
+    Trial,
+    budgets,
+    case,
+    evaluate,
+    failure,
+    poisoned_memory,
+)
 
 backends.load()
 # What the interpreter does with numpy.
@@ -59,8 +70,14 @@ def check(name: str, case: Case, dtype: torch.dtype, layout: str, config: Config
     operands = case.operands(dtype, layout, DEVICE)
     budget = budgets(case, operands)
     for which in PASSES:
-        result = run(name, which, case, operands, config)
-        getattr(budget, RESULT[which]).check(result, f"{name} {which} of {case}, {dtype}, {layout}:")
+
+        def trial(draw: int, which: Pass = which) -> Trial:
+            drawn = case.operands(dtype, layout, DEVICE, draw) if draw else operands
+            allowed = budgets(case, drawn, which) if draw else budget
+            return Trial(allowed.of(which), run(name, which, case, drawn, config))
+
+        found = failure(trial)
+        assert found is None, f"{name} {which} of {case}, {dtype}, {layout}: the result {found}"
 
 
 @pytest.mark.parametrize("name", CASES)
