@@ -83,8 +83,7 @@ void Wgrad::compute(const Task& task, const Pixels& px, float* tile, double* dw)
   const std::int64_t ld = (s.group_c() + isa_.lanes - 1) / isa_.lanes * isa_.lanes;
   std::fill(tile, tile + task.filters * ld, 0.f);
   each_tile(static_cast<int>(ld / isa_.lanes), isa_.tile_vectors[task.filters], [&](int at, int vectors) {
-    isa_.box[task.filters][vectors](box, a, filters, b + at * isa_.lanes,
-                                    tile + at * isa_.lanes, ld);
+    isa_.box[task.filters][vectors](box, a, filters, b + at * isa_.lanes, tile + at * isa_.lanes, ld);
   });
   isa_.add_wide(dw + task.first * ld, tile, task.filters * ld);
 }
@@ -103,8 +102,8 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
   const std::int64_t ld = padded(s.group_c()), a = stripes_.count();
   threads = std::max(1, threads);
   const std::int64_t tile_floats = kMaxTileFilters * ld + 16;  // a thread's
-  float* const memory =
-      scratch(static_cast<std::size_t>(padded(2 * a * ld) + 16 + threads * tile_floats + x_floats + dy_floats));
+  float* const memory = scratch(
+      static_cast<std::size_t>(padded(2 * a * ld) + 16 + threads * tile_floats + x_floats + dy_floats));
   double* const sums = reinterpret_cast<double*>(memory);
   float* const tiles = memory + (2 * a * ld + 15) / 16 * 16;
   px.x = tiles + threads * tile_floats, px.dy = px.x + x_floats;
