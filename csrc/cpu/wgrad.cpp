@@ -54,8 +54,10 @@ Wgrad::Wgrad(const ConvShape& shape, Stripes stripes, int chunk_pixels, const Is
     }
 }
 
-void Wgrad::compute(const Task& task, const Pixels& px, float* tile, double* dw) const {
+void Wgrad::compute(const Task& task, const Pixels& px, float* tile) const {
   const ConvShape& s = shape_;
+  const std::int64_t ld = padded(s.group_c());
+  std::fill(tile, tile + task.filters * ld, 0.f);
   const int r = task.tap / s.S, c = task.tap % s.S;
   const int off_h = r * s.dil_h - s.pad_top, off_w = c * s.dil_w - s.pad_left;
   // Output rows and columns whose input lies inside the image.
@@ -80,17 +82,18 @@ void Wgrad::compute(const Task& task, const Pixels& px, float* tile, double* dw)
   std::int32_t filters[kMaxTileFilters];
   for (int f = 0; f < task.filters; ++f)
     filters[f] = task.group * s.group_k() + stripes_.filter[task.first + f];
-  const std::int64_t ld = (s.group_c() + isa_.lanes - 1) / isa_.lanes * isa_.lanes;
-  std::fill(tile, tile + task.filters * ld, 0.f);
   each_tile(static_cast<int>(ld / isa_.lanes), isa_.tile_vectors[task.filters], [&](int at, int vectors) {
     isa_.box[task.filters][vectors](box, a, filters, b + at * isa_.lanes, tile + at * isa_.lanes, ld);
   });
-  isa_.add_wide(dw + task.first * ld, tile, task.filters * ld);
+}
+
+void Wgrad::store(void* dw, DType type, int stripe, const float* row) const {
+  const std::int64_t bytes = shape_.group_c() * static_cast<std::int64_t>(size_of(type));
+  isa_.store_row(static_cast<char*>(dw) + stripes_.row[stripe] * bytes, type, 1, row, shape_.group_c());
 }
 
 void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type, int threads) const {
   const ConvShape& s = shape_;
-  const auto padded = [&](std::int64_t n) { return (n + isa_.lanes - 1) / isa_.lanes * isa_.lanes; };
   const int reach = (s.R - 1) * s.dil_h + 1;
   const int in_rows_most = std::min(s.H, (chunk_.rows - 1) * s.stride_h + reach);
   Pixels px;
@@ -101,21 +104,23 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
   const std::int64_t dy_floats = padded(px.dy_ld * s.Q * chunk_.rows * chunk_.images);
   const std::int64_t ld = padded(s.group_c()), a = stripes_.count();
   threads = std::max(1, threads);
-  const std::int64_t tile_floats = kMaxTileFilters * ld + 16;  // a thread's
-  float* const memory = scratch(
-      static_cast<std::size_t>(padded(2 * a * ld) + 16 + threads * tile_floats + x_floats + dy_floats));
-  double* const sums = reinterpret_cast<double*>(memory);
-  float* const tiles = memory + (2 * a * ld + 15) / 16 * 16;
-  px.x = tiles + threads * tile_floats, px.dy = px.x + x_floats;
-  std::fill(sums, sums + a * ld, 0.);
   const int image_chunks = ceil_div(s.N, chunk_.images),
             row_chunks = s.Q == 0 ? 0 : ceil_div(s.P, chunk_.rows);
+  const bool whole = image_chunks * row_chunks == 1;           // then no sums meet: a tile is stored as it is
+  const std::int64_t tile_floats = kMaxTileFilters * ld + 16;  // a thread's
+  const std::int64_t sum_floats = whole ? 0 : (2 * a * ld + 15) / 16 * 16;
+  float* const memory =
+      scratch(static_cast<std::size_t>(sum_floats + threads * tile_floats + x_floats + dy_floats));
+  double* const sums = reinterpret_cast<double*>(memory);
+  float* const tiles = memory + sum_floats;
+  px.x = tiles + threads * tile_floats, px.dy = px.x + x_floats;
   const int tasks = static_cast<int>(tasks_.size());
   std::atomic<int> next[2] = {{0}, {0}};
 
   run_team(threads, [&](const Team& team) {
     Pixels mine = px;
     float* const tile = tiles + team.thread * tile_floats;
+    if (!whole) std::fill(sums + team.begin(a) * ld, sums + team.end(a) * ld, 0.);
     for (int chunk = 0; chunk < image_chunks * row_chunks; ++chunk) {
       const int n0 = chunk / row_chunks * chunk_.images;
       mine.images = std::min(chunk_.images, s.N - n0);
@@ -140,14 +145,18 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
       }
       if (team.thread == 0) next[(chunk + 1) % 2].store(0);
       team.barrier();
-      for (int t; (t = next[chunk % 2].fetch_add(1)) < tasks;) compute(tasks_[t], mine, tile, sums);
+      for (int t; (t = next[chunk % 2].fetch_add(1)) < tasks;) {
+        const Task& task = tasks_[t];
+        compute(task, mine, tile);
+        if (!whole) isa_.add_wide(sums + task.first * ld, tile, task.filters * ld);
+        for (int f = 0; whole && f < task.filters; ++f) store(dw, type, task.first + f, tile + f * ld);
+      }
       team.barrier();
     }
+    if (whole) return;
     for (std::int64_t i = team.begin(a); i < team.end(a); ++i) {
       std::copy(sums + i * ld, sums + i * ld + s.group_c(), tile);
-      isa_.store_row(
-          static_cast<char*>(dw) + stripes_.row[i] * s.group_c() * static_cast<std::int64_t>(size_of(type)),
-          type, 1, tile, s.group_c());
+      store(dw, type, static_cast<int>(i), tile);
     }
   });
 }

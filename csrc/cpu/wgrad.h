@@ -29,7 +29,10 @@ class Wgrad {
   };
   struct Pixels;  // the pixel-major copies of a chunk
 
-  void compute(const Task& task, const Pixels& pixels, float* tile, double* dw) const;
+  std::int64_t padded(std::int64_t n) const { return (n + isa_.lanes - 1) / isa_.lanes * isa_.lanes; }
+  // tile[f * padded(C/groups) + c] = the task's sums over these pixels.
+  void compute(const Task& task, const Pixels& pixels, float* tile) const;
+  void store(void* dw, DType type, int stripe, const float* row) const;
 
   ConvShape shape_;
   Stripes stripes_;

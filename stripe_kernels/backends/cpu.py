@@ -166,7 +166,7 @@ def _refuse_but_pairs(problem: Problem, which: Pass) -> str | None:
 def _candidates_of(mode: int, lanes: int, pairs: bool) -> Callable[[Problem, Pass], Mapping[Config, float]]:
     def candidates(problem: Problem, which: Pass) -> Mapping[Config, float]:
         if which == "wgrad":
-            return {(): cpu_tiling.predict_wgrad(problem, lanes)}
+            return {(): cpu_tiling.predict_wgrad(problem, lanes, _WGRAD_PIXELS)}
         # Lanes along filters exist for fprop; its name's dgrad runs along pixels.
         loops = cpu_tiling.PIXELS if which == "dgrad" and mode == cpu_tiling.FILTERS else mode
         tilings = cpu_tiling.tilings(problem, which, loops, lanes)

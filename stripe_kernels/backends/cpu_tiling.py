@@ -19,6 +19,7 @@ CLOCK = 3.5e9
 # Measured on 1 MB of L2: blocks up to this size run as fast as small ones; past it halo rows cost less than misses.
 BLOCK_BYTES = 1_400_000
 WHOLE_MAP_BYTES = 4_500_000
+CHUNK_BYTES = 600_000  # both copies of a chunk of wgrad; larger ones are read from beyond L2 for every tile
 WINDOW = 12  # vectors: a common multiple of the register tiles 2, 3, 4, 6, 12
 
 
@@ -30,24 +31,28 @@ class Cycles:
     gradient: float  # the same in dgrad, whose operands are found through indices
     update: float  # adding a vector to y after a tap
     row: float  # beginning a row of pixels
-    vector: float  # moving a vector of pixels
+    vector: float  # moving a vector of pixels of NCHW
+    apart: float  # the same in channels_last, beyond that
     transpose: float  # moving a vector of images
     filters_fma: float  # a multiply-add with lanes along filters
     scatter: float  # a vector of filters into y
     weights: float  # a vector of weights from beyond L2
     wgrad: float  # a multiply-add in wgrad
     copy: float  # moving a vector into a pixel-major copy
+    ends: tuple[float, float, float]  # of wgrad: a tile's row of pixels, a tile, joining a vector of sums
 
 
-# By lanes of a vector: AVX-512 on Zen 4 (one multiply-add a cycle), AVX2 on Zen 3 (two), which stands for the others.
+# By lanes of a vector; `apart` was measured with AVX2 alone. AVX-512 on Zen 4 (one multiply-add a cycle), AVX2 on Zen 3 (two), which stands for the others.
 CYCLES = {
     16: Cycles(
-        fma=1.05, gradient=1.05, update=3.0, row=20.0, vector=1.5, transpose=8.0,
+        fma=1.05, gradient=1.05, update=3.0, row=20.0, vector=1.5, apart=4.5, transpose=8.0,
         filters_fma=1.15, scatter=24.0, weights=5.0, wgrad=1.3, copy=6.0,
+        ends=(0.0, 0.0, 0.0),  # in the 1.3
     ),
     8: Cycles(
-        fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, transpose=13.0,
-        filters_fma=0.81, scatter=14.0, weights=3.7, wgrad=0.9, copy=8.0,
+        fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, apart=4.5, transpose=13.0,
+        filters_fma=0.81, scatter=14.0, weights=3.7, wgrad=0.95, copy=7.0,
+        ends=(20.0, 100.0, 5.0),
     ),
 }  # fmt: skip
 
@@ -161,7 +166,11 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int, step: flo
     if which == "fprop":
         fma += cost.update * stripes * share * out_vectors + 1.0 * sides.channels_out * out_vectors
     fma /= 1.0 if which == "fprop" else sides.phases
-    block = fma + move * (in_vectors * sides.channels_in + out_vectors * sides.channels_out)
+    move_in = move_out = move
+    if problem.channels_last and mode != BATCH:
+        move_in += _apart(cost, sides.channels_in, planes)
+        move_out += _apart(cost, sides.channels_out, 1)
+    block = fma + move_in * in_vectors * sides.channels_in + move_out * out_vectors * sides.channels_out
     block += per_row * (in_rows * planes * sides.channels_in + min(rows, sides.rows) * sides.channels_out)
     blocks = blocks_n * row_blocks * s.groups * (sides.phases if which == "dgrad" else 1)
     if parts > 1:
@@ -171,23 +180,38 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int, step: flo
     return 3e-6 + (1e-6 if problem.threads > 1 else 0.0) + rounds * block / CLOCK
 
 
+def _apart(cost: Cycles, channels: int, planes: int) -> float:
+    """Cycles a vector of pixels costs more in channels_last: squares of 8 pixels by 8 channels are turned in
+    registers, fewer channels move value by value, a strided row from as many places as it has phases."""
+    return cost.apart if channels >= 8 else cost.apart * 8 / channels * planes
+
+
 def _predict_filters(problem: Problem, config: Config, lanes: int) -> float:
     s, cost = problem.shape, cycles(lanes)
     _, parts = config
     pixels = s.N * s.taps_inside() / s.taps * s.P * s.Q
     per_tap = max(1.0, problem.skeleton.stripes / s.taps / s.groups / parts)
     vectors = -(-per_tap // lanes) * s.taps * s.groups * parts
-    tile = vectors * pixels * (cost.filters_fma * s.group_c + cost.scatter)
+    # One tap with all filters runs at 60 % of what several taps with a share each do (measured, not explained).
+    fma = cost.filters_fma * (1.0 if s.taps > 1 else 1.6)
+    tile = vectors * pixels * (fma * s.group_c + cost.scatter)
     weights = vectors * s.group_c * cost.weights * -(-s.N // config[0])
     out = 8.0 * s.N * s.K * s.P * s.Q / lanes
     return 4e-6 + (max(tile, weights) + out) / min(problem.threads, parts * max(s.N, 1)) / CLOCK
 
 
-def predict_wgrad(problem: Problem, lanes: int) -> float:
-    """Seconds of wgrad: live multiply-adds with lanes along C, and two pixel-major copies."""
+def predict_wgrad(problem: Problem, lanes: int, chunk_pixels: int) -> float:
+    """Seconds of wgrad: live multiply-adds with lanes along C, what every tile of them ends with, two pixel-major copies."""
     s, cost = problem.shape, cycles(lanes)
-    pixels = s.N * s.P * s.Q
-    vectors = -(-s.group_c // lanes)
-    work = cost.wgrad * problem.skeleton.stripes * vectors * pixels
+    vectors, stripes = -(-s.group_c // lanes), problem.skeleton.stripes
+    work = cost.wgrad * stripes * vectors * s.N * s.P * s.Q
+    if 4 * chunk_pixels * (s.C + s.K) > CHUNK_BYTES:
+        work *= 1.3
+    many = vectors >= 4  # tiles of 4 filters by 3 vectors, else of 6 by 2
+    tiles = max(stripes / (4 if many else 6), s.taps * s.groups) * -(-vectors // (3 if many else 2))
+    rows = max(1, chunk_pixels // max(1, s.Q))  # of a chunk
+    chunks = s.N * -(-s.P // rows) if s.P * s.Q > chunk_pixels else -(-s.N * s.P * s.Q // chunk_pixels)
+    row, tile, join = cost.ends
+    ends = tiles * (row * s.N * s.P + tile * chunks) + join * stripes * vectors * chunks
     copies = cost.copy * s.N * (s.H * s.W * s.C + s.P * s.Q * s.K) / lanes
-    return 4e-6 + (work + copies) / problem.threads / CLOCK
+    return 4e-6 + (work + ends + copies) / problem.threads / CLOCK

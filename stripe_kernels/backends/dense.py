@@ -21,6 +21,7 @@ _CPU_MACS = {
     "AVX512": {"fprop": 50.6e9, "dgrad": 50.6e9, "wgrad": 50.6e9},
     "AVX2": {"fprop": 40e9, "dgrad": 37e9, "wgrad": 29e9},
 }
+_DEPTHWISE_MACS = {"fprop": 10e9, "dgrad": 6e9, "wgrad": 6e9}  # loops of their own, bound by memory
 _CUDNN_SHARE = 0.75  # of the GEMM rate on a GPU: an estimate
 
 
@@ -111,7 +112,7 @@ def predict(problem: Problem, which: Pass) -> float:
     """Seconds for oneDNN or cuDNN, from the multiply-adds that fall inside the image.
 
     The share of peak falls with the pixels M a filter sees: about M / (M + 29) (measured, fp32, N * P * Q
-    from 4 to 32768). On a GPU the roofline's estimate, never measured.
+    from 4 to 32768), less in fprop of 1x1. On a GPU the roofline's estimate, never measured.
     """
     s = problem.shape
     if problem.device == "cuda":
@@ -124,12 +125,16 @@ def predict(problem: Problem, which: Pass) -> float:
     pixels = s.N * s.P * s.Q
     macs = pixels * s.K * s.group_c * s.taps_inside()
     rate = _CPU_MACS.get(torch.backends.cpu.get_cpu_capability(), _CPU_MACS["AVX2"])[which]
-    rate *= problem.threads * pixels / (pixels + 29)
+    rate *= problem.threads * pixels / (pixels + (12 if s.taps == 1 and which == "fprop" else 29))
     if problem.dtype == "bfloat16":
         rate *= 2  # oneDNN's dot products of bf16 pairs, where the CPU has them; where not, this errs towards dense
     if problem.dtype == "float16" and not problem.channels_last:
         rate /= 20  # contiguous halves fall back to plain loops: 70 times slower than our kernels (measured, d = 1)
-    narrow = min(1.0, s.group_c / 8) * min(1.0, s.group_k / 8)
+    if s.group_c == s.group_k == 1:
+        return 10e-6 + macs / (_DEPTHWISE_MACS[which] * problem.threads)
+    # Three channels by 7x7 taps run at the full rate, by 3x3 at half of it; dgrad is not so clever.
+    depth = max(s.group_c / 8, s.group_c * s.taps / 48 if which != "dgrad" else 0.0)
+    narrow = min(1.0, depth) * min(1.0, s.group_k / 8)
     return 6e-6 + macs / max(rate * max(narrow, 0.02), 1.0)
 
 
