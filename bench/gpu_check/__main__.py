@@ -46,6 +46,13 @@ def _versions() -> dict[str, str | None]:
     return found | {"cudnn": str(cudnn) if cudnn else None}
 
 
+def deadlines(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds after the start, by stage."""
+    if options.ends:
+        return dict(zip(DEADLINES, options.ends, strict=True))
+    return dict(DRY if options.dry_run else DEADLINES)
+
+
 def say(text: str) -> None:
     print(f"[{time.perf_counter() - _START:5.0f} s] {text}", flush=True)
 
@@ -59,8 +66,10 @@ def check(
     """Every stage in turn; the record, saved after each. A stage that hangs or crashes loses what it was at, and
     nothing else: `stages` says what became of each, and `complete` whether all are done."""
     dry = options.dry_run
-    ends = {stage: _START + seconds for stage, seconds in (DRY if dry else DEADLINES).items()}
+    ends = {stage: _START + seconds for stage, seconds in deadlines(options).items()}
     given = ["--dry-run"] if dry else []
+    if options.ends:
+        given += ["--ends", *map(str, options.ends)]
     found: dict[str, Any] = {
         "device": device.name,
         "dry_run": dry,
@@ -172,7 +181,7 @@ def child(options: argparse.Namespace) -> int:
     for lost in options.without:
         withdraw(lost)
     journal, end = Journal(options.journal), _START + options.seconds
-    ends = DRY if options.dry_run else DEADLINES
+    ends = deadlines(options)
     names = checks.SMALL[:1] if options.dry_run else tuple(CASES)
     if options.stage == "compile":
         failed = ahead.compile_part(names, options.part, options.parts) if not options.dry_run else []
@@ -205,6 +214,10 @@ def main() -> int:
     parser.add_argument("--kernels", nargs="*", default=[], help="with --checks-only: these alone")
     parser.add_argument("--without", nargs="*", default=[], help="with --stage: kernels that may not run")
     parser.add_argument("--no-build", action="store_true", help="the extensions are built already")
+    parser.add_argument(
+        "--ends", nargs=len(DEADLINES), type=float, metavar="S",
+        help=f"seconds after the start at which {', '.join(DEADLINES)} have to be over, where less time is lent",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=record.RECORDS, help="folder of the record")
     parser.add_argument("--predict", action="store_true", help="what the cost models expect; needs no GPU")
     parser.add_argument("--stage", help="one stage alone, as this program calls itself")
