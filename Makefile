@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: help demo test bench lint docs format build clean generate asan tsan valgrind fuzz soak mutate audit
+.PHONY: help demo test bench lint docs format build wheel clean generate asan tsan valgrind fuzz soak mutate audit
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
@@ -37,6 +37,9 @@ format: $(VENV)/.installed-dev ## rewrite the sources in the project's style
 
 build: ## compile the extensions in place with the active environment's python: quick, incremental
 	$(PYTHON) setup.py build_ext --inplace
+
+wheel: ## the committed sources as a wheel, tested as installed and without a compiler; ARGS as for test
+	PYTHON=$(PYTHON) tools/wheel build/wheel $(ARGS)
 
 # What a night's run adds to `make test`; SECURITY.md says what each is for.
 RUN = OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m
