@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def read(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if not zipfile.is_zipfile(path) and path.open("rb").read(1) != b"\x80":  # old ones are bare pickles
+            raise ValueError("it is no file of torch.save")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # readers say "no" to files of strangers in every type there is
         said = str(error).splitlines() or [type(error).__name__]

@@ -50,6 +50,20 @@ def _device(text: str) -> str:
     return text
 
 
+def _named(suffix: str) -> Any:
+    """Refuses, before any work, a file to write that is a folder or says it is of another kind."""
+
+    def checked(path: Path | None) -> Path | None:
+        if path is not None and (path.is_dir() or path.suffix != suffix):
+            raise typer.BadParameter(
+                f'"{path}" is a folder' if path.is_dir() else f'"{path}" does not end in {suffix}'
+            )
+        return path
+
+    return checked
+
+
+_network = _named(".safetensors")
 RecipeName = Annotated[
     str,
     typer.Argument(
@@ -168,7 +182,7 @@ def prune(
             autocompletion=_one_shot,
         ),
     ] = "magnitude",
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", callback=_network, help="File to write.")] = Path(
         "pruned.safetensors"
     ),
     exclude: Annotated[
@@ -199,7 +213,10 @@ def freeze(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="File to write. Default: frozen.safetensors, in the run's folder."
+            "-o",
+            "--output",
+            callback=_network,
+            help="File to write. Default: frozen.safetensors, in the run's folder.",
         ),
     ] = None,
     weights: Weights = None,
@@ -219,7 +236,7 @@ def freeze(
 @verb("iessp optimize frozen.safetensors --batch 1 -o fast.safetensors")
 def optimize(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", callback=_network, help="File to write.")] = Path(
         "optimized.safetensors"
     ),
     batch: Batch = 1,
@@ -266,7 +283,9 @@ def explain(
     measure: Annotated[
         bool, typer.Option("--measure", help="Time every layer's kernels first; else predictions.")
     ] = False,
-    html: Annotated[Path | None, typer.Option("--html", help="Write it as a page too.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", callback=_named(".html"), help="Write it as a page too.")
+    ] = None,
     weights: Weights = None,
     input_size: Input = None,
     threads: Threads = None,
@@ -281,7 +300,9 @@ def explain(
 @verb("iessp report runs/digits -o report.html")
 def report(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Page to write.")] = Path("report.html"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", callback=_named(".html"), help="Page to write.")
+    ] = Path("report.html"),
     batch: Batch = 1,
     runs: Annotated[
         list[Path] | None,

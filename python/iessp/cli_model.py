@@ -63,9 +63,9 @@ def resolve(text: str, size: str | None = None, weights: Path | None = None) -> 
         run = load_run(path)
         name = f"{path}: {run.recipe.model}, {run.recipe.method}"
         model, given, folder = run.model, run.example, path if path.is_dir() else path.parent.parent
-    elif path.is_file():
+    elif path.is_file() and path.suffix != ".py":
         model = _file(path)
-    elif ":" in text:
+    elif ":" in text or path.suffix == ".py":
         torch.manual_seed(0)
         model, given = make(text)
         given = None if given is None else given[:1]

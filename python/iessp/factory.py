@@ -21,10 +21,13 @@ def make(text: str) -> tuple[nn.Module, Tensor | None]:
     A module in place of a factory is taken as it is. Raises ValueError or FileNotFoundError, with the nearest valid
     choice, for a wrong name; RuntimeError with one line for what the user's code raises.
     """
-    source, _, attribute = text.rpartition(":")
+    source, _, attribute = text.rpartition(":") if ":" in text else (text, "", "")
     names = _names(source)
     if attribute not in names:
         callables = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
+        if not attribute:
+            choice = ", ".join(f"{source}:{name}" for name in callables) or "none is in it"
+            raise ValueError(f"{source} needs the name of a factory: {choice}")
         raise ValueError(nearest(f"factory of {source}", attribute, callables))
     made = names[attribute]
     if not isinstance(made, nn.Module):

@@ -176,8 +176,11 @@ def read(name_or_path: str) -> Recipe:
             raise ValueError(nearest("recipe", name_or_path, bundled()))
     if not path.exists():
         raise ValueError(f"recipe file {path} does not exist")
-    with path.open("rb") as file:
-        return Recipe.from_dict({"name": path.stem, **tomllib.load(file)})
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    return Recipe.from_dict({"name": path.stem, **values})
 
 
 def parse_changes(assignments: list[str]) -> dict[str, Any]:
