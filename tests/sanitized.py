@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-CXX = os.environ.get("CXX", "c++")
+from tests.tree import CXX, ROOT
+
 ADDRESS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # The tests that put the extension's boundary, layouts, threads and numbers to work, and problems drawn at random.
 TESTS = (

@@ -27,8 +27,8 @@ from bench.gpu_check.rows import DTYPES, _auto, crossovers, layer_rows, settings
 from bench.gpu_check.stages import run_stage
 from bench.timing import Sample
 from stripe_kernels.testing import CASES, Prepared
+from tests.tree import ROOT, needs_sources
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "DESIGN.md",
@@ -58,6 +58,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@needs_sources
 def test_a_stale_record_is_named(tree: Path) -> None:
     quote = "1.0 ms (bench/records/some-gpu.json)"
     assert record.source_hash(tree) == record.source_hash()
@@ -68,6 +69,7 @@ def test_a_stale_record_is_named(tree: Path) -> None:
     assert "some-gpu.json measured sources" in problem
 
 
+@needs_sources
 def test_a_missing_record_and_a_dry_run_are_named(tree: Path) -> None:
     assert "does not exist" in record.stale_quotes("bench/records/other.json", tree)[0]
     dry = {"sources": record.source_hash(tree), "dry_run": True, "complete": True}
@@ -78,11 +80,13 @@ def test_a_missing_record_and_a_dry_run_are_named(tree: Path) -> None:
     assert "did not finish" in record.stale_quotes("see bench/records/broken.json", tree)[0]
 
 
+@needs_sources
 def test_a_record_of_another_kind_only_has_to_exist(tree: Path) -> None:
     (tree / "bench/records/cpu.json").write_text(json.dumps({"rows": []}))
     assert record.stale_quotes("bench/records/cpu.json", tree) == []
 
 
+@needs_sources
 def test_the_hash_covers_every_gpu_kernel() -> None:
     covered = {p for pattern in record.SOURCES for p in ROOT.glob(pattern)}
     kernels = [*(ROOT / "stripe_kernels/backends/triton").glob("*.py"), *(ROOT / "csrc/cuda").rglob("*.cu*")]

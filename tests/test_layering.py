@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.tree import ROOT, needs_sources
+
+pytestmark = needs_sources
 PACKAGE = ROOT / "stripe_kernels"
 IESSP = ROOT / "python/iessp"
 

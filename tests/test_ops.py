@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +13,7 @@ from stripe_kernels.ops import StripeOp
 from stripe_kernels.reference import scatter_stripes
 from stripe_kernels.testing import CASES, Case
 from tests.passes import KERNELS
+from tests.tree import needs_compiler
 
 OPS = torch.ops.stripe_kernels
 SOME = [
@@ -125,9 +123,7 @@ def test_compiles_into_one_graph(kernel: str, dynamic: bool) -> None:
             torch.testing.assert_close(compiled(x), model(x))
 
 
-@pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"
-)
+@needs_compiler
 def test_compiles_with_inductor_in_inference() -> None:
     torch._dynamo.reset()
     case = CASES["grouped"]

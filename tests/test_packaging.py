@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 import stripe_kernels
+from tests.tree import ROOT, needs_compiler, needs_sources
 
-ROOT = Path(__file__).parents[1]
 BUILT = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 NM = shutil.which("nm")
 
@@ -92,6 +92,8 @@ def built(project: Path, name: str) -> bool:
     return (project / f"stripe_kernels/{name}{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
 
 
+@needs_sources
+@needs_compiler
 def test_a_failing_nvcc_costs_only_the_cuda_extension(project: Path) -> None:
     stale = project / f"stripe_kernels/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     stale.write_bytes(b"from an earlier build")
@@ -103,6 +105,8 @@ def test_a_failing_nvcc_costs_only_the_cuda_extension(project: Path) -> None:
     assert not built(project, "_cuda")
 
 
+@needs_sources
+@needs_compiler
 def test_a_failing_compiler_fails_the_build(project: Path) -> None:
     (project / "csrc/cpu/answer.cpp").write_text("not C++\n")
     result = build(project, "exit 1")
@@ -110,6 +114,8 @@ def test_a_failing_compiler_fails_the_build(project: Path) -> None:
     assert "building the CPU extension failed" in result.stderr
 
 
+@needs_sources
+@needs_compiler
 def test_a_second_build_compiles_nothing_and_a_changed_header_is_seen(project: Path) -> None:
     (project / "csrc/cpu/answer.h").write_text("constexpr int kAnswer = 42;\n")
     (project / "csrc/cpu/answer.cpp").write_text(
@@ -122,6 +128,7 @@ def test_a_second_build_compiles_nothing_and_a_changed_header_is_seen(project: P
     assert "cpu/answer.cpp.o" in build(project, "exit 1").stdout
 
 
+@needs_sources
 def test_the_source_archive_holds_every_native_source(tmp_path: Path) -> None:
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("setuptools is not installed in this environment")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-CXX = os.environ.get("CXX", "c++")
+from tests.tree import CXX, ROOT, needs_sources
+
+pytestmark = needs_sources
 SANITIZE = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 ARM_CXX = "aarch64-linux-gnu-g++"
 ARM_RUN = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")

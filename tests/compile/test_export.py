@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.optimize import compact
 from tests.compile.test_compact import assert_same
 from tests.compile.zoo import NETS, masked
+from tests.tree import needs_compiler
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -61,9 +60,7 @@ def test_an_exported_dense_network_calls_torch_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"
-)
+@needs_compiler
 def test_an_aot_inductor_package_repeats_the_network(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
     x = torch.randn(2, 3, 7, 6)

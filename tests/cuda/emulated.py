@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).parents[2]
+from tests.tree import CXX, ROOT
+
 BUILD = ROOT / "build/emulated"
 EMULATE = Path(__file__).parent / "emulate"
-CXX = os.environ.get("CXX", "c++")
 
 
 def device_sources() -> list[Path]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.cuda import emulated
+from tests.tree import ROOT, needs_sources
 
-ROOT = emulated.ROOT
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 KERNELS = sorted(p.stem for p in (ROOT / "csrc/cuda").glob("*_*.cu"))
@@ -49,7 +49,7 @@ def disassembler() -> str | None:
 def compile_for(source: Path, architecture: str) -> list[Function]:
     """Compiled once for these sources; the findings are kept under build/."""
     kernel, digest = source.stem, emulated.hash_of(str(NVCC), source.read_text())
-    target = emulated.ROOT / "build/machine_code" / digest / f"{kernel}.{architecture}.json"
+    target = ROOT / "build/machine_code" / digest / f"{kernel}.{architecture}.json"
     with emulated.built_once(target.parent, target.stem):
         if not target.exists():
             target.write_text(
@@ -111,13 +111,14 @@ def architectures_of_nvcc() -> list[str]:
     return [a for a in ARCHITECTURES if a.rstrip("a") in listing]
 
 
-needs_compiler = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 needs_disassembler = pytest.mark.skipif(
     disassembler() is None, reason="cuobjdump is not installed: it comes with CUDA, and with triton"
 )
 
 
-@needs_compiler
+@needs_sources
+@needs_nvcc
 @needs_disassembler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -147,7 +148,8 @@ def test_machine_code(kernel: str, architecture: str) -> None:
                 assert f.instructions.get(opcode, 0), f"{where} has no {opcode}: {f.instructions}"
 
 
-@needs_compiler
+@needs_sources
+@needs_nvcc
 @needs_disassembler
 def test_probes_are_what_they_time() -> None:
     """Of every probe: no local memory, and the products and additions it is named for."""

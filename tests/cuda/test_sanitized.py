@@ -10,17 +10,22 @@ import sys
 import pytest
 
 from tests.cuda import emulated
+from tests.tree import NO_COMPILER, needs_compiler, needs_sources
 
 FLAGS = ("-O1", "-g1", "-fsanitize=address", "-fno-omit-frame-pointer")
 
 
 def runtime() -> str | None:
     """The sanitizer's library: it has to be loaded before Python's own allocations."""
+    if NO_COMPILER:
+        return None
     command = [*emulated.CXX.split(), "-print-file-name=libasan.so"]
     path = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return path if os.path.isabs(path) else None
 
 
+@needs_sources
+@needs_compiler
 @pytest.mark.skipif(runtime() is None, reason=f"{emulated.CXX} has no libasan.so")
 @pytest.mark.skipif(importlib.util.find_spec("pybind11") is None, reason="building needs pybind11")
 def test_no_kernel_leaves_its_memory() -> None:
