@@ -87,7 +87,7 @@ def optimize(
         return _keep(
             original, example, folder, f"the rewritten network took {ratio} of its time, no clear gain"
         )
-    network.report.append(f"takes {ratio} of the time of the model it was made from")
+    network.report.append(f"{ratio.speed_up} as fast as the model it was made from")
     return network
 
 

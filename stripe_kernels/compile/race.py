@@ -38,6 +38,11 @@ class Ratio:
         """Whether the whole interval lies below 1: the gain is not what chance gives."""
         return self.high < 1.0
 
+    @property
+    def speed_up(self) -> str:
+        """For a person: how many times as fast the one is as the other."""
+        return f"{1 / self.median:.2f}x [{1 / self.high:.2f}, {1 / self.low:.2f}]"
+
     def __str__(self) -> str:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
