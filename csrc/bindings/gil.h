@@ -40,7 +40,8 @@ class GilReleased {
 // Null, or why a module with kernels does not load into this interpreter.
 inline const char* refuse_interpreter() {
   if (PyInterpreterState_Get() == PyInterpreterState_Main()) return nullptr;
-  return "stripe_kernels runs in the main interpreter only: torch, which it needs, has one state for the process";
+  return "stripe_kernels runs in the main interpreter only: torch, which it needs, has one state for the "
+         "process";
 }
 
 }  // namespace sk
