@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import iessp
 import stripe_kernels
 from tools import docs
 
@@ -158,6 +159,15 @@ def test_records_become_tables() -> None:
     assert second.startswith("| a | 55.00 ± 7.07 |")
 
 
+def public_names() -> set[str]:
+    return {*stripe_kernels.__all__, *iessp.__all__} - {"__version__"}
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    listed = re.findall(r"^::: [\w.]+\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert public_names() <= set(listed)
+
+
 @pytest.mark.skipif(
     util.find_spec("mkdocstrings") is None, reason="mkdocs is not installed: the extra `docs`"
 )
@@ -168,6 +178,6 @@ def test_the_site_builds(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     page = (tmp_path / "site/api/index.html").read_text()
-    missing = [name for name in stripe_kernels.__all__ if name != "__version__" and f">{name}<" not in page]
+    missing = [name for name in public_names() if f">{name}<" not in page]
     assert not missing, f"docs/api.md lacks {missing}"
     assert "&gt;&gt;&gt;" in page.replace('<span class="gp">', "")
