@@ -160,7 +160,16 @@ def test_help_suffices(
             "returned int 3: expected nn.Module, or (nn.Module, Tensor)",
         ),
         (("explain", "factories_of_a_usr.py:make"), "did you mean factories_of_a_user.py?"),
+        (
+            ("explain", "factories_of_a_user.py"),
+            "needs the name of a factory: factories_of_a_user.py:make, factories_of_a_user.py:with_example",
+        ),
         (("bench", "resnet20", "--weights", "gone.pt"), "gone.pt does not exist"),
+        (("train", "notes.toml"), "notes.toml is not TOML: "),
+        (("freeze", "notes.pt"), "notes.pt cannot be read: it is no file of torch.save"),
+        (("prune", "resnet20", "-o", "pruned.onnx"), '"pruned.onnx" does not end in .safetensors'),
+        (("optimize", "resnet20", "-o", "."), '"." is a folder'),
+        (("report", "resnet20", "-o", "page.pdf"), '"page.pdf" does not end in .html'),
         (("report", "resnet20", "--no-measure", "--runs", "."), "has no records: expected table.json"),
     ],
 )
@@ -171,6 +180,8 @@ def test_mistakes_end_with_one_line(
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
+    for name in ("notes.toml", "notes.pt"):
+        (here / name).write_text("to do = nothing\n")
     assert call(monkeypatch, *arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err.splitlines()[-1]
