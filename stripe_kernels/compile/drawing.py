@@ -139,15 +139,11 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, lines: Sequence[Line] = (
             x, y, [(v, px(v)) for v in x.ticks(low_x, high_x)], [(v, py(v)) for v in y.ticks(low_y, high_y)]
         )
     ]
+    taken = [(px(p.x) - 4, py(p.y) - 4, px(p.x) + 4, py(p.y) + 4) for p in points]
     for line, kind, text in lines:
         shown = " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in line)
         out.append(f"<polyline class='line {kind}' points='{shown}'/>")
-        if text:
-            a, b = line[-1]
-            out.append(
-                f"<text class='tag' text-anchor='end' x='{px(a) - 4:.1f}' y='{py(b) - 5:.1f}'>{escape(text)}</text>"
-            )
-    taken = [(px(p.x) - 4, py(p.y) - 4, px(p.x) + 4, py(p.y) + 4) for p in points]
+        out += [_name(text, px(line[-1][0]), py(line[-1][1]), taken)] if text else []
     for p in points:
         at = f"cx='{px(p.x):.1f}' cy='{py(p.y):.1f}'"
         if p.spread:
@@ -181,6 +177,14 @@ def _frame(x: Axis, y: Axis, at_x: list[tuple[float, float]], at_y: list[tuple[f
     )
     parts.append(f"<text class='title' x='{_LEFT + 4}' y='{_TOP + 10}'>{escape(y.title)}</text>")
     return "".join(parts)
+
+
+def _name(text: str, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> str:
+    """A line's name at its end (x, y): above it, or below where that is free of marks and above is not."""
+    boxes = {dy: (x - 4 - _LETTER * len(text), y + dy - 9, x - 4, y + dy + 2) for dy in (-5, 13)}
+    dy = next((dy for dy, box in boxes.items() if not any(_overlap(box, other) for other in taken)), -5)
+    taken.append(boxes[dy])
+    return f"<text class='tag' text-anchor='end' x='{x - 4:.1f}' y='{y + dy:.1f}'>{escape(text)}</text>"
 
 
 def _label(p: Point, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> str:

@@ -127,6 +127,28 @@ def test_notes_that_say_the_same_are_one_line() -> None:
     ]
 
 
+@pytest.mark.parametrize("intensity", [20.0, 50.0, 90.0, 150.0])
+@pytest.mark.parametrize("rate", [40.0, 52.0, 60.0, 70.0])
+def test_labels_keep_off_each_other(intensity: float, rate: float) -> None:
+    """A mark about the end of a line that has a name, wherever it is."""
+    marks = [
+        drawing.Point(intensity, rate, "stripes", "highest 112%"),
+        drawing.Point(5.0, 19.0, "stripes", "lowest"),
+    ]
+    line = ([(3.0, 40.0), (4.0, 54.0), (240.0, 54.0)], "roof", "roof 54 GFLOP/s")
+    axes = drawing.Axis("x", log=True), drawing.Axis("y", log=True)
+    svg = drawing.scatter(marks, *axes, [line])
+    boxes = []
+    for anchor, x, y, text in re.findall(
+        r"class='tag' text-anchor='(\w+)' x='([\d.]+)' y='([\d.]+)'>([^<]*)<", svg
+    ):
+        width = drawing._LETTER * len(text)
+        left = float(x) - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
+        boxes.append((left, float(y) - 8, left + width, float(y)))
+    assert len(boxes) >= 2
+    assert not any(drawing._overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 @pytest.mark.parametrize("log", [False, True])
 def test_ticks_are_round_and_inside(log: bool) -> None:
     for low, high in ((0.3, 1.0), (2.0, 900.0), (0.94, 0.95), (1e-3, 7.0)):
