@@ -46,6 +46,15 @@ def readers(case: Case, which: str, position: tuple[int, ...]) -> Tensor:
     return hit
 
 
+def stripes_reading(case: Case, position: tuple[int, ...]) -> Tensor:
+    """[A]: the live stripes whose gradient reads dy at `position`."""
+    s, (_, k, p, q) = case.shape, position
+    filters, r, c = map(torch.from_numpy, case.skeleton.live.nonzero())
+    h = p * s.stride[0] + r * s.dilation[0] - s.padding[0]
+    w = q * s.stride[1] + c * s.dilation[1] - s.padding[1]
+    return (filters == k) & (h >= 0) & (h < s.H) & (w >= 0) & (w < s.W)
+
+
 def positions(size: tuple[int, ...]) -> list[tuple[int, ...]]:
     n, c, h, w = size
     return [
@@ -82,32 +91,32 @@ def test_a_nan_reaches_exactly_the_stripes_that_read_it(kernel: str) -> None:
         s, plain = case.shape, operands_of(case, torch.float32, "contiguous")
         op = StripeOp.of(*case.arguments, kernel)
         for position in positions(s.output_size):
-            n, k, p, q = position
             dy = plain.dy.clone()
             dy[position] = torch.nan
             dw = ops.wgrad(op, dy, plain.x)
-            expected = torch.zeros(dw.shape, dtype=torch.bool)
-            for row, (filter_, r, c) in enumerate(zip(*case.skeleton.live.nonzero(), strict=True)):
-                h, w = (
-                    p * s.stride[0] + r * s.dilation[0] - s.padding[0],
-                    q * s.stride[1] + c * s.dilation[1] - s.padding[1],
-                )
-                expected[row] = bool(filter_ == k and 0 <= h < s.H and 0 <= w < s.W)
+            expected = stripes_reading(case, position)[:, None].expand_as(dw)
             assert torch.equal(dw.isnan(), expected), f"{case.name} {position}"
-            del n
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_readers_of_a_nan_always_see_it(kernel: str) -> None:
-    """Of every kernel, exact or not: a NaN is never lost."""
+def test_readers_of_a_special_value_always_see_it(kernel: str, value: float) -> None:
+    """Of every kernel, exact or not: neither a NaN nor an infinity is ever lost, forward or backward."""
     for case in SOME:
-        plain = operands_of(case, torch.float32, "contiguous")
-        for position in positions(case.shape.input_size):
-            x = plain.x.clone()
-            x[position] = torch.nan
-            with torch.no_grad():
-                y = ops.fprop(StripeOp.of(*case.arguments, kernel), x, plain.weight)
-            assert y.isnan()[readers(case, "fprop", position)].all()
+        plain, op = operands_of(case, torch.float32, "contiguous"), StripeOp.of(*case.arguments, kernel)
+        with torch.no_grad():
+            for position in positions(case.shape.input_size):
+                x = plain.x.clone()
+                x[position] = value
+                y = ops.fprop(op, x, plain.weight)
+                assert not y.isfinite()[readers(case, "fprop", position)].any()
+            for position in positions(case.shape.output_size):
+                dy = plain.dy.clone()
+                dy[position] = value
+                dx = ops.dgrad(op, dy, plain.weight, plain.x.shape[2:])
+                assert not dx.isfinite()[readers(case, "dgrad", position)].any()
+                dw = ops.wgrad(op, dy, plain.x)
+                assert not dw.isfinite()[stripes_reading(case, position)].any()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
