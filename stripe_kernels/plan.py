@@ -16,8 +16,8 @@ from stripe_kernels.registry import Config, Pass, Problem
 _PREDICTABLE = ("cpu",)
 # Measured on a GPU, a kernel has to beat dense by this factor: the best of thirty medians is a lucky one.
 GPU_MARGIN = 1.02
-# Where a prediction decides, a kernel has to beat dense's by this factor: of 1,062 rows of real layers (fprop, batch 1 and
-# 4, d of .24 to 1, AVX2) 17 were slower than dense without it, one is with it, and the mean speed-up falls by 2 %.
+# Where a prediction decides, a kernel has to beat dense's by this factor: of 1,062 rows of real layers (fprop, batch 1
+# and 4, d of .24 to 1, AVX2) 17 were slower than dense without it, one is with it, and the mean speed-up falls by 2 %.
 PREDICTED_MARGIN = 1.25
 
 
@@ -136,7 +136,7 @@ def make_plan(problem: Problem, which: Pass, kernel: str = "auto") -> Plan:
 
 
 def _expected(problem: Problem, runnable: list[Candidate]) -> Candidate:
-    """The first of the predictions; dense keeps what others win by less than the margin, or where none can be believed."""
+    """The first prediction; dense keeps what others win by less than the margin, or where none can be believed."""
     best = runnable[0]
     dense = next((c for c in runnable if c.kernel == "dense"), best)
     if problem.device not in _PREDICTABLE:

@@ -16,12 +16,14 @@ from bench.gpu_check.tools import WRONG
 from stripe_kernels import FilterSkeleton, StripeConv2d, list_kernels
 from stripe_kernels.testing import (
     CASES,
+    Budget,
     Budgets,
     Case,
     Operands,
     Pass,
     Trial,
     budgets,
+    evaluate,
     failure,
     poisoned_memory,
     prepared,
@@ -78,7 +80,7 @@ def _placed(operands: Operands, device: Device) -> Operands:
 
 
 def _rounded(operands: Operands) -> Operands:
-    """float32 values that tf32 has: their products are exact in float32, so that one budget serves both."""
+    """float32 values that tf32 has: their products are exact in float32, and only the sums are left to judge."""
     if operands.x.dtype != torch.float32:
         return operands
 
@@ -96,6 +98,21 @@ def _drawn(case: Case, like: Operands, draw: int, rounded: bool) -> Operands:
     return Operands(*(t.to(like.x.device) for t in operands))
 
 
+def _tf32_budgets(case: Case, operands: Operands, only: Pass | None = None) -> Budgets:
+    """Of tf32's products, from operands that tf32 has: torch's own is cuDNN's tf32 beside the CPU's float32. Tensor
+    cores cut sums off where float32 rounds them, cuDNN's as anybody's."""
+    found = budgets(case, Operands(*(t.cpu() for t in operands)), only)
+    set_precision("tf32")
+    try:
+        formats = (torch.contiguous_format, torch.channels_last)
+        own = [evaluate(case, operands, torch.float32, f, only=only) for f in formats]
+    finally:
+        set_precision("float32")
+    cudnn = [Budget.of(b.expected, *(r[i].cpu() for r in own)) for i, b in enumerate(found)]
+    pairs = zip(found, cudnn, strict=True)
+    return Budgets(*(replace(a, largest=max(a.largest, b.largest), rms=max(a.rms, b.rms)) for a, b in pairs))
+
+
 def _one(case: Case, operands: Operands, which: Pass, kernel: str, budget: Budgets) -> Iterator[str]:
     """What is wrong with the configurations predicted to be best; the layers' rows check others."""
     most = 1 if kernel == "triton" else CONFIGS
@@ -110,6 +127,8 @@ def _one(case: Case, operands: Operands, which: Pass, kernel: str, budget: Budge
             drawn = _drawn(case, operands, draw, "tf32" in kernel)
             with poisoned_memory():
                 result = prepared(case, drawn, which, kernel)[name].call(drawn)
+            if "tf32" in kernel:
+                return Trial(_tf32_budgets(case, drawn, which).of(which), result)
             on_cpu = Operands(*(t.cpu() for t in drawn))
             return Trial(budgets(case, on_cpu, which).of(which), result)
 
@@ -141,7 +160,7 @@ def correctness(
             if "tf32" in kernel:  # its results are those of the rounded operands
                 if operands.x.dtype != torch.float32:
                     continue
-                operands, budget = rounded, budgets(case, Operands(*(t.cpu() for t in rounded)))
+                operands, budget = rounded, _tf32_budgets(case, rounded)
             for which in PASSES:
                 what = f"{kernel} {which} of {case.name}, {str(operands.x.dtype)[6:]}"
                 if what in before:

@@ -106,7 +106,7 @@ def _dense(problem: Case, which: str, weight: Tensor) -> Callable[[Operands], Te
 
 
 def _contestants(
-    device: Device, problem: Case, operands: Operands, which: str
+    device: Device, problem: Case, operands: Operands, which: str, dtype: str
 ) -> tuple[dict[str, Prepared], dict[str, str]]:
     """Contestants by name, and the reasons of those that refuse. Weights are packed once for fprop, in
     every call for dgrad."""
@@ -118,7 +118,7 @@ def _contestants(
     found = {"cudnn": Prepared(_dense(problem, which, weight), predicted)}
     refused = {}
     for kernel in kernels(device):
-        if kernel == "dense" or kernel.startswith("cpu_"):
+        if kernel == "dense" or kernel.startswith("cpu_") or ("tf32" in kernel and dtype == "float32"):
             continue
         try:
             calls = prepared(problem, operands, which, kernel, repack=which == "dgrad")
@@ -203,7 +203,7 @@ def layer_row(
     set_precision(setting.dtype)
     problem = setting.case()
     operands, oracle, sets = _inputs(problem, setting.dtype, device)
-    calls, refused = _contestants(device, problem, operands, setting.which)
+    calls, refused = _contestants(device, problem, operands, setting.which, setting.dtype)
     ready, wrong = {}, {}
     for name, (call, _) in calls.items():
         what = f"{setting.what}, {name}"

@@ -42,7 +42,8 @@ class Cycles:
     ends: tuple[float, float, float]  # of wgrad: a tile's row of pixels, a tile, joining a vector of sums
 
 
-# By lanes of a vector; `apart` was measured with AVX2 alone. AVX-512 on Zen 4 (one multiply-add a cycle), AVX2 on Zen 3 (two), which stands for the others.
+# By lanes of a vector: AVX-512 on Zen 4 (one multiply-add a cycle), AVX2 on Zen 3 (two), which stands for the others.
+# `apart` was measured with AVX2 alone.
 CYCLES = {
     16: Cycles(
         fma=1.05, gradient=1.05, update=3.0, row=20.0, vector=1.5, apart=4.5, transpose=8.0,
@@ -201,7 +202,7 @@ def _predict_filters(problem: Problem, config: Config, lanes: int) -> float:
 
 
 def predict_wgrad(problem: Problem, lanes: int, chunk_pixels: int) -> float:
-    """Seconds of wgrad: live multiply-adds with lanes along C, what every tile of them ends with, two pixel-major copies."""
+    """Seconds of wgrad: live multiply-adds with lanes along C, the ends of their tiles, two pixel-major copies."""
     s, cost = problem.shape, cycles(lanes)
     vectors, stripes = -(-s.group_c // lanes), problem.skeleton.stripes
     work = cost.wgrad * stripes * vectors * s.N * s.P * s.Q
@@ -210,7 +211,7 @@ def predict_wgrad(problem: Problem, lanes: int, chunk_pixels: int) -> float:
     many = vectors >= 4  # tiles of 4 filters by 3 vectors, else of 6 by 2
     tiles = max(stripes / (4 if many else 6), s.taps * s.groups) * -(-vectors // (3 if many else 2))
     rows = max(1, chunk_pixels // max(1, s.Q))  # of a chunk
-    chunks = s.N * -(-s.P // rows) if s.P * s.Q > chunk_pixels else -(-s.N * s.P * s.Q // chunk_pixels)
+    chunks = s.N * -(-s.P // rows) if chunk_pixels < s.P * s.Q else -(-s.N * s.P * s.Q // chunk_pixels)
     row, tile, join = cost.ends
     ends = tiles * (row * s.N * s.P + tile * chunks) + join * stripes * vectors * chunks
     copies = cost.copy * s.N * (s.H * s.W * s.C + s.P * s.Q * s.K) / lanes

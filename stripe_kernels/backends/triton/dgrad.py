@@ -22,6 +22,7 @@ from stripe_kernels.backends.triton.launch import (
     memory_format,
     precision,
     strides,
+    to_tf32,
     wide,
     with_zero_row,
 )
@@ -218,6 +219,7 @@ class TritonDgrad:
         self.taps = len(plan.tap)
 
     def pack(self, weight: Tensor) -> Tensor:
+        weight = to_tf32(weight.detach(), self.precision)
         return with_zero_row(weight).index_select(0, self.arrays.on(weight.device)["row"])
 
     def launch(

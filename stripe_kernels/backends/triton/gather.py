@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stripe_kernels.backends.triton.launch import Launch, bits, strides, wide
-from stripe_kernels.backends.triton.tile import activate, gathered, is_inside, taps_met, unravel
+from stripe_kernels.backends.triton.tile import activate, is_inside, taps_met, unravel
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.indices import IndexArrays
 
@@ -27,7 +27,7 @@ from stripe_kernels.indices import IndexArrays
 # for the one of most stripes.
 _FILTERS = 16
 _PIXELS = {True: 256, False: 128}  # of a tile, by whether y is channels_last: contiguous ones spilled at 256
-_SPREAD = 2048  # values of a tile
+_SPREAD = 1024  # values of a tile
 _WIDEST = 64  # columns of one
 Row = tuple[int, int, int, int, int]  # of z: its number, the tap's shift (i, j), rows and columns of its map
 
@@ -90,37 +90,48 @@ def gather_sum_kernel(
     tl.store(y_at, activate(acc, ACTIVATION).to(y.dtype.element_ty), kept)
 
 
-@triton.jit(do_not_specialize=["pixels", "blocks", "rows", "columns", "P", "Q"])
+@triton.jit(do_not_specialize=["blocks", "strips", "rows", "columns", "P", "Q"])
 def spread_kernel(
     dy, out, block_of, filters,
-    pixels, blocks, rows, columns, P, Q,
+    blocks, strips, rows, columns, P, Q,
     dy_n, dy_k, dy_p, dy_q, out_m, out_a,
-    LAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PIXELS_FIRST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns belongs to one tap. out_m: in units of ALIGN, so that the compiler knows of them."""
+    """The rows of one image, of one strip of BLOCK_J pixels, in a block of columns, which belongs to one tap: nothing
+    is divided in the loop. The tile is flat, so that lanes lie along what is contiguous in `out`: pixels or columns.
+    out_m: in units of ALIGN, so that the compiler knows of them."""
     which = tl.program_id(0) % blocks
-    block = tl.program_id(0) // blocks
+    rest = tl.program_id(0) // blocks
+    strip = rest % strips
+    n = rest // strips
     first = tl.load(block_of + 4 * which) * ALIGN
     last = tl.load(block_of + 4 * which + 1) * ALIGN
     i0 = tl.load(block_of + 4 * which + 2)
     j0 = tl.load(block_of + 4 * which + 3)
-    a = first + tl.arange(0, BLOCK_N)
+    flat = tl.arange(0, BLOCK_J * BLOCK_N)
+    if PIXELS_FIRST:
+        a = first + flat // BLOCK_J
+        j = strip * BLOCK_J + flat % BLOCK_J
+    else:
+        a = first + flat % BLOCK_N
+        j = strip * BLOCK_J + flat // BLOCK_N
     used = a < last
     k = tl.load(filters + a, used, -1)
-    live = k >= 0
     if WIDE:
-        block = block.to(tl.int64)
+        n = n.to(tl.int64)
         a = a.to(tl.int64)
         k = k.to(tl.int64)
-    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    n, i, j = unravel(m, rows, columns)
-    p = i - i0
+        j = j.to(tl.int64)
     q = j - j0
-    real = m < pixels
-    inside = is_inside(p, q, real, P, Q)
-    value = gathered(dy, n * dy_n + p * dy_p + q * dy_q, k * dy_k, inside, live, LAST)
-    out_at = out + (m * (out_m * ALIGN))[:, None] + (a * out_a)[None, :]
-    tl.store(out_at, value, real[:, None] & used[None, :])
+    live = (k >= 0) & (q >= 0) & (q < Q)
+    used = used & (j < columns)
+    dy_at = dy + (n * dy_n + k * dy_k + q * dy_q)
+    out_at = out + (n * rows * columns + j) * (out_m * ALIGN) + a * out_a
+    for i in range(rows):
+        p = i - i0
+        value = tl.load(dy_at + p * dy_p, live & (p >= 0) & (p < P), 0.0)
+        tl.store(out_at + (i * columns).to(a.dtype) * (out_m * ALIGN), value, used)
 
 
 class FilterSum:
@@ -240,16 +251,17 @@ class TritonGather:
         product = layout.matrix(out, len(dy), i)
         out_m, out_a = product.stride() if layout.kind == "pixel" else product.t().stride()
         arrays = self.arrays.on(dy.device)
-        pixels, blocks = len(dy) * phase.pixels, len(arrays[f"blocks{i}"])
-        block_m = _SPREAD // self.block_n
+        blocks = len(arrays[f"blocks{i}"])
+        block_j = min(triton.next_power_of_2(phase.columns), _SPREAD // self.block_n)
+        strips = triton.cdiv(phase.columns, block_j)
         arguments = {
             "dy": dy, "out": product, "block_of": arrays[f"blocks{i}"], "filters": arrays[f"filters{i}"],
-            "pixels": pixels, "blocks": blocks, "rows": phase.rows, "columns": phase.columns,
+            "blocks": blocks, "strips": strips, "rows": phase.rows, "columns": phase.columns,
             "P": s.P, "Q": s.Q, **strides("dy", dy, "nkpq"), "out_m": out_m // layout.align, "out_a": out_a,
-            "LAST": dy.stride(1) == 1, "ALIGN": layout.align, "WIDE": wide(dy, out),
-            "BLOCK_M": block_m, "BLOCK_N": self.block_n,
+            "PIXELS_FIRST": out_a != 1, "ALIGN": layout.align, "WIDE": wide(dy, out),
+            "BLOCK_J": block_j, "BLOCK_N": self.block_n,
         }  # fmt: skip
-        return Launch(spread_kernel, (triton.cdiv(pixels, block_m) * blocks,), arguments, 4, 1)
+        return Launch(spread_kernel, (len(dy) * strips * blocks,), arguments, 4, 1)
 
     def spread(self, dy: Tensor, i: int, out: Tensor) -> None:
         self.spread_launch(dy, i, out).run(dy.device)

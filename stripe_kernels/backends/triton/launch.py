@@ -78,6 +78,16 @@ def with_zero_row(weight: Tensor) -> Tensor:
     return torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
 
 
+def to_tf32(weight: Tensor, precision: str) -> Tensor:
+    """The nearest values that tf32 has, where products are tf32's. tl.dot cuts both operands off, cuDNN rounds them:
+    of two operands cut off a product is half a unit too small on average, and so is a sum."""
+    if precision != "tf32" or weight.dtype != torch.float32:
+        return weight
+    bits_ = weight.contiguous().view(torch.int32)
+    nearest = (bits_ + (0xFFF + ((bits_ >> 13) & 1))) & ~0x1FFF
+    return torch.where(weight.isfinite(), nearest.view(torch.float32), weight)
+
+
 def span(t: Tensor | None) -> int:
     """Elements between the first and the last of a tensor."""
     return (
