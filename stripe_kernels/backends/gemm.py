@@ -312,7 +312,7 @@ class GemmWgrad(_Gemm):
 
     def __init__(self, problem: Problem, config: Config) -> None:
         super().__init__(problem, config, "pixel", "pixel")
-        self.one = self.config.images >= self.shape.N
+        self.one = 0 < self.shape.N <= self.config.images
         partial = self.config.images * len(self.layout.row) * self.shape.group_c * 4
         strict = problem.dtype == "float32" and problem.device == "cuda" and not problem.tf32[1]
         self.by_image = strict and partial <= _MOST

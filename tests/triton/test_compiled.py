@@ -64,7 +64,8 @@ def test_machine_code(capability: int) -> None:
         if row["kernel"].startswith(("gather sum", "gather parts")) and "64-bit" not in row["kernel"]:
             assert row["loop"] <= 13 * row["narrow_loads"] or "float32" in row["kernel"], row
         if row["kernel"].startswith("gather spread pixel-major bfloat16"):
-            assert "STG.E.128" in row["accesses"], f"aligned columns are not written in vectors: {row}"
+            # 4 bytes a lane fill a line a warp; 16 bytes a lane were slower on an H100.
+            assert "STG.E.U16" not in row["accesses"], f"aligned columns are written one by one: {row}"
         if row["kernel"].startswith("gather sum bfloat16 channels_last"):
             assert "STG.E.128" in row["accesses"], f"filters of a sector are not written at once: {row}"
     copies = [row for row in rows if row["kernel"].startswith("fprop") and "channels_last" in row["kernel"]]

@@ -27,7 +27,7 @@ from stripe_kernels.indices import IndexArrays
 # for the one of most stripes.
 _FILTERS = 16
 _PIXELS = {True: 256, False: 128}  # of a tile, by whether y is channels_last: contiguous ones spilled at 256
-_SPREAD = 1024  # values of a tile
+_SPREAD = 512  # values of a tile: with 8 warps the fastest of 512 to 4096 on an H100
 _WIDEST = 64  # columns of one
 Row = tuple[int, int, int, int, int]  # of z: its number, the tap's shift (i, j), rows and columns of its map
 
@@ -261,7 +261,7 @@ class TritonGather:
             "PIXELS_FIRST": out_a != 1, "ALIGN": layout.align, "WIDE": wide(dy, out),
             "BLOCK_J": block_j, "BLOCK_N": self.block_n,
         }  # fmt: skip
-        return Launch(spread_kernel, (len(dy) * strips * blocks,), arguments, 4, 1)
+        return Launch(spread_kernel, (len(dy) * strips * blocks,), arguments, 8, 1)
 
     def spread(self, dy: Tensor, i: int, out: Tensor) -> None:
         self.spread_launch(dy, i, out).run(dy.device)
