@@ -66,12 +66,15 @@ class Explanation:
 
     @property
     def total(self) -> dict[str, Any]:
-        """The rows' sums: macs, dense_macs, and times where every row has them."""
+        """The rows' sums: macs, dense_macs, and times where every row has them; of dense's, measured and predicted
+        ones are not added up."""
         sums: dict[str, Any] = dict.fromkeys(_COLUMNS)
         sums["layer"] = "total"
         for name in ("macs", "dense_macs", *_SECONDS):
             values = [row[name] for row in self.rows]
             sums[name] = sum(values) if values and None not in values else None
+        if len({row["measured"] is None for row in self.rows}) > 1:
+            sums["dense"] = None
         return sums
 
     @property

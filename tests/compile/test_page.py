@@ -118,6 +118,18 @@ def test_a_skeleton_is_drawn_stripe_by_stripe(size: tuple[int, int, int], patter
     assert torch.equal(seen, live)
 
 
+def test_measured_and_predicted_times_are_not_added_up() -> None:
+    def row(measured: float | None) -> dict[str, float | None]:
+        return {"macs": 1, "dense_macs": 2, "predicted": 1.0, "measured": measured, "dense": 3.0}
+
+    totals = {
+        len(times): Explanation([row(t) for t in times], [], []).total
+        for times in ([2.0, 2.5, None], [2.0, 2.5])
+    }
+    assert (totals[2]["measured"], totals[2]["dense"]) == (4.5, 6.0)
+    assert (totals[3]["measured"], totals[3]["dense"], totals[3]["predicted"]) == (None, None, 3.0)
+
+
 def test_notes_that_say_the_same_are_one_line() -> None:
     notes = [f"bn{i}: folded into the filter before it" for i in range(9)] + ["maps are channels_last inside"]
     summary = Explanation([], notes, []).summary
