@@ -41,10 +41,11 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     gpus = [f"{g['name']}, {g['capability']}, {g['bytes'] / 2**30:.0f} GiB" for g in found["gpus"]]
     damaged = f", {cache['unreadable']} damaged (they count as absent)" if cache["unreadable"] else ""
     writable = "" if cache["writable"] else ", NOT WRITABLE: tuned choices last for one process"
+    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
     compilers = "; ".join(f"{name}: {version or 'absent'}" for name, version in found["compilers"].items())
     return [
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        ("processor", f"{processor['name']}, {processor['cores']} cores, {found['threads']} threads"),
+        ("processor", f"{processor['name']}, {processor['cores']} cores, {threads}"),
         ("kernels for", ", ".join(processor["isas"]) or "no instruction set: the CPU extension is missing"),
         ("GPU", "; ".join(gpus) or "none that torch sees"),
         ("compilers", compilers),

@@ -66,10 +66,18 @@ def size_of(node: Any) -> tuple[int, ...] | None:
     return node.meta.get("size") if isinstance(node, fx.Node) else None
 
 
+class OneLineInterpreter(fx.Interpreter):
+    """What a layer says of an input that does not fit is enough: fx would add the node and advice on its own tools."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.extra_traceback = False
+
+
 def record_sizes(network: fx.GraphModule, example: tuple[Tensor, ...]) -> Any:
     """Runs the graph once; every node learns its `size` and `dtype`. Returns the outputs."""
 
-    class Recorder(fx.Interpreter):
+    class Recorder(OneLineInterpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             is_tensor = isinstance(value, Tensor)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from stripe_kernels import ops
 from stripe_kernels.checks import check
+from stripe_kernels.compile.graph import OneLineInterpreter
 from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.geometry import pair
 from stripe_kernels.modules import StripeConv2d
@@ -48,7 +49,7 @@ class _Storage:
     size: int
 
 
-class _Writer(fx.Interpreter):
+class _Writer(OneLineInterpreter):
     """Runs a graph once and writes what it did as one Python function of flat calls.
 
     Only names made here enter the source; everything called is bound through the function's globals.

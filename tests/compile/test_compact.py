@@ -80,6 +80,16 @@ def test_other_image_sizes(name: str) -> None:
     assert_same(model, compact(frozen, (x,)), [torch.randn(3, 3, 2 * x.shape[2], 4 * x.shape[3])])
 
 
+@pytest.mark.parametrize("images", [1, 16])  # call by call, and in lanes
+def test_an_input_that_does_not_fit_is_told_in_one_line(images: int) -> None:
+    _, frozen, x = masked("vgg16", 0.24)
+    network = compact(frozen, (x,))
+    for wrong, said in ((x[:1, :2], "x has 2 channels"), (x[:1].double(), "x is torch.float64")):
+        with pytest.raises(RuntimeError, match=said) as caught:
+            network(wrong.expand(images, *wrong.shape[1:]))
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_memory_formats_follow_the_input(memory_format: torch.memory_format) -> None:
     model, frozen, x = masked("unet", 0.24)
