@@ -56,6 +56,8 @@ def record(path: Path) -> str:
         if rows and "contestant" in rows[0]
         else learning(rows)
         if rows and "seed" in rows[0]
+        else on_gpu(held)
+        if held.get("layers")
         else ""
     )
     about = [f"## {path.stem}", str(held.get("what", ""))]
@@ -64,6 +66,16 @@ def record(path: Path) -> str:
     if "command" in held:
         about.append(f"    {held['command']}")
     return "\n\n".join(part for part in (*about, table or f"See `bench/records/{path.name}`.") if part)
+
+
+def on_gpu(held: Row) -> str:
+    """The tables that bench.gpu_check prints."""
+    from bench.gpu_check.report import layer_table, network_table
+
+    about = (
+        f"{held['device']}, {held['date'][:10]}, kernel sources {held['sources']}, {_flat(held['versions'])}"
+    )
+    return f"{about}\n\n```text\n{layer_table(held['layers'])}\n\n{network_table(held['networks'])}\n```"
 
 
 def _flat(machine: Any) -> Row:

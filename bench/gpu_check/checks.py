@@ -103,11 +103,13 @@ def _tf32_budgets(case: Case, operands: Operands, only: Pass | None = None) -> B
     cores cut sums off where float32 rounds them, cuDNN's as anybody's."""
     found = budgets(case, Operands(*(t.cpu() for t in operands)), only)
     set_precision("tf32")
+    torch.backends.cudnn.benchmark = False  # trying every algorithm takes longer than all kernels
     try:
         formats = (torch.contiguous_format, torch.channels_last)
         own = [evaluate(case, operands, torch.float32, f, only=only) for f in formats]
     finally:
         set_precision("float32")
+        torch.backends.cudnn.benchmark = True
     cudnn = [Budget.of(b.expected, *(r[i].cpu() for r in own)) for i, b in enumerate(found)]
     pairs = zip(found, cudnn, strict=True)
     return Budgets(*(replace(a, largest=max(a.largest, b.largest), rms=max(a.rms, b.rms)) for a, b in pairs))
@@ -234,6 +236,9 @@ def _training_graph(device: Device, kernel: str) -> str | None:
     def step() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
 
+    torch.backends.cudnn.deterministic = (
+        kernel == "auto"
+    )  # untuned it is cuDNN, whose wgrad may add in any order
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
