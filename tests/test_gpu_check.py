@@ -185,14 +185,14 @@ def test_the_stages_of_a_gpu_in_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     def in_this_process(name: str, journal: Journal, end: float, options: list[str]) -> dict[str, Any]:
         given = argparse.Namespace(
-            stage=name, journal=journal.path, seconds=600.0, dry_run=False, without=options[1:]
+            stage=name, journal=journal.path, seconds=600.0, dry_run=False, without=options[1:], ends=None
         )
         assert program.child(given) == 0
         return {"status": "done", "seconds": 0.0, "crashes": []}
 
     monkeypatch.setattr(program, "run_stage", in_this_process)
     saved: list[int] = []
-    options = argparse.Namespace(dry_run=False, no_build=True)
+    options = argparse.Namespace(dry_run=False, no_build=True, ends=None)
     found = program.check(device, options, lambda record: saved.append(len(record)) or tmp_path)
     assert found["complete"]
     assert len(saved) == 7, "the record is saved after every stage"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -70,11 +71,11 @@ def record(path: Path) -> str:
 
 def on_gpu(held: Row) -> str:
     """The tables that bench.gpu_check prints."""
+    sys.path.insert(0, str(ROOT))  # bench is no installed package
     from bench.gpu_check.report import layer_table, network_table
 
-    about = (
-        f"{held['device']}, {held['date'][:10]}, kernel sources {held['sources']}, {_flat(held['versions'])}"
-    )
+    versions = ", ".join(f"{name} {version}" for name, version in held["versions"].items())
+    about = f"{held['device']}, {held['date'][:10]}, kernel sources {held['sources']}; {versions}"
     return f"{about}\n\n```text\n{layer_table(held['layers'])}\n\n{network_table(held['networks'])}\n```"
 
 
