@@ -57,7 +57,7 @@ def record(path: Path) -> str:
         if rows and "contestant" in rows[0]
         else learning(rows)
         if rows and "seed" in rows[0]
-        else on_gpu(held)
+        else gpu_tables(held)
         if held.get("layers")
         else ""
     )
@@ -69,7 +69,7 @@ def record(path: Path) -> str:
     return "\n\n".join(part for part in (*about, table or f"See `bench/records/{path.name}`.") if part)
 
 
-def on_gpu(held: Row) -> str:
+def gpu_tables(held: Row) -> str:
     """The tables that bench.gpu_check prints."""
     sys.path.insert(0, str(ROOT))  # bench is no installed package
     from bench.gpu_check.report import layer_table, network_table

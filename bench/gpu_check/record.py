@@ -23,6 +23,11 @@ SOURCES = (
     "stripe_kernels/phases.py",
     "stripe_kernels/packed.py",
 )
+# Hashes of later sources in which nothing that a GPU executes differs from those of a record, with the difference.
+# Only a comment or a branch for the CPU may stand here: everything else has to be measured again.
+SAME_ON_A_GPU = {
+    "74fd5035e11e52d6": ("d083490fff8cb37e", "comments; sums of narrow products on the CPU in gemm.py"),
+}
 _QUOTED = re.compile(r"bench/records/([\w.+-]+\.json)")
 
 
@@ -55,7 +60,7 @@ def stale_quotes(text: str, root: Path = ROOT) -> list[str]:
         record = json.loads(path.read_text())
         if "sources" not in record:
             continue
-        if record["sources"] != source_hash(root):
+        if source_hash(root) not in (record["sources"], SAME_ON_A_GPU.get(record["sources"], ("",))[0]):
             problems.append(
                 f"bench/records/{name} measured sources {record['sources']}, the code is {source_hash(root)}"
             )
