@@ -128,14 +128,17 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-def list_and_calls(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
+def list_and_calls(model: nn.Module, x: Tensor, kernel: str = "auto") -> dict[str, nn.Module]:
     """The network `model` is compacted to, untuned and without lanes: "list" makes one native call of layers that
-    follow each other, "calls" one for each, both bound to inputs like `x`."""
-    from stripe_kernels import ops
+    follow each other, "calls" one for each, both bound to inputs like `x`. kernel: of every stripe layer."""
+    from stripe_kernels import StripeConv2d, ops
     from stripe_kernels.compile.network import Network
     from stripe_kernels.compile.optimize import compact
 
     body = compact(model, (x,)).body
+    for module in body.modules():
+        if isinstance(module, StripeConv2d):
+            module.kernel = kernel
     networks = {"list": Network(body), "calls": Network(body)}
     for name, network in networks.items():
         network.resident_from = None
