@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf
 from typing import Any
 
 from stripe_kernels import registry
@@ -128,25 +129,19 @@ def make_plan(problem: Problem, which: Pass, kernel: str = "auto") -> Plan:
         replace(c, measured=times[c.kernel, c.config]) for c in runnable if times.get((c.kernel, c.config))
     ]
     if timed:
-        chosen = _fastest(problem, timed)
+        chosen = _chosen(timed, GPU_MARGIN if problem.device == "cuda" else 0.0)
         rest = [c for c in every if (c.kernel, c.config) not in times]
         return Plan(problem, which, chosen, (*sorted(timed, key=lambda c: c.measured or 0.0), *rest))
-    return Plan(problem, which, _expected(problem, runnable), every)
+    margin = PREDICTED_MARGIN if problem.device in _PREDICTABLE else inf
+    return Plan(problem, which, _chosen(runnable, margin), every)
 
 
-def _expected(problem: Problem, runnable: list[Candidate]) -> Candidate:
-    """The first prediction; dense keeps what others win by less than the margin, or where none can be believed."""
-    best = runnable[0]
-    dense = next((c for c in runnable if c.kernel == "dense"), best)
-    if problem.device not in _PREDICTABLE:
-        return dense
-    close = (dense.predicted or 0.0) <= PREDICTED_MARGIN * (best.predicted or 0.0)
-    return dense if close else best
+def _chosen(found: list[Candidate], margin: float) -> Candidate:
+    """The fastest, as measured or else predicted; dense keeps what others win by less than the margin."""
 
+    def seconds(c: Candidate) -> float:
+        return (c.predicted if c.measured is None else c.measured) or 0.0
 
-def _fastest(problem: Problem, timed: list[Candidate]) -> Candidate:
-    """The fastest of measured candidates; on a GPU dense keeps what others win by less than the margin."""
-    best = min(timed, key=lambda c: c.measured or 0.0)
-    dense = next((c for c in timed if c.kernel == "dense"), best)
-    close = (dense.measured or 0.0) <= GPU_MARGIN * (best.measured or 0.0)
-    return dense if problem.device == "cuda" and close else best
+    best = min(found, key=seconds)
+    dense = next((c for c in found if c.kernel == "dense"), best)
+    return dense if seconds(dense) <= margin * seconds(best) else best
