@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -91,33 +91,25 @@ def load(path: Path) -> ModuleType:
 
 
 @contextmanager
-def backwards(native: ModuleType) -> Iterator[None]:
+def _switched(native: ModuleType, name: str) -> Iterator[None]:
+    switch = ctypes.CDLL(native.__file__)[name]
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(False)
+
+
+def backwards(native: ModuleType) -> AbstractContextManager[None]:
     """The threads of a block in falling order."""
-    switch = ctypes.CDLL(native.__file__).emulate_backwards
-    switch(True)
-    try:
-        yield
-    finally:
-        switch(False)
+    return _switched(native, "emulate_backwards")
 
 
-@contextmanager
-def late(native: ModuleType) -> Iterator[None]:
+def late(native: ModuleType) -> AbstractContextManager[None]:
     """Copies and products of sm_90 happen as late as they may."""
-    switch = ctypes.CDLL(native.__file__).emulate_late
-    switch(True)
-    try:
-        yield
-    finally:
-        switch(False)
+    return _switched(native, "emulate_late")
 
 
-@contextmanager
-def greedy(native: ModuleType) -> Iterator[None]:
+def greedy(native: ModuleType) -> AbstractContextManager[None]:
     """A warp runs as long as it can before the next one."""
-    switch = ctypes.CDLL(native.__file__).emulate_greedy
-    switch(True)
-    try:
-        yield
-    finally:
-        switch(False)
+    return _switched(native, "emulate_greedy")
