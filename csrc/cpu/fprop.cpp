@@ -126,7 +126,7 @@ void Fprop::accumulate(int part, const Run* begin, const Run* end, const float* 
     for (int i = tile_ptr_[part * taps + tap]; i < tile_ptr_[part * taps + tap + 1]; ++i) {
       const FilterTile& t = tiles_[i];
       each_tile(run.vectors, isa_.tile_vectors[t.filters], [&](int at, int vectors) {
-        tiles[t.filters][vectors](cells_, packed + t.weight, t.filters, x + at * isa_.lanes, c_stride,
+        tiles[t.filters][vectors](cells_, packed + t.weight, x + at * isa_.lanes, c_stride,
                                   lanes + run.y + at * isa_.lanes, ld, &local_[t.first]);
       });
     }

@@ -75,9 +75,6 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
   alignas(64) float tile[kMaxTileFilters * kMaxTileVectors * 16];
   std::int32_t* const source = places;  // where a pixel is read in x
   std::int32_t* const target = places + static_cast<std::int64_t>(images_) * s.P * s.Q;  // its row of sums
-  BoxSteps box{};
-  box.count[0] = box.count[1] = 1, box.count[2] = box.stretch = s.group_c();
-  box.a[2] = x.stride[1];
   const float* const a =
       static_cast<const float*>(x.data) + n0 * x.stride[0] + part.group * s.group_c() * x.stride[1];
   for (const TapFilters* t = taps; t != taps + lattice_.taps.size(); ++t) {
@@ -96,14 +93,12 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
         }
     each_tile(t->vectors, t->tile_vectors, [&](int at, int vectors) {
       const int lanes = vectors * isa_.lanes;
-      box.b[2] = lanes;
       const float* const b = packed + t->weight + static_cast<std::int64_t>(at) * isa_.lanes * s.group_c();
       const std::int32_t* const filter = &stripes_.filter[t->first + at * isa_.lanes];
       const int live = std::min(lanes, t->last - t->first - at * isa_.lanes);
       split_evenly(pixels, t->tile_pixels, [&](int begin, int end) {
         const int count = end - begin;
-        std::fill(tile, tile + count * lanes, 0.f);
-        isa_.box[count][vectors](box, a, source + begin, b, tile, lanes);
+        isa_.stream[count][vectors](s.group_c(), a, x.stride[1], source + begin, b, tile, lanes);
         for (int f = 0; f < count; ++f) {
           float* const out = sums + static_cast<std::int64_t>(target[begin + f]) * filters - part.begin;
           for (int j = 0; j < live; ++j) out[filter[j]] += tile[f * lanes + j];

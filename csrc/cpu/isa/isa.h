@@ -20,9 +20,12 @@ struct IndexedStep {
 };
 
 // y[rows[f], v*W + lane] += sum_i a[i, f] * b[i, v*W + lane]
-//   a: i-th row at a + i * a_step, F consecutive scalars, broadcast;  b: i-th row at b + i * b_step, V vectors of lanes.
-using StridedTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const float* b,
-                             std::int64_t b_step, float* y, std::int64_t ldy, const std::int32_t* rows);
+//   a: dense rows of F scalars, broadcast;  b: i-th row at b + i * b_step, V vectors of lanes.
+using StridedTile = void (*)(std::int64_t n, const float* a, const float* b, std::int64_t b_step, float* y,
+                             std::int64_t ldy, const std::int32_t* rows);
+// y[f * ldy + v*W + lane] = sum_i a[f_off[f] + i * a_step] * b[i, v*W + lane], rows of b dense: one stream.
+using StreamTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const std::int32_t* f_off,
+                            const float* b, float* y, std::int64_t ldy);
 // The same, zero at the start, with operand rows at a + F * steps[i].scalar and b + steps[i].lanes; y rows are consecutive.
 using IndexedTile = void (*)(std::int64_t n, const float* a, const float* b, const IndexedStep* steps,
                              float* y, std::int64_t ldy);
@@ -55,6 +58,7 @@ struct IsaKernels {
   StridedTile strided[kMaxTileFilters + 1][kMaxTileVectors + 1];  // [F][V], null beyond tile_vectors[F]
   PairedTile paired[kMaxTileFilters + 1][kMaxTileVectors + 1];    // all null without such an instruction
   IndexedTile indexed[kMaxTileFilters + 1][kMaxTileVectors + 1];
+  StreamTile stream[kMaxTileFilters + 1][kMaxTileVectors + 1];
   BoxTile box[kMaxTileFilters + 1][kMaxTileVectors + 1];
 
   // dst[i] = float(src[i * step])
