@@ -126,9 +126,9 @@ class StripeOp:
         self._checked.clear()
 
 
-def lane_network(threads: int) -> Any:
+def lane_network(threads: int, vectors: int = 1) -> Any:
     """An empty native network on batch lanes (backends/cpu_network.py); ImportError without the extension."""
-    return backends.lane_network(threads)
+    return backends.lane_network(threads, vectors)
 
 
 def call_list(threads: int) -> Any:

@@ -29,11 +29,12 @@ def load() -> None:
         _loaded = True
 
 
-def lane_network(threads: int) -> Any:
-    """An empty native network on batch lanes; ImportError where the CPU extension is missing."""
+def lane_network(threads: int, vectors: int) -> Any:
+    """An empty native network on batch lanes, in blocks of `vectors` vectors of images; ImportError where the CPU
+    extension is missing."""
     from stripe_kernels.backends.cpu_network import LaneNetwork
 
-    return LaneNetwork(threads)
+    return LaneNetwork(threads, vectors)
 
 
 def call_list(threads: int) -> Any:

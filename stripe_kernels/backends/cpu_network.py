@@ -57,11 +57,14 @@ class Arena:
 
 
 class LaneNetwork:
-    """Layers added in the order they run; `run` takes x [N, C, H, W] float32 of any N and any memory format."""
+    """Layers added in the order they run; `run` takes x [N, C, H, W] float32 of any N and any memory format.
 
-    def __init__(self, threads: int) -> None:
+    A block of images, `vectors` of them (64 images at most), passes through all layers together.
+    """
+
+    def __init__(self, threads: int, vectors: int = 1) -> None:
         isa = _cpu.isas()[0]
-        self.images = _cpu.lanes(isa)
+        self.images = vectors * _cpu.lanes(isa)
         self.threads = threads
         self._native = _cpu.LaneNetwork(self.images, threads, isa)
         self._arena = Arena()

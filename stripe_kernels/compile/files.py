@@ -52,7 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = _tensors(network, graph)
     graph["choices"] = choices.of_network(network)
     if isinstance(model, Network):
-        graph["network"] = {"report": model.report, "resident_from": model.resident_from}
+        graph["network"] = {name: getattr(model, name) for name in ("report", "resident_from", "lane_vectors")}
     text = json.dumps(graph, separators=(",", ":"), sort_keys=True)
     metadata = {_KEY: text, "sha256": _checksum(text, tensors)}
     _write_whole(Path(path), serialize(tensors, metadata))
@@ -101,6 +101,7 @@ def _optimized(body: fx.GraphModule, settings: dict[str, Any]) -> Network:
     network.report = [str(line) for line in settings["report"]]
     start = settings["resident_from"]
     network.resident_from = None if start is None else int(start)
+    network.lane_vectors = 2 if settings.get("lane_vectors") == 2 else 1
     return network
 
 

@@ -35,6 +35,7 @@ class Network(nn.Module):
         self.body = body.eval().requires_grad_(False)
         self.report: list[str] = []
         self.resident_from: int | None = 16  # the batch from which activations stay in lanes; None: never
+        self.lane_vectors = 1  # of images in a block that stays in lanes
         self._reset()
         self.training = False
 
@@ -92,7 +93,7 @@ class Network(nn.Module):
         ):
             return None
         try:
-            return resident(self.body, inputs, torch.get_num_threads())
+            return resident(self.body, inputs, torch.get_num_threads(), self.lane_vectors)
         except (Untranslatable, ImportError) as reason:
             note = f"layer by layer at every batch size: {reason}"
             if note not in self.report:

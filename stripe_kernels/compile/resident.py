@@ -34,8 +34,12 @@ class Untranslatable(ValueError):
     """A node that has no counterpart in lanes."""
 
 
-def resident(body: fx.GraphModule, inputs: tuple[Tensor, ...], threads: int) -> Callable[[Tensor], Tensor]:
+def resident(
+    body: fx.GraphModule, inputs: tuple[Tensor, ...], threads: int, vectors: int = 1
+) -> Callable[[Tensor], Tensor]:
     """The program for one float32 CPU input [N, C, H, W]; it takes any N of that C, H, W.
+
+    vectors: of images a block, as in LaneNetwork.
 
     Raises Untranslatable with the node that stands in the way.
     """
@@ -47,14 +51,14 @@ def resident(body: fx.GraphModule, inputs: tuple[Tensor, ...], threads: int) -> 
     ):
         raise Untranslatable("lanes take one float32 CPU input [N, C, H, W]")
     record_sizes(body, inputs)
-    return _Translator(body, threads).program()
+    return _Translator(body, threads, vectors).program()
 
 
 class _Translator:
     """Walks the graph once; an activation's room is given back after its last reader."""
 
-    def __init__(self, body: fx.GraphModule, threads: int) -> None:
-        self.network = ops.lane_network(threads)
+    def __init__(self, body: fx.GraphModule, threads: int, vectors: int) -> None:
+        self.network = ops.lane_network(threads, vectors)
         self.body = body
         self.at: dict[fx.Node, Any] = {}  # node -> Activation
         self.owner: dict[fx.Node, fx.Node] = {}  # views -> the node whose room they are

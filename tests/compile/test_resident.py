@@ -58,14 +58,14 @@ class Zoo(nn.Module):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("batch", [1, 16, 37])
-@pytest.mark.parametrize("density", [1.0, 0.24])
-def test_agrees_with_float64(threads: int, batch: int, density: float) -> None:
+@pytest.mark.parametrize(("density", "vectors"), [(1.0, 1), (0.24, 1), (0.24, 2)])
+def test_agrees_with_float64(threads: int, batch: int, density: float, vectors: int) -> None:
     torch.manual_seed(0)
     model = prune(Zoo(), density)
     x = torch.randn(batch, 3, 15, 13)
     body = compact(copy.deepcopy(model), (x,)).body
     with torch.inference_mode():
-        program = resident(body, (x,), threads)
+        program = resident(body, (x,), threads, vectors)
         expected = copy.deepcopy(model).double()(x.double())
         torch_error = (model(x).double() - expected).abs().max().item()
         budget = 2 * torch_error + 4 * torch.finfo(torch.float32).eps * expected.abs().max().item()
@@ -95,8 +95,8 @@ def test_threads_do_not_change_bits() -> None:
     x = torch.randn(40, 3, 15, 13)
     body = compact(model, (x,)).body
     with torch.inference_mode():
-        one, two = (resident(body, (x,), threads)(x) for threads in (1, 2))
-    assert torch.equal(one, two)
+        one, two, wide = (resident(body, (x,), *how)(x) for how in ((1,), (2,), (2, 2)))
+    assert torch.equal(one, two) and torch.equal(one, wide)
 
 
 def test_says_what_it_cannot_take() -> None:
