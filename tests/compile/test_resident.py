@@ -96,7 +96,8 @@ def test_threads_do_not_change_bits() -> None:
     body = compact(model, (x,)).body
     with torch.inference_mode():
         one, two, wide = (resident(body, (x,), *how)(x) for how in ((1,), (2,), (2, 2)))
-    assert torch.equal(one, two) and torch.equal(one, wide)
+    assert torch.equal(one, two)
+    assert torch.equal(one, wide)
 
 
 def test_says_what_it_cannot_take() -> None:
