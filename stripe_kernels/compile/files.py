@@ -52,7 +52,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = _tensors(network, graph)
     graph["choices"] = choices.of_network(network)
     if isinstance(model, Network):
-        graph["network"] = {name: getattr(model, name) for name in ("report", "resident_from", "lane_vectors")}
+        graph["network"] = {
+            name: getattr(model, name) for name in ("report", "resident_from", "lane_vectors")
+        }
     text = json.dumps(graph, separators=(",", ":"), sort_keys=True)
     metadata = {_KEY: text, "sha256": _checksum(text, tensors)}
     _write_whole(Path(path), serialize(tensors, metadata))

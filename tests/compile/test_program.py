@@ -148,7 +148,9 @@ def measured_peak(network: Network, x: Tensor) -> int:
 
 @pytest.mark.parametrize("name", ["resnet20", "unet", "yolo_neck", "densenet", "in_place"])
 def test_memory_is_what_the_allocator_gave_out(name: str) -> None:
-    torch.set_num_threads(1)  # more would have tiny layers run in torch, whose operators allocate of their own
+    torch.set_num_threads(
+        1
+    )  # more would have tiny layers run in torch, whose operators allocate of their own
     _, frozen, x = masked(name, 0.24)
     network = layer_by_layer(compact(frozen, (x,)))
     said = network.memory(x)
