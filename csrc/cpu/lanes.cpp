@@ -1,6 +1,7 @@
 #include "cpu/lanes.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "cpu/lattice.h"
@@ -8,7 +9,8 @@
 namespace sk {
 namespace {
 
-constexpr int kStage = 64;  // columns staged at once where neither tensor stride is 1
+constexpr int kStage = 64;            // pixels of an image staged at once where neither tensor stride is 1
+constexpr std::int64_t kNear = 4096;  // bytes of an image's channel worth fetching ahead
 
 Range inside(int first, int count, int step, int origin, int extent) {
   const Range in = {ceil_div(-origin, step) - first, floor_div(extent - 1 - origin, step) + 1 - first};
@@ -57,6 +59,20 @@ void prefetch(const char* p, std::int64_t bytes) {
   for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
+std::int64_t batch_pixel(const LaneMap& m, int row, int col) {
+  return (static_cast<std::int64_t>(row) * m.pitch + col) * m.batch;
+}
+
+// Cuts a box of pixels into pieces of up to kStage that follow each other in the lanes: rows where they are whole, or parts
+// of one. fn(row, rows, col, cols).
+template <class Fn>
+void staged(const LaneMap& m, const Range& rows, const Range& cols, const Fn& fn) {
+  const int tall = cols.size() == m.pitch ? std::max(1, kStage / cols.size()) : 1;
+  for (int row = rows.lo; row < rows.hi; row += tall)
+    for (int col = cols.lo; col < cols.hi; col += kStage)
+      fn(row, std::min(tall, rows.hi - row), col, std::min(kStage, cols.hi - col));
+}
+
 void load_batch(const IsaKernels& isa, const TensorView& x, const LaneMap& m, const Inside& in, int c_first,
                 int count, float* lanes) {
   if (in.cols.size() == 0 || in.rows.size() == 0) return;
@@ -80,25 +96,27 @@ void load_batch(const IsaKernels& isa, const TensorView& x, const LaneMap& m, co
     }
     return;
   }
-  for (int row = in.rows.lo; row < in.rows.hi; ++row) {
-    float* const at_row = lanes + static_cast<std::int64_t>(row) * m.pitch * m.batch;
-    if (x.stride[1] == 1 && count > 1) {
+  if (x.stride[1] == 1 && count > 1) {
+    for (int row = in.rows.lo; row < in.rows.hi; ++row)
       for (int col = in.cols.lo; col < in.cols.hi; ++col)
-        isa.load_transposed(at_row + static_cast<std::int64_t>(col) * m.batch, m.c_stride,
-                            element(x, m, 0, c_first, row, col), x.dtype, images, m.images, count, x.pair);
-      continue;
-    }
-    const std::int64_t step = m.step_w * x.stride[3];
-    float stage[64 * kStage];
-    for (int c = 0; c < count; ++c)
-      for (int col = in.cols.lo; col < in.cols.hi; col += kStage) {
-        const int n = std::min(kStage, in.cols.hi - col);
-        for (int image = 0; image < m.images; ++image)
-          isa.load_rows(stage + image * kStage, 0, element(x, m, image, c_first + c, row, col), x.dtype, 0,
-                        step, 1, 0, n, 0, x.pair);
-        isa.load_transposed(at_row + c * m.c_stride + static_cast<std::int64_t>(col) * m.batch, m.batch,
-                            stage, DType::f32, kStage, m.images, n, kUnpaired);
-      }
+        isa.load_transposed(lanes + batch_pixel(m, row, col), m.c_stride, element(x, m, 0, c_first, row, col),
+                            x.dtype, images, m.images, count, x.pair);
+    return;
+  }
+  const std::int64_t row_step = m.step_h * x.stride[2], step = m.step_w * x.stride[3];
+  const std::int64_t span = std::abs(row_step) * in.rows.size() * static_cast<std::int64_t>(size_of(x.dtype));
+  float stage[64 * kStage];
+  for (int c = 0; c < count; ++c) {
+    if (c + 1 < count && span <= kNear)
+      for (int image = 0; image < m.images; ++image)
+        prefetch(element(x, m, image, c_first + c + 1, in.rows.lo, 0), span);
+    staged(m, in.rows, in.cols, [&](int row, int rows, int col, int cols) {
+      for (int image = 0; image < m.images; ++image)
+        isa.load_rows(stage + image * kStage, cols, element(x, m, image, c_first + c, row, col), x.dtype,
+                      row_step, step, rows, 0, cols, 0, x.pair);
+      float* const at = lanes + c * m.c_stride + batch_pixel(m, row, col);
+      isa.load_transposed(at, m.batch, stage, DType::f32, kStage, m.images, rows * cols, kUnpaired);
+    });
   }
 }
 
@@ -115,27 +133,22 @@ void store_batch(const IsaKernels& isa, const TensorView& y, const LaneMap& m, c
                            m.batch, static_cast<std::int64_t>(m.rows) * m.tensor_w, m.images);
     return;
   }
-  for (int row = 0; row < m.rows; ++row) {
-    const float* const at_row = lanes + static_cast<std::int64_t>(row) * m.pitch * m.batch;
-    if (y.stride[1] == 1 && count > 1) {
+  if (y.stride[1] == 1 && count > 1) {
+    for (int row = 0; row < m.rows; ++row)
       for (int col = 0; col < m.cols; ++col)
         isa.store_transposed(element(y, m, 0, c_first, row, col), y.dtype, images,
-                             at_row + static_cast<std::int64_t>(col) * m.batch, m.c_stride, count, m.images);
-      continue;
-    }
-    const std::int64_t step = m.step_w * y.stride[3];
-    float stage[64 * kStage];
-    for (int c = 0; c < count; ++c)
-      for (int col = 0; col < m.cols; col += kStage) {
-        const int n = std::min(kStage, m.cols - col);
-        isa.store_transposed(stage, DType::f32, kStage,
-                             at_row + c * m.c_stride + static_cast<std::int64_t>(col) * m.batch, m.batch, n,
-                             m.images);
-        for (int image = 0; image < m.images; ++image)
-          isa.store_row(element(y, m, image, c_first + c, row, col), y.dtype, step, stage + image * kStage,
-                        n);
-      }
+                             lanes + batch_pixel(m, row, col), m.c_stride, count, m.images);
+    return;
   }
+  float stage[64 * kStage];
+  for (int c = 0; c < count; ++c)
+    staged(m, {0, m.rows}, {0, m.cols}, [&](int row, int rows, int col, int cols) {
+      isa.store_transposed(stage, DType::f32, kStage, lanes + c * m.c_stride + batch_pixel(m, row, col),
+                           m.batch, rows * cols, m.images);
+      for (int image = 0; image < m.images; ++image)
+        isa.store_rows(element(y, m, image, c_first + c, row, col), y.dtype, m.step_h * y.stride[2],
+                       m.step_w * y.stride[3], stage + image * kStage, cols, rows, cols);
+    });
 }
 
 }  // namespace

@@ -168,6 +168,9 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int, step: flo
         fma += cost.update * stripes * share * out_vectors + 1.0 * sides.channels_out * out_vectors
     fma /= 1.0 if which == "fprop" else sides.phases
     move_in = move_out = move
+    if mode == BATCH and s.stride != (1, 1) and not problem.channels_last:
+        # Pixels that lie apart are moved once more before they are turned.
+        move_in, move_out = (3 * move, move) if which == "fprop" else (move, 3 * move)
     if problem.channels_last and mode != BATCH:
         move_in += _apart(cost, sides.channels_in, planes)
         move_out += _apart(cost, sides.channels_out, 1)
@@ -214,5 +217,10 @@ def predict_wgrad(problem: Problem, lanes: int, chunk_pixels: int) -> float:
     chunks = s.N * -(-s.P // rows) if chunk_pixels < s.P * s.Q else -(-s.N * s.P * s.Q // chunk_pixels)
     row, tile, join = cost.ends
     ends = tiles * (row * s.N * s.P + tile * chunks) + join * stripes * vectors * chunks
-    copies = cost.copy * s.N * (s.H * s.W * s.C + s.P * s.Q * s.K) / lanes
+    # Fewer channels than a vector has are moved value by value.
+    copies = (
+        cost.copy
+        * s.N
+        * sum(pixels * (c if c < lanes else c / lanes) for pixels, c in ((s.H * s.W, s.C), (s.P * s.Q, s.K)))
+    )
     return 4e-6 + (work + ends + copies) / problem.threads / CLOCK

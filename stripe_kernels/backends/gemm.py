@@ -42,6 +42,7 @@ _MOST = 2 << 30  # bytes of Z beyond which the whole batch at once is no candida
 _CPU_CALL = 2.3e-4
 _CPU_MACS = {"fprop": 29e9, "dgrad": 21e9, "wgrad": 18e9}
 _CPU_GATHER = {"fprop": 1.5e-9, "dgrad": 2.6e-9, "wgrad": 8.4e-9}
+_CPU_TURN = 2e-9  # seconds a value of y or dx that goes out in channels_last
 # Instructions of a value in the compiled gathers, over those that roofline.py counts: 11 to 8.
 _GATHERED = 1.4
 
@@ -356,7 +357,9 @@ def _predict(problem: Problem, which: Pass, config: GemmConfig, image_values: in
     values = image_values * s.N
     macs = values * s.group_c
     if problem.device != "cuda":
-        return _CPU_CALL + (macs / _CPU_MACS[which] + values * _CPU_GATHER[which]) / problem.threads
+        out = {"fprop": s.K * s.P * s.Q, "dgrad": s.C * s.H * s.W, "wgrad": 0}[which] * s.N
+        turn = _CPU_TURN * out if problem.channels_last else 0.0
+        return _CPU_CALL + (macs / _CPU_MACS[which] + values * _CPU_GATHER[which] + turn) / problem.threads
     inside = config.images * image_values * size <= _CACHE
     spill = 0.0 if inside else 2.0 * values * size
     moved = s.N * (s.C * s.H * s.W + s.K * s.P * s.Q) * size
