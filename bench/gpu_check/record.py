@@ -26,7 +26,10 @@ SOURCES = (
 # Hashes of later sources in which nothing that a GPU executes differs from those of a record, with the difference.
 # Only a comment or a branch for the CPU may stand here: everything else has to be measured again.
 SAME_ON_A_GPU = {
-    "74fd5035e11e52d6": ("52afa5aeaf977210", "comments; on the CPU, sums of narrow products and a predicted time in gemm.py"),
+    "74fd5035e11e52d6": (
+        "52afa5aeaf977210",
+        "comments; on the CPU, sums of narrow products and a predicted time in gemm.py",
+    ),
 }
 _QUOTED = re.compile(r"bench/records/([\w.+-]+\.json)")
 
