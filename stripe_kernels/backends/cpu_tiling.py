@@ -217,10 +217,9 @@ def predict_wgrad(problem: Problem, lanes: int, chunk_pixels: int) -> float:
     chunks = s.N * -(-s.P // rows) if chunk_pixels < s.P * s.Q else -(-s.N * s.P * s.Q // chunk_pixels)
     row, tile, join = cost.ends
     ends = tiles * (row * s.N * s.P + tile * chunks) + join * stripes * vectors * chunks
-    # Fewer channels than a vector has are moved value by value.
-    copies = (
-        cost.copy
-        * s.N
-        * sum(pixels * (c if c < lanes else c / lanes) for pixels, c in ((s.H * s.W, s.C), (s.P * s.Q, s.K)))
-    )
+
+    def moved(pixels: int, channels: int) -> float:  # fewer channels than a vector has go value by value
+        return pixels * (channels if channels < lanes else channels / lanes)
+
+    copies = cost.copy * s.N * (moved(s.H * s.W, s.C) + moved(s.P * s.Q, s.K))
     return 4e-6 + (work + ends + copies) / problem.threads / CLOCK
