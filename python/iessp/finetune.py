@@ -29,7 +29,9 @@ from iessp.data.images import Splits, normalise
 from iessp.models import build
 from iessp.report import draw_curves
 from iessp.timing import busy, interleave
+from iessp.train import write_results
 
+SHARE = 0.2412  # of the MACs, kept
 Batch = tuple[Tensor, Tensor]  # x float32 [N, C, H, W], y [N]
 
 
@@ -66,7 +68,7 @@ def stepper(model: nn.Module, held: dict[str, Tensor], lr: float) -> Callable[[B
     return step
 
 
-def pruned(name: str, width: float, seed: int, budget: float = 0.2412) -> tuple[nn.Module, dict[str, Tensor]]:
+def pruned(name: str, width: float, seed: int, budget: float = SHARE) -> tuple[nn.Module, dict[str, Tensor]]:
     """A network with random skeletons: its masked dense form, and the skeletons."""
     torch.manual_seed(seed)
     gated = attach(build(name, 10, width=width), "random", seed=seed)
@@ -153,13 +155,14 @@ def main() -> None:
         )
         for seed in range(given.seeds)
     ]
-    for kind in ("dense", "packed"):
-        drifts = [c.drift(kind) for c in curves]
+    drifts = {kind: [c.drift(kind) for c in curves] for kind in ("dense", "packed")}
+    for kind, values in drifts.items():
         print(
-            f"{kind:7} mean distance from float64: median {statistics.median(drifts):.2e} of {len(drifts)} seeds"
+            f"{kind:7} mean distance from float64: median {statistics.median(values):.2e} of {len(values)} seeds"
         )
+    record = {**{k: v for k, v in vars(given).items() if k != "out"}, "share": SHARE, "drift": drifts}
     steps = [float(i) for i in range(1, given.steps + 1)]
-    share = [0.2412] * given.steps
+    share = [SHARE] * given.steps
     names = {"exact": "masked dense, float64", "dense": "masked dense, float32", "packed": "packed, float32"}
     draw_curves(
         {
@@ -170,10 +173,13 @@ def main() -> None:
     )
     print(f"curves of seed 0 are in {given.out / 'curves.png'}")
     if given.seconds:
-        times = time_steps(given.model, given.width, splits, given.batch, given.seconds)
+        record["busy"] = busy()
+        record |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        times = record["ms"] = time_steps(given.model, given.width, splits, given.batch, given.seconds)
         ratio = times["masked dense"] / times["packed"]
         print(", ".join(f"{kind} {ms:.2f} ms a step" for kind, ms in times.items()) + f": {ratio:.2f} times")
-        print(busy() or "the machine was quiet")
+        print(record["busy"] or "the machine was quiet")
+    write_results(given.out, record, "finetune.json")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from iessp.attach import detach, gates
 from iessp.network import Network
 from iessp.timing import interleave
 
-DENSITIES = (0.125, 0.25, 0.5)
+DENSITIES = (0.125, 0.25, 0.5, 1.0)  # 1: the skeletons learned may leave a layer whole, as torch runs it
 FREE = 1e-3  # a layer whose time does not grow with its stripes costs this share of an average one
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,30 @@ def draw_curves(logs: dict[str, dict[str, list[float]]], path: Path) -> None:
     for axis in (upper, lower):
         axis.grid(alpha=0.3)
     _write(figure, path)
+
+
+def draw_front(points: list[dict[str, Any]], kinds: tuple[str, ...], path: Path) -> None:
+    """SVG: accuracy over measured ms, for each kind of budget a dot a run and a line through the means of each share of
+    MACs. Without a background, in inks that can be read on white and on black."""
+    plt, grey = _pyplot(), "#7d8590"
+    inks = dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), grey
+    )
+    with plt.rc_context({**inks, "svg.fonttype": "none", "svg.hashsalt": "iessp"}):
+        figure, axis = plt.subplots(figsize=(5.6, 3.6))
+        for kind, colour in zip(kinds, ("#d0603f", "#3f82d8"), strict=True):
+            mine = [(p["share"], p["ms"], 100 * p["accuracy"]) for p in points if p["kind"] == kind]
+            axis.scatter([ms for _, ms, _ in mine], [a for *_, a in mine], s=9, color=colour, alpha=0.6)
+            groups = [[m[1:] for m in mine if m[0] == share] for share in sorted({m[0] for m in mine})]
+            means = [tuple(map(statistics.mean, zip(*group, strict=True))) for group in groups]
+            axis.plot(*zip(*means, strict=True), marker="o", color=colour, label=f"budget in {kind}")
+        axis.set(xlabel="measured ms", ylabel="test accuracy, %")
+        axis.legend(frameon=False)
+        axis.grid(color=grey, alpha=0.25)
+        figure.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, transparent=True, metadata={"Date": None})
+        plt.close(figure)
 
 
 def _pyplot() -> Any:

@@ -116,6 +116,15 @@ def finish(trainer: Trainer, console: Console) -> None:
     console.print(f"checkpoints, log.csv and results.json are in {trainer.folder}")
 
 
+def checked(model: nn.Module, x: Tensor, batch: int, name: str = "frozen") -> nn.Module:
+    """The network, once its outputs on x, `batch` images a call, are those of its masked dense form; RuntimeError where
+    they are not."""
+    equality = compare(model, thaw(model), x, batch)
+    if not equality.ok:
+        raise RuntimeError(f"{name} differs from its dense twin, nothing was timed: {equality}")
+    return model
+
+
 def contest(
     model: nn.Module, batch: int, example: Tensor, seconds: float, optimize: bool = True
 ) -> dict[str, tuple[Timing, str]]:
@@ -132,10 +141,7 @@ def contest(
     x = torch.randn(batch, *example.shape[1:], generator=generator).to(example.dtype)
     many = torch.randn(EQUALITY_IMAGES, *example.shape[1:], generator=generator).to(example.dtype)
     given = "optimized" if isinstance(model, stripe_kernels.Network) else "frozen"
-    networks = {"dense": thaw(model, fill=True), given: model}
-    equality = compare(model, thaw(model), many, batch)
-    if not equality.ok:
-        raise RuntimeError(f"{given} differs from its dense twin, nothing was timed: {equality}")
+    networks = {"dense": thaw(model, fill=True), given: checked(model, many, batch, given)}
     for name, network in list(networks.items()) if optimize else []:
         if name == "optimized":
             continue

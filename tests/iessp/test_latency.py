@@ -20,6 +20,7 @@ from iessp.data.images import Images, Splits
 from iessp.latency import Latency, measure, priced
 from iessp.network import probe
 from iessp.recipe import Recipe
+from iessp.report import draw_front
 from iessp.timing import Timing
 from iessp.train import Trainer
 
@@ -43,13 +44,23 @@ def clock(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str
         module = call.args[0]  # type: ignore[attr-defined]
         call()
         live = {
-            n or key.split()[-1]: m.weight.shape[0]
+            n or key.split()[-1]: len(m.weight) if hasattr(m, "skeleton") else m.weight[:, 0].numel()
             for n, m in module.named_modules()
-            if hasattr(m, "skeleton")
+            if hasattr(m, "skeleton") or isinstance(m, nn.Conv2d)
         }
         time = sum(STRIPE_MS.get(n, OTHERS_MS) * count + 0.1 for n, count in live.items())
         found[key] = Timing(time + (FIXED_MS - 0.1 * len(live) if " " not in key else 0.0), 0.0, 0.0, 1)
     return found
+
+
+def few_digits() -> Splits:
+    whole = load("digits")
+
+    def few(images: Images) -> Images:
+        return Images(images.x[:64, :, ::4, ::4].contiguous(), images.y[:64])
+
+    parts = (few(whole.train), few(whole.held_out), few(whole.test))
+    return Splits("digits", *parts, whole.classes, whole.mean, whole.std, whole.flip)
 
 
 @pytest.fixture
@@ -104,13 +115,7 @@ def test_prices_take_the_place_of_macs_in_the_loss() -> None:
 
 
 def test_a_recipe_in_milliseconds_trains_resumes_and_keeps_to_it(exact_clock: None, tmp_path: Path) -> None:
-    whole = load("digits")
-
-    def few(images: Images) -> Images:
-        return Images(images.x[:64, :, ::4, ::4].contiguous(), images.y[:64])
-
-    parts = (few(whole.train), few(whole.held_out), few(whole.test))
-    splits = Splits("digits", *parts, whole.classes, whole.mean, whole.std, whole.flip)
+    splits = few_digits()
     recipe = Recipe(name="t", model="resnet20", width=0.25, epochs=4, batch=16, gate_lr=0.2, budget="2 ms")
     trainer = Trainer(recipe, splits, tmp_path)
     trainer.run()
@@ -128,22 +133,33 @@ def test_what_is_no_budget_is_refused(budget: str) -> None:
         Recipe(name="t", method="slim", budget="2.5 ms")
 
 
-def test_the_front_pairs_a_share_of_macs_with_the_time_it_took(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_front_gives_both_kinds_of_budget_the_same_time(
+    exact_clock: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def point(recipe: Recipe, splits: Splits, folder: Path, kind: str, seconds: float) -> pareto.Point:
-        if recipe.milliseconds is not None and recipe.milliseconds < 2:
-            raise ValueError("out of reach")
-        share = 0.5 if recipe.milliseconds else float(recipe.budget)
-        return {"budget": recipe.budget, "kind": kind, "ms": 10 * share, "accuracy": 0.9, "macs_kept": share}
-
-    monkeypatch.setattr(pareto, "point", point)
-    points = pareto.front(Recipe(name="t"), load("digits"), tmp_path, [0.1, 0.4], 0.0)
-    assert [(p["kind"], p["budget"]) for p in points] == [
-        ("MACs", 0.1),
-        ("MACs", 0.4),
-        ("milliseconds", "4 ms"),
+    monkeypatch.setattr(pareto, "time_networks", timed_by_name)
+    recipe = Recipe(name="t", model="resnet20", width=0.25, epochs=4, batch=16, gate_lr=0.2, timed_batch=2)
+    points = pareto.front(recipe, few_digits(), tmp_path, [0.4], 2, 0.0)
+    assert [(p["kind"], p["share"], p["seed"]) for p in points] == [
+        (kind, 0.4, seed) for seed in (0, 1) for kind in pareto.KINDS
     ]
+    for first, second in zip(points[::2], points[1::2], strict=True):
+        assert first["macs_kept"] == pytest.approx(first["budget"], abs=0.002)
+        assert float(second["budget"].removesuffix(" ms")) == pytest.approx(first["predicted_ms"], rel=1e-3)
+        assert second["predicted_ms"] == pytest.approx(first["predicted_ms"], abs=OTHERS_MS + 1e-3)
+    assert [p["ms"] for p in points] == [float(i) for i in range(4)]
     assert json.loads((tmp_path / "pareto.json").read_text())["points"] == points
-    pareto.draw(points, tmp_path / "pareto.png")
-    assert (tmp_path / "pareto.png").stat().st_size > 5000
+    assert [row[1] for row in pareto.rows(points)] == ["2"] * 2
+    draw_front(points, pareto.KINDS, tmp_path / "pareto.svg")
+    picture = (tmp_path / "pareto.svg").read_text()
+    assert "budget in milliseconds" in picture
+    assert "fill: #ffffff" not in picture, "no background"
+    monkeypatch.setattr(pareto, "measure", None)  # nothing is measured or trained again
+    again = pareto.front(recipe, few_digits(), tmp_path, [0.4], 2, 0.0)
+    assert again == points
+
+
+def timed_by_name(
+    networks: dict[str, nn.Module], x: torch.Tensor, seconds: float
+) -> dict[str, tuple[Timing, str]]:
+    assert len(x) == 2
+    return {name: (Timing(-1.0 if name == "dense" else float(name), 0, 0, 1), "") for name in networks}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import re
 import subprocess
@@ -12,7 +11,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -24,16 +22,9 @@ from examples.serve import server
 from stripe_kernels import StripeConv2d, freeze, load, save
 from stripe_kernels.compile.optimize import compact
 from tests.compile.test_compact import assert_same
+from tests.interop import needed
 
 ROOT = Path(__file__).parents[2]
-
-
-def needed(name: str) -> ModuleType:
-    """The package, or a skip that says why it cannot be imported; torchvision's operators fail with RuntimeError."""
-    try:
-        return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"{name} cannot be imported: {error}")
 
 
 def pruned() -> nn.Module:
