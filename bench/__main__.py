@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from datetime import datetime, timezone
@@ -42,14 +43,15 @@ def among(text: str, known: tuple[str, ...] | list[str], what: str) -> list[str]
     return found
 
 
-def numbers(text: str, kind: type[int] | type[float], what: str) -> list[float]:
-    """Comma-separated positive numbers."""
+def numbers(text: str, kind: type[int] | type[float], what: str, most: float = math.inf) -> list[float]:
+    """Comma-separated positive numbers, none above `most`."""
     try:
         found = [kind(word) for word in words(text)]
     except ValueError as error:
         raise typer.BadParameter(f"{what} are numbers with commas between, got {text!r}") from error
-    if any(n <= 0 for n in found):
-        raise typer.BadParameter(f"{what} must be positive, got {text!r}")
+    if any(not 0 < n <= most for n in found):
+        limit = "" if most == math.inf else f" and at most {most:g}"
+        raise typer.BadParameter(f"{what} must be positive{limit}, got {text!r}")
     return found
 
 
@@ -98,6 +100,9 @@ def bench(
     network: Annotated[
         str, typer.Option("--networks", help=f"{','.join(layers.NETWORKS)}, or none.")
     ] = "vgg16",
+    kept: Annotated[str, typer.Option(help="Of networks: the shares of stripes kept.")] = str(
+        networks.DENSITY
+    ),
     step: Annotated[bool, typer.Option(help="Time the networks' training step too.")] = True,
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile takes part; slow to start.")
@@ -115,7 +120,7 @@ def bench(
     given = learned_from(learned)
     counts = [int(t) for t in numbers(threads, int, "threads")] or [torch.get_num_threads()]
     batches = [int(n) for n in numbers(batch, int, "batch sizes")]
-    densities = numbers(density, float, "densities") or list(
+    densities = numbers(density, float, "densities", most=1) or list(
         layers.DENSITIES if full else layers.QUICK_DENSITIES
     )
     made = among(generator, list(skeletons.GENERATORS), "skeletons") or ["iid", *(["dead"] if full else [])]
@@ -128,10 +133,11 @@ def bench(
         for source, live in sources_of(found, densities, made, given)
     ]
     whole = [
-        networks.NetworkJob(name, n, source, which, t, given=given[name] if source == "learned" else None)
+        networks.NetworkJob(name, n, source, which, t, share, given[name] if source == "learned" else None)
         for name in among(network, list(layers.NETWORKS), "networks")
         for which, sizes in networks.workloads(batches, step).items()
         for source in [*made, *(["learned"] if name in given else [])]
+        for share in (numbers(kept, float, "shares", most=1) if source != "learned" else [1.0])
         for n, t in product(sizes, counts)
     ]
     keep_memory()

@@ -67,7 +67,7 @@ std::int64_t batch_pixel(const LaneMap& m, int row, int col) {
 // of one. fn(row, rows, col, cols).
 template <class Fn>
 void staged(const LaneMap& m, const Range& rows, const Range& cols, const Fn& fn) {
-  const int tall = cols.size() == m.pitch ? std::max(1, kStage / cols.size()) : 1;
+  const int tall = cols.size() == m.pitch ? kStage / std::clamp(m.pitch, 1, kStage) : 1;
   for (int row = rows.lo; row < rows.hi; row += tall)
     for (int col = cols.lo; col < cols.hi; col += kStage)
       fn(row, std::min(tall, rows.hi - row), col, std::min(kStage, cols.hi - col));

@@ -144,6 +144,7 @@ CASES: dict[str, Case] = {
         case("column filter", N=3, C=6, H=17, W=4, K=9, R=5, S=1, padding=(2, 0), stride=(2, 1)),
         case("filter as large as the map", N=4, C=6, H=5, W=4, K=9, R=5, S=4, padding=(0, 0)),
         case("dilated", N=2, C=7, H=12, W=9, K=8, padding=(2, 3), dilation=(2, 3)),
+        case("narrower than the stride", N=9, C=3, H=7, W=1, K=5, R=2, S=2, stride=(2, 2)),
         case("rows never read", N=2, C=3, H=10, W=10, K=4, R=2, S=2, stride=(4, 4), padding=(0, 0)),
         case("one channel", N=3, C=1, H=9, W=9, K=17),
         case("one filter", N=3, C=9, H=9, W=6, K=1, density=0.7),

@@ -227,7 +227,8 @@ def test_the_command_prints_tables_and_draws_charts(tmp_path: Path) -> None:
     for kind in ("csv", "json", "png", "svg"):
         assert (tmp_path / f"run.{kind}").stat().st_size > 100
     assert CliRunner().invoke(app, ["--passes", "backward"]).exit_code == 2
-    assert CliRunner().invoke(app, ["--batch", "0"]).exit_code == 2
+    for wrong in (["--batch", "0"], ["--density", "1.5"], ["--kept", "24"]):
+        assert CliRunner().invoke(app, wrong).exit_code == 2
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_its_reason() -> None:
