@@ -53,6 +53,13 @@ def with_method(recipe: Recipe, method: str) -> Recipe:
     return recipe.but(method=found[1], options=options, **of_loss)
 
 
+def cell_of(recipe: Recipe, method: str, changes: dict[str, Any], seed: int) -> Recipe:
+    """One run: the method with what its trials chose, but for the options it was written with."""
+    base = with_method(recipe, method)
+    chosen = base.changed(changes).changed({"options": base.options})
+    return chosen.but(seed=seed, trials={}, trial_epochs=0)
+
+
 def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: int, device: str) -> Path:
     """Tune each method, train the unfinished cells, write OUT/table.json, curves and skeletons; returns the
     table's path.
@@ -70,7 +77,7 @@ def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: in
     for seed in range(seeds):
         for method in methods:
             changes = chosen[method]["changes"] if method in chosen else {}
-            cell = with_method(recipe, method).changed(changes).but(seed=seed, trials={}, trial_epochs=0)
+            cell = cell_of(recipe, method, changes, seed)
             trainer = trained(cell, splits, out, folder_of(out, method) / str(seed), device)
             finished[method, seed] = trainer
             _write(out, recipe, splits, seeds, tried, finished)

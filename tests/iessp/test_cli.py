@@ -471,6 +471,14 @@ def test_methods_with_parts_taken_away() -> None:
         reproduce.with_method(recipe, "iem[")
 
 
+def test_options_that_a_method_was_written_with_outlast_its_trials() -> None:
+    chosen = {"lr": 0.3, "options": {"alpha": 0.01}}
+    cell = reproduce.cell_of(read("digits"), "filter-skeleton(decay=0)", chosen, 7)
+    assert (cell.seed, cell.lr, cell.options) == (7, 0.3, {"decay": 0, "alpha": 0.01})
+    cell = reproduce.cell_of(read("digits"), "filter-skeleton(alpha=0.003, decay=0)", chosen, 7)
+    assert (cell.lr, cell.options) == (0.3, {"decay": 0, "alpha": 0.003})
+
+
 def test_demo_compares_and_draws_and_resumes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from iessp.recipe import bundled, read
-from iessp.records import rewritten, table
+from iessp.records import differences, rewritten, table
 
 LEARNING = Path(__file__).parents[2] / "docs/learning.md"
 
@@ -36,6 +36,16 @@ def test_a_block_is_written_anew_and_the_rest_is_left(tmp_path: Path) -> None:
     timed = [{**row, "dense_ms_32": 4.0, "frozen_ms_32": 2.0 - row["accuracy"]} for row in rows]
     assert table({"rows": timed}).splitlines()[0].endswith("| ms a batch of 32: dense, frozen |")
     assert table({"rows": timed}).splitlines()[3].endswith("| 20.00 | 4.00, 1.50, 2.67x |")
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    found = (("a", 0, 0.5), ("a", 1, 0.6), ("a", 2, 0.9), ("b", 0, 0.52), ("b", 1, 0.54))
+    rows = [{"method": m, "seed": s, "accuracy": a, "held_out_accuracy": a / 2} for m, s, a in found]
+    assert differences({"rows": rows}, "a") == [
+        "a over b, 2 seeds: test +2.00 ± 4.00, ahead in 1; held-out +1.00 ± 2.00, ahead in 1"
+    ]
+    with pytest.raises(ValueError, match="no c: a, b"):
+        differences({"rows": rows}, "c")
 
 
 @pytest.mark.parametrize("name", bundled())
