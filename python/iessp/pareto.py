@@ -106,6 +106,7 @@ def front(
         "torch": torch.__version__,
         "busy": busy(),
         "dense_ms": times["dense"][0].median,
+        "latency": fitted(recipe, splits, out).as_dict(),
         "points": points,
     }
     write_results(out, record, "pareto.json")
