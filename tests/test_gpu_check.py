@@ -37,6 +37,7 @@ DOCUMENTS = [
 ]
 
 
+@needs_sources
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_quoted_records_are_of_this_code(document: Path) -> None:
     assert record.stale_quotes(document.read_text()) == []
