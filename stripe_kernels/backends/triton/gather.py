@@ -264,4 +264,6 @@ class TritonGather:
         return Launch(spread_kernel, (len(dy) * strips * blocks,), arguments, 8, 1)
 
     def spread(self, dy: Tensor, i: int, out: Tensor) -> None:
-        self.spread_launch(dy, i, out).run(dy.device)
+        phase = self.layout.phases[i]
+        if phase.rows * phase.columns:  # a map narrower than the stride has phases without pixels
+            self.spread_launch(dy, i, out).run(dy.device)
