@@ -24,8 +24,8 @@ SOURCES = (
     "stripe_kernels/packed.py",
 )
 # Hashes of later sources in which nothing that a GPU executes differs from those of a record, with the difference.
-# Only a comment, a branch for the CPU, or what no timed problem meets may stand here: everything else has to be measured
-# again.
+# Only a comment, a branch for the CPU, or what no timed problem meets may stand here: everything else has to be
+# measured again.
 SAME_ON_A_GPU = {
     "74fd5035e11e52d6": (
         "dc0115df121a1d1c",
