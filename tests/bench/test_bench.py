@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -236,6 +239,28 @@ def test_a_kernel_that_cannot_run_is_refused_with_its_reason() -> None:
     kernel = next(name for name in list_kernels() if name.startswith("cpu_"))
     with pytest.raises(Refused, match="float64"):
         contestants([kernel])[kernel](one)
+
+
+SIGNALLED = """
+import signal, torch
+from bench.runtimes import convolution, openvino_runner
+x = torch.zeros(1, 2, 3, 3)
+model = convolution(torch.zeros(2, 2, 1, 1), tuple(x.shape), 1, (0, 0), 1)
+first, second = (openvino_runner(model, x, 1, "f32") for _ in range(2))
+del first, second  # in the order of their making
+signal.signal(signal.SIGUSR1, lambda *_: print("alive"))
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_openvino_does_not_end_the_process() -> None:
+    pytest.importorskip("openvino")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", SIGNALLED],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "alive\n"), ended.stderr
 
 
 def test_a_rival_needs_no_budget_but_has_to_be_a_convolution() -> None:
