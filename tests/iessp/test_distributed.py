@@ -80,7 +80,8 @@ def test_torchrun_trains_a_recipe(tmp_path: Path) -> None:
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.count("test images right") == 1
-    assert len(checkpoint.saved(tmp_path / "run/checkpoints")) == 1
+    last = checkpoint.saved(tmp_path / "run/checkpoints")[-1]  # a slow machine saves on the way too
+    assert last.name == "step-00000005.pt"
     rows = [(tmp_path / f"run/{log}").read_text().splitlines() for log in ("log.csv", "log1.csv")]
     columns = rows[0][0].split(",")
     shared = [columns.index(c) for c in ("step", "phase", "pressure", "share_soft", "share_hard", "target")]
