@@ -92,7 +92,9 @@ def attach(
     found = gates(model)
     if not found:
         left = f"pointwise={pointwise}, exclude={[*exclude]}"
-        raise ValueError(f"{type(model).__name__} has no convolution to gate with {left}")
+        ones = sum(convs[site.name].kernel_size == (1, 1) for site in network.sites)
+        hint = f": pointwise=True gates its {ones} 1x1 convolutions" if ones and not pointwise else ""
+        raise ValueError(f"{type(model).__name__} has no convolution to gate with {left}{hint}")
     for gate in found.values():
         if isinstance(gate, IEMGate) and gate.use["module"]:
             gate.upstream = tuple(g for p in gate.site.producers if isinstance(g := found.get(p), IEMGate))

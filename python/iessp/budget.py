@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,30 @@ def threshold(network: Network, scores: dict[str, Tensor], budget: float) -> flo
     return float(ranked.value[ranked.order[ranked.above - 1]]) if ranked.above else math.inf
 
 
+def out_of_reach(
+    network: Network, names: Iterable[str], budget: float, whole_filters: bool = False
+) -> str | None:
+    """Why no cut of the convolutions `names` keeps so little, or None where one does: the other convolutions stay
+    whole, and of every gated layer its best stripe (filter, with `whole_filters`)."""
+    cuttable = set(names)
+    fixed = [site for site in network.sites if site.name not in cuttable]
+    least = sum(site.cost for site in fixed)
+    for site in network.sites:
+        if site.name in cuttable:
+            least += site.cost / site.stripe_shape[0] if whole_filters else site.stripe_cost
+    if least <= budget * network.cost:
+        return None
+    why = f"budget {budget:.4f} is out of reach: this network keeps at least {least / network.cost:.4f}"
+    if not fixed:
+        return why
+    pointwise = [site for site in fixed if site.stripe_shape[1:] == (1, 1)]
+    why += f", as {len(fixed)} convolutions without a gate are {sum(s.cost for s in fixed) / network.cost:.4f} of it"
+    if pointwise:
+        share = sum(site.cost for site in pointwise) / network.cost
+        why += f"; {len(pointwise)} are 1x1 ({share:.4f}), which attach(..., pointwise=True) gates too"
+    return why
+
+
 @dataclass
 class _Ranked:
     """Units (stripes or filters) of all layers in a row, in the order of execution of their layers."""
@@ -100,9 +125,8 @@ def _rank(network: Network, scores: dict[str, Tensor], budget: float, whole_filt
 
     allowance = budget * network.cost - sum(site.cost for site in network.sites if site.name not in scores)
     allowance -= float(cost[best].sum())
-    if allowance < 0:
-        least = budget - allowance / network.cost
-        raise ValueError(f"budget {budget:.4f} is out of reach: this network keeps at least {least:.4f}")
+    if reason := out_of_reach(network, scores, budget, whole_filters):
+        raise ValueError(reason)
     keep = torch.zeros(len(value), dtype=torch.bool)
     keep[best] = True
     order = torch.argsort(value, descending=True, stable=True)

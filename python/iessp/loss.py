@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iessp.attach import gated, gates, network_of, rank, scores_of, settle
-from iessp.budget import threshold
+from iessp.budget import out_of_reach, threshold
 from iessp.gate import Phase, StripeGate
 
 BAND = 0.05  # share of MACs
@@ -84,7 +84,7 @@ class StripeLoss(nn.Module):
     are fixed exactly.
     kappa: strength of the link to the output loss. adaptive=False: lambda stays at `pressure` (no dual step).
     weight_decay: of the gated weights' live stripes. tau_end: temperature of the gates when they settle,
-    from 1.
+    from 1. Raises ValueError for a budget that no cut of the gated convolutions can meet.
 
     Its state_dict holds the whole controller. With torch.distributed every rank computes the same lambda.
     """
@@ -122,6 +122,11 @@ class StripeLoss(nn.Module):
             raise ValueError(f"need 0 <= warmup < meet <= settle <= 1, got {warmup}, {meet}, {settle}")
         if not 0 < budget <= 1 or steps < 1:
             raise ValueError(f"need 0 < budget <= 1 and steps >= 1, got {budget} and {steps}")
+        found = gates(model)
+        # Whole filters are given their budget after compaction, of which the cut alone can tell.
+        by_stripes = not any(gate.whole_filters for gate in found.values())
+        if by_stripes and (reason := out_of_reach(network_of(model), found, budget)):
+            raise ValueError(reason)
         self.__dict__["model"] = model  # not a submodule: the model's state is its own
         self.budget, self.steps, self.kappa, self.adaptive, self.eta = budget, steps, kappa, adaptive, eta
         self.warmup, self.meet, self.settle = (round(share * steps) for share in (warmup, meet, settle))

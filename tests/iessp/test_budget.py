@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iessp.budget import compacted_macs_kept, cut, macs_kept
+from iessp.budget import compacted_macs_kept, cut, macs_kept, out_of_reach
 from iessp.network import Network, Site
 
 SITES = (
@@ -61,6 +61,17 @@ def test_layers_without_scores_count_in_full() -> None:
     assert macs_kept(NETWORK, skeletons) == pytest.approx(fixed + 0.1, abs=0.01)
     with pytest.raises(ValueError, match="out of reach: this network keeps at least"):
         cut(NETWORK, values, fixed)
+
+
+def test_a_budget_out_of_reach_names_the_pointwise_convolutions() -> None:
+    """c, the 1x1, has no gate."""
+    least = (NETWORK["c"].macs + sum(NETWORK[name].stripe_macs for name in "abd")) / NETWORK.macs
+    share = NETWORK["c"].macs / NETWORK.macs
+    assert out_of_reach(NETWORK, "abd", least + 1e-9) is None
+    reason = out_of_reach(NETWORK, "abd", least - 1e-9)
+    assert f"at least {least:.4f}" in reason
+    assert f"1 are 1x1 ({share:.4f}), which attach(..., pointwise=True) gates too" in reason
+    assert "pointwise" not in out_of_reach(NETWORK, "abc", 1e-3)
 
 
 def test_compaction_counts_channels_nobody_makes() -> None:

@@ -262,7 +262,7 @@ def test_wrong_use_names_the_nearest_choice() -> None:
         iessp.attach(attached())
     with pytest.raises(ValueError, match=r"call iessp\.attach"):
         iessp.skeletons(small())
-    with pytest.raises(ValueError, match="no convolution to gate"):
+    with pytest.raises(ValueError, match=r"no convolution to gate.*pointwise=True gates its 1 1x1 conv"):
         iessp.attach(nn.Sequential(nn.Conv2d(3, 4, 1)))
     with pytest.raises(ValueError, match=r"skeleton is torch\.bool \(8, 3, 2\), needs bool \(8, 3, 3\)"):
         iessp.gates(attached())["0"].settle(torch.ones(8, 3, 2, dtype=torch.bool))

@@ -214,6 +214,16 @@ def test_rivals_end_on_the_same_budget(method: str) -> None:
         assert kept == pytest.approx(0.3, abs=0.003)
 
 
+def test_a_budget_that_no_cut_can_meet_is_refused_before_any_training() -> None:
+    """A depthwise 3x3 and a 1x1, which holds nearly all multiply-adds and has no gate unless asked for."""
+    net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 64, 1))
+    with pytest.raises(
+        ValueError, match=r"1 are 1x1 \(0\.8767\), which attach\(\.\.\., pointwise=True\) gates too"
+    ):
+        iessp.StripeLoss(iessp.attach(net), budget=0.5, steps=10)
+    iessp.StripeLoss(iessp.attach(iessp.detach(net), pointwise=True), budget=0.5, steps=10)
+
+
 @pytest.mark.parametrize(
     "options", [{"warmup": 0.6, "meet": 0.5}, {"budget": 0.0}, {"budget": 1.5}, {"steps": 0}, {"settle": 0.3}]
 )
