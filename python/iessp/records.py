@@ -4,6 +4,7 @@ A block between `<!-- record: PATH -->` and `<!-- end -->` is written anew from 
 to the document's folder. --check changes nothing and fails where a block is not what its record says.
 
 Differences between methods, seed by seed:  python -m iessp.records --against iem RECORD
+What the methods' settings were chosen from, on held-out images:  python -m iessp.records --trials RECORD
 """
 
 from __future__ import annotations
@@ -73,6 +74,23 @@ def differences(record: dict[str, Any], against: str) -> list[str]:
     return lines
 
 
+def trials(record: dict[str, Any]) -> list[str]:
+    """A line for what was tried: method, changes, epochs, then the held-out accuracies, in per cent, of its runs."""
+    found: dict[str, list[float]] = {}
+    for trial in record["trials"]:
+        changes = {**trial["changes"], **trial["changes"].get("options", {})}
+        changes.pop("options", None)
+        words = " ".join(f"{key}={value}" for key, value in changes.items())
+        epochs = trial.get("epochs", record["recipe"]["trial_epochs"])
+        found.setdefault(f"{trial['method']} {words}, {epochs} epochs", []).append(
+            100 * trial["held_out_accuracy"]
+        )
+    return [
+        f"{what}: {statistics.mean(values):.2f} of {', '.join(f'{v:.2f}' for v in values)}"
+        for what, values in found.items()
+    ]
+
+
 def rewritten(text: str, folder: Path) -> str:
     """The document with every block as its record says."""
     return BLOCK.sub(
@@ -84,10 +102,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("document", type=Path, help="or the record, with --against")
+    parser.add_argument("document", type=Path, help="or the record, with --against or --trials")
     parser.add_argument("--against", metavar="METHOD")
+    parser.add_argument("--trials", action="store_true")
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
+    if given.trials:
+        print("\n".join(trials(json.loads(given.document.read_text()))))
+        return 0
     if given.against:
         print("\n".join(differences(json.loads(given.document.read_text()), given.against)))
         return 0

@@ -125,7 +125,8 @@ def tune(recipe: Recipe, method: str, splits: Splits, out: Path, device: str) ->
         if not path.exists():
             errors = count_errors(trainer.model, trainer.splits.held_out, trainer.splits)
             write_results(folder, {"held_out_accuracy": 1 - errors / len(splits.held_out)}, path.name)
-        found.append({"method": name, "changes": changes, **json.loads(path.read_text())})
+        held_out = json.loads(path.read_text())
+        found.append({"method": name, "changes": changes, "epochs": recipe.trial_epochs, **held_out})
     return found
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from iessp.recipe import bundled, read
-from iessp.records import differences, rewritten, table
+from iessp.records import differences, rewritten, table, trials
 
 LEARNING = Path(__file__).parents[2] / "docs/learning.md"
 
@@ -48,11 +49,23 @@ def test_differences_are_taken_seed_by_seed() -> None:
         differences({"rows": rows}, "c")
 
 
+def test_trials_are_listed_with_their_epochs() -> None:
+    found = (({"lr": 0.1}, 40, 0.5), ({"lr": 0.1}, 40, 0.6), ({"options": {"alpha": 0.003}}, None, 0.25))
+    record: dict[str, Any] = {"recipe": {"trial_epochs": 10}, "trials": []}
+    for changes, epochs, accuracy in found:
+        trial = {"method": "a", "changes": changes, "held_out_accuracy": accuracy}
+        record["trials"].append(trial if epochs is None else {**trial, "epochs": epochs})
+    assert trials(record) == [
+        "a lr=0.1, 40 epochs: 55.00 of 50.00, 60.00",
+        "a alpha=0.003, 10 epochs: 25.00 of 25.00",
+    ]
+
+
 @pytest.mark.parametrize("name", bundled())
 def test_every_method_has_the_same_number_of_trials(name: str) -> None:
     recipe = read(name)
-    assert len({len(trials) for trials in recipe.trials.values()}) <= 1
+    assert len({len(tried) for tried in recipe.trials.values()}) <= 1
     assert bool(recipe.trials) == bool(recipe.trial_epochs)
-    for trials in recipe.trials.values():
-        for changes in trials:
+    for tried in recipe.trials.values():
+        for changes in tried:
             recipe.changed(changes)
