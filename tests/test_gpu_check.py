@@ -21,7 +21,6 @@ from bench.gpu_check.__main__ import gathered_rows
 from bench.gpu_check.checks import aligned
 from bench.gpu_check.device import Device
 from bench.gpu_check.journal import Journal
-from bench.gpu_check.probes import merge_over_math
 from bench.gpu_check.report import probe_text
 from bench.gpu_check.rows import DTYPES, _auto, crossovers, layer_rows, settings
 from bench.gpu_check.stages import run_stage
@@ -120,17 +119,9 @@ def test_crossover_outside_what_was_measured_is_a_bound(ratio: float, bound: str
     assert (found["bound"], found["density"]) == (bound, density)
 
 
-def test_merge_hides_behind_the_products_of_enough_channels() -> None:
-    """2048 multiply-adds and 16 merged values a cycle: a value costs as much as 128 channels of products."""
-    found: dict[str, Any] = {
-        "wgmma": [{"rows": 128, "n": 128, "one_group": 1900.0, "two_groups": 2048.0}],
-        "merge": [{"rows": 128, "n": 128, "merge": 16.0, "wgmma_slowed": 1.1, "merge_slowed": 1.2}],
-    }
-    (ratio,) = merge_over_math(found)
-    assert (ratio["C=64"], ratio["C=128"], ratio["C=512"]) == (2.0, 1.0, 0.25)
-    text = probe_text({**found, "merge_over_math": [ratio]})
-    assert "2048" in text
-    assert "0.25" in text
+def test_rates_of_wgmma_are_shown_or_why_there_are_none() -> None:
+    found = {"wgmma": [{"rows": 128, "n": 128, "one_group": 1900.0, "two_groups": 2048.0}]}
+    assert "2048" in probe_text(found)
     assert "written for 9.0" in probe_text({"left_out": "the probes are written for 9.0"})
 
 

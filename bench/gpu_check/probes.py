@@ -22,19 +22,6 @@ def compiler() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def merge_over_math(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cycles of the merge over those of the products, by channels: below 1 the merge hides behind them."""
-    rates = {(row["rows"], row["n"]): row["two_groups"] for row in found["wgmma"]}
-    return [
-        {
-            "rows": row["rows"],
-            "n": row["n"],
-            **{f"C={c}": rates[row["rows"], row["n"]] / row["merge"] / c for c in (64, 128, 256, 512)},
-        }
-        for row in found["merge"]
-    ]
-
-
 def probe(seconds: float) -> dict[str, Any]:
     """The rates, or the reason there are none."""
     capability = torch.cuda.get_device_capability()
@@ -55,4 +42,4 @@ def probe(seconds: float) -> dict[str, Any]:
     if not ran["ok"]:
         return {"left_out": ran["output"]}
     found: dict[str, Any] = json.loads(ran["output"])
-    return {**found, "merge_over_math": merge_over_math(found)}
+    return found

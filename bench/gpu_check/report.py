@@ -62,25 +62,14 @@ def network_table(rows: list[dict[str, Any]]) -> str:
 
 
 def probe_text(found: dict[str, Any]) -> str:
-    """What decides about wgmma: multiply-adds a processor and cycle by columns, and what the merge costs."""
+    """What decides about wgmma: multiply-adds a processor and cycle by columns."""
     if "wgmma" not in found:
         return f"probes: {found.get('left_out', 'none in a dry run')}"
     rates = [["wgmma rows x columns", "one group", "two groups"]]
     rates += [
         [f"{r['rows']} x {r['n']}", f"{r['one_group']:.0f}", f"{r['two_groups']:.0f}"] for r in found["wgmma"]
     ]
-    keys = [k for k in found["merge_over_math"][0] if k.startswith("C=")]
-    merges = [["merge over math", "values a cycle", "wgmma slowed", *keys]]
-    for m, over in zip(found["merge"], found["merge_over_math"], strict=True):
-        merges.append(
-            [
-                f"{m['rows']} x {m['n']}",
-                f"{m['merge']:.1f}",
-                f"{m['wgmma_slowed']:.2f}",
-                *(f"{over[k]:.2f}" for k in keys),
-            ]
-        )
-    return f"{table(rates)}\n\n{table(merges)}"
+    return table(rates)
 
 
 def _crossovers(found: list[dict[str, Any]]) -> str:

@@ -70,6 +70,7 @@ const Spec kSpecs[] = {
     {"wgrad_mma", wgrad_mma, wgrad_mma_bytes,
      [](const TableCheck& t, const Layout& l) { t.wgrad(4, 8, 8, l.slab); }},
     {"fprop_sm90", fprop_sm90, fprop_sm90_bytes, [](const TableCheck& t, const Layout&) { t.fprop_sm90(); }},
+    {"dgrad_sm90", dgrad_sm90, dgrad_sm90_bytes, [](const TableCheck& t, const Layout&) { t.dgrad_sm90(); }},
 };
 
 const Spec& spec_of(const std::string& name) {
@@ -133,6 +134,16 @@ void run_reduce(std::uintptr_t stream, std::uintptr_t partial, int splits, std::
   succeed(reduce(r, reinterpret_cast<void*>(stream)), "reduce");
 }
 
+void run_copy_rows(std::uintptr_t stream, std::uintptr_t values, std::uintptr_t row, std::uintptr_t out,
+                   long long count, long long bytes) {
+  require(count >= 0 && bytes >= 0 && bytes % 16 == 0 && values % 16 == 0 && out % 16 == 0,
+          "rows come in pieces of 16 bytes");
+  succeed(copy_rows({reinterpret_cast<const void*>(values), reinterpret_cast<const int*>(row),
+                     reinterpret_cast<void*>(out), count, bytes / 16},
+                    reinterpret_cast<void*>(stream)),
+          "copy_rows");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -155,6 +166,7 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "Shared memory a block of this kernel needs with this layout.");
   m.def("reduce", &run_reduce);
+  m.def("copy_rows", &run_copy_rows);
   py::class_<Kernel>(m, "Kernel")
       .def(py::init<const std::string&, int, const Ints&, const Ints&>())
       .def("run", &Kernel::run);

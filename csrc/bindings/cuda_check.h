@@ -1,5 +1,6 @@
 // Whether a layout and its tables keep a kernel within its patch, its slab and its accumulators.
 #pragma once
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -114,38 +115,107 @@ class TableCheck {
     }
   }
 
-  // A tile of filters: channel, count, segments, their end, blocks, group; a segment: origin, phase, blocks, their end.
+  // A tile of filters: segments, their end, group; a segment: origin, phase, blocks, their end; a block: first and last
+  // of its bundle, slot, filters of y, and where the starts of their places are.
   void fprop_sm90() const {
     const Walk& w = l_.walk;
-    const int n = l_.width, phases = w.in_step_h * w.in_step_w, pitch = l_.pitch;
+    const int n = l_.width, phases = w.in_step_h * w.in_step_w, slots = l_.pitch;
     require(l_.dtype != DType::f32, "16-bit values");
-    require(n == 64 || n == 128 || n == 256, "width is 64, 128 or 256 columns");
-    require(rows_ <= (n == 64 ? 256 : n == 128 ? 128 : 64), "a patch has accumulators");
+    require(n == 64 || n == 96 || n == 128, "width is 64, 96 or 128 columns");
+    require(rows_ <= (n == 64 ? 256 : n == 96 ? 128 : 64), "a patch has accumulators");
     require(w.in_step_h <= 4 && w.in_step_w <= 4 && phases <= 4, "at most four phases of the stride");
     require(w.patch_h <= 256 && w.patch_w <= 256 && w.tile_n <= 256, "a patch fits a box");
     require(w.classes == 1 && l_.splits == 1 && l_.slab >= 2, "one class, no splits, two stages");
-    require(pitch % 2 == 0 && pitch >= l_.tile_out + l_.tile_out % 2,
-            "sums have room for the filters, in pairs");
-    require((l_.steps - l_.items) / 8 >= l_.groups * l_.tiles_out, "a tile of filters has eight integers");
-    const int segments = (l_.entries - l_.steps) / 8, blocks = (l_.classes - l_.lists) / n;
-    require(l_.lists - l_.entries >= blocks, "a block has its number of rounds");
-    for (int i = 0; i < l_.groups * l_.tiles_out; ++i) {
-      const int* f = &t_[l_.items + 8 * i];
-      require(0 <= f[5] && f[5] < l_.groups && f[1] > 0 && f[1] <= l_.tile_out, "filters exist");
-      require(f[0] >= f[5] * l_.group_out && f[0] + f[1] <= (f[5] + 1) * l_.group_out,
-              "filters lie in their group");
-      require(0 <= f[2] && f[2] <= f[3] && f[3] <= segments, "segments exist");
-      int sum = 0;
-      for (int g = f[2]; g < f[3]; ++g) {
+    require(slots <= 4, "a bundle has at most four slots");
+    const int filter_tiles = l_.groups * l_.tiles_out;
+    const int segments = (l_.entries - l_.steps) / 8, blocks = (l_.lists - l_.entries) / 8;
+    require((l_.steps - l_.items) / 4 >= filter_tiles, "a tile of filters has four integers");
+    const int pitch = rows_of_products() + 8;
+    for (int i = 0; i < filter_tiles; ++i) {
+      const int* f = &t_[l_.items + 4 * i];
+      require(0 <= f[2] && f[2] < l_.groups, "a group exists");
+      require(0 <= f[0] && f[0] <= f[1] && f[1] <= segments, "segments exist");
+      bool open = false;
+      for (int g = f[0]; g < f[1]; ++g) {
         const int* s = &t_[l_.steps + 8 * g];
         require(0 <= s[2] && s[2] < phases && s[2] / w.in_step_w < w.in_h && s[2] % w.in_step_w < w.in_w,
                 "a phase has pixels");
         require(0 <= s[3] && s[3] < s[4] && s[4] <= blocks, "blocks exist");
-        sum += s[4] - s[3];
+        for (int b = s[3]; b < s[4]; ++b) open = bundled(&t_[l_.entries + 8 * b], f[2], open, pitch);
+        require(!open || s[4] - s[3] == 1, "a bundle's block is alone in its segment");
       }
-      require(sum == f[4], "blocks are counted");
+      require(!open, "a bundle ends in its tile");
     }
-    for (int b = 0; b < blocks; ++b) require(0 <= entry(b) && entry(b) <= n / 32, "rounds exist");
+  }
+
+  // A tile: phase, first pixel, first row and rows of its patch; a phase: group, place, extent, taps, their count, steps,
+  // their end.
+  void dgrad_sm90() const {
+    const Walk& w = l_.walk;
+    const int n = l_.width, chunks = (l_.group_in + 63) / 64, box = w.load_w;
+    require(l_.dtype != DType::f32, "16-bit values");
+    require(n == 64 || n == 128 || n == 256, "width is 64, 128 or 256 channels");
+    require(l_.group_in % 8 == 0 && l_.group_out % 8 == 0, "channels come in pieces of 16 bytes");
+    require(box <= 256 && l_.pitch % 1024 == 0 && (l_.chunk + box - 1) / box * box * 128 + 128 <= l_.pitch,
+            "a patch and its zeros have room");
+    require(l_.slab >= 2 && l_.splits == 1 && w.load_h <= 2, "two stages, no splits");
+    require(static_cast<long long>(l_.tiles_out) * n >= l_.group_out, "tiles of channels hold them all");
+    const int phases = w.classes, steps = (l_.lists - l_.entries) / 80;
+    const long long images = w.images, pixels = images * w.in_h * w.in_w;
+    require(l_.entries - l_.steps >= 12 * phases, "a phase has twelve integers");
+    require(l_.steps - l_.items >= 8 * w.tiles_n, "a tile has eight integers");
+    for (int i = 0; i < phases; ++i) {
+      const int* f = &t_[l_.steps + 12 * i];
+      require(0 <= f[0] && f[0] < l_.groups, "a group exists");
+      require(0 <= f[1] && 0 <= f[2] && f[3] > 0 && f[4] > 0 && f[1] + (f[3] - 1) * w.out_step_h < w.out_h &&
+                  f[2] + (f[4] - 1) * w.out_step_w < w.out_w && images * f[3] * f[4] < 1LL << 31,
+              "a phase's pixels lie in dx");
+      require(0 <= f[6] && f[6] <= 32, "a phase has at most 32 taps");
+      require(f[5] % 2 == 0, "taps are aligned");
+      for (int t = 0; t < 2 * f[6]; ++t) list(f[5] + t);
+      require(0 <= f[7] && f[7] < f[8] && f[8] <= steps && f[8] - f[7] <= w.patch_w,
+              "steps exist and have room");
+      for (int s = f[7]; s < f[8]; ++s) {
+        const int* step = &t_[l_.entries + 80 * s];
+        for (int e = 0; e < 64; ++e) {
+          const int at = step[e], filter = at / l_.pitch * 64 + at % l_.pitch / 2;
+          require(
+              at >= 0 && at % 2 == 0 && at % l_.pitch < 128 && at / l_.pitch < chunks && filter < l_.group_in,
+              "a filter lies in its pixel");
+        }
+        for (int e = 0; e < 8; ++e) {  // a bit of no tap is never met
+          const unsigned bit = static_cast<unsigned>(step[64 + 2 * e]);
+          int t = 0;
+          while (t < f[6] && bit != 1u << t) ++t;
+          require(bit == 0 || (t < f[6] && step[65 + 2 * e] ==
+                                               -(list(f[5] + 2 * t) * w.in_w + list(f[5] + 2 * t + 1)) * 128),
+                  "a step's tap is the phase's");
+        }
+      }
+    }
+    // Every pixel that a tap reads has to lie in the patch; the kernel does not look.
+    for (int i = 0; i < w.tiles_n; ++i) {
+      const int* tile = &t_[l_.items + 8 * i];
+      require(0 <= tile[0] && tile[0] < phases && tile[1] >= 0, "a tile's phase exists");
+      require(0 <= tile[2] && 0 <= tile[3] && tile[3] <= l_.chunk && tile[2] + tile[3] <= pixels,
+              "a patch lies in dy");
+      const int* f = &t_[l_.steps + 12 * tile[0]];
+      require(tile[1] == (tile[4] * f[3] + tile[5]) * f[4] + tile[6] && 0 <= tile[5] && tile[5] < f[3] &&
+                  0 <= tile[6] && tile[6] < f[4],
+              "a tile begins at its first pixel");
+      bool stays = true;
+      for (int m = 0, n = tile[4], i = tile[5], j = tile[6]; m < 128 && n < images; ++m) {
+        for (int t = 0; t < f[6]; ++t) {
+          const int p = i - t_[l_.lists + f[5] + 2 * t], q = j - t_[l_.lists + f[5] + 2 * t + 1];
+          if (p < 0 || p >= w.in_h || q < 0 || q >= w.in_w) continue;
+          const long long at = (n * static_cast<long long>(w.in_h) + p) * w.in_w + q - tile[2];
+          stays = stays && 0 <= at && at < tile[3];
+        }
+        if (++j == f[4]) j = 0, ++i;
+        if (i == f[3]) i = 0, ++n;
+      }
+      require(stays, "a tap stays in its patch");
+    }
   }
 
   static void require(bool ok, const std::string& what) {
@@ -153,6 +223,34 @@ class TableCheck {
   }
 
  private:
+  int rows_of_products() const {
+    if (l_.width != 64) return l_.width == 96 ? 128 : 64;
+    return rows_ <= 64 ? 64 : rows_ <= 128 ? 128 : 256;
+  }
+
+  // One block of a bundle, and whether the bundle goes on behind it.
+  bool bundled(const int* b, int group, bool open, int pitch) const {
+    require(b[0] == (open ? 0 : 1) && (b[1] == 0 || b[1] == 1), "bundles follow each other");
+    require(0 <= b[2] && b[2] < l_.pitch, "a slot exists");
+    if (b[1] == 0) return true;
+    require(b[4] > 0 && b[4] <= 128, "a bundle has 1 to 128 filters");
+    require(b[3] >= group * l_.group_out && b[3] + b[4] <= (group + 1) * l_.group_out,
+            "filters lie in their group");
+    for (int f = 0; f <= b[4]; ++f) {
+      const int start = list(b[5] + f);
+      require(start >= 0 && (f == 0 || start >= list(b[5] + f - 1)), "places of a filter exist");
+    }
+    require(b[6] == list(b[5]) && b[7] == list(b[5] + b[4]) - b[6] && b[7] <= l_.pitch * l_.width,
+            "places are counted and have room");
+    for (int p = list(b[5]); p < list(b[5] + b[4]); ++p) {
+      const int away = list(2 * p + 1);
+      require(-(1 << 20) < away && away < 1 << 20, "a tap is near");
+      const int column = list(2 * p) - away;
+      require(column >= 0 && column % pitch == 0 && column / pitch < l_.pitch * l_.width, "a column exists");
+    }
+    return false;
+  }
+
   int size() const { return static_cast<int>(t_.size()); }
   int at(int section, int end, int i) const {
     require(i >= 0 && section + i < end, "an index lies in its section");

@@ -5,6 +5,11 @@
 
 namespace sk::cuda {
 
+template <Activation A>
+struct Always {
+  static constexpr Activation value = A;
+};
+
 __device__ inline float activate(float x, Activation a) {
   switch (a) {
     case Activation::relu:
@@ -21,6 +26,29 @@ __device__ inline float activate(float x, Activation a) {
       break;
   }
   return x;
+}
+
+// One branch for all of them: a branch a value costs more than all else of an epilogue.
+template <int Rows, int Columns>
+__device__ inline void activate(float (&x)[Rows][Columns], Activation a) {
+  const auto each = [&](auto activation) {
+#pragma unroll
+    for (auto& row : x)
+#pragma unroll
+      for (float& value : row) value = activate(value, decltype(activation)::value);
+  };
+  switch (a) {
+    case Activation::relu:
+      return each(Always<Activation::relu>());
+    case Activation::relu6:
+      return each(Always<Activation::relu6>());
+    case Activation::silu:
+      return each(Always<Activation::silu>());
+    case Activation::hardswish:
+      return each(Always<Activation::hardswish>());
+    case Activation::none:
+      break;
+  }
 }
 
 template <class T>

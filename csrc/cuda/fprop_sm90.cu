@@ -1,17 +1,18 @@
 // y[n,k,p,q] = finish( sum over the live stripes (k,(r,s)) of filter k, over c:  w[k,c,r,s] * x[n, c, p + r, q + s] )
 //
 // Hopper's own instructions: one GEMM of a patch of input pixels with all stripes of a tile of filters,
-// z[pixel][stripe] = sum over c of x[pixel][c] * w[stripe][c], whose epilogue adds each column, shifted by its tap,
-// to sums[place][filter] in shared memory. Executed work is exact at one stripe, but for the pixels of the halo and
-// the last block's unused columns.
+// z[pixel][stripe] = sum over c of x[pixel][c] * w[stripe][c], kept in x's type in shared memory, where every pixel of
+// y adds up what its filter's stripes left for it. Executed work is exact at one stripe, but for the pixels of the
+// halo and unused columns of a block.
 //
 // One warpgroup loads (the copy engine does: x with its halo once for all blocks of a segment, weights through a ring),
-// two compute in turn: while one multiplies a block of columns, the other adds its own to the sums. Turns are in the
-// order of the blocks, so bits repeat. backends/cuda_wgmma.py lays out patch and columns.
+// two compute in turn: while one multiplies a block of columns, the other sums up its filters and stores them. No two
+// write the same pixel of a filter, and sums have one order, so bits repeat. backends/cuda_wgmma.py lays out patch and
+// columns.
 #include "cuda/fprop_sm90.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/merge_sm90.h"
+#include "cuda/sum_sm90.h"
 #include "cuda/tensor_map.h"
 #include "cuda/tma.h"
 #include "cuda/wgmma.h"
@@ -20,6 +21,7 @@ namespace sk::cuda {
 namespace {
 
 constexpr int kLoader = 40, kComputer = 232;  // registers a thread; (40 + 2 * 232) * 128 of 65536
+static_assert(kLoader + 2 * kComputer <= kTradedRegisters);
 
 struct Launch {
   CUtensorMap phase[kMaxPhases];
@@ -59,18 +61,15 @@ __device__ inline void load(const Launch& launch, const Shared& s) {
   });
 }
 
-// acc = the patch times one block of columns. A stage is given back when the products that read it are done.
+// acc = the patch times one block of columns. A stage is given back when the products that read it are done, and so is
+// x where this is the last that the warpgroup wants of it.
 // Always whole chunks: behind the last channel both operands are zeros, and a branch between these instructions has the
 // assembler run them one by one (its remark C7520, which a test looks for).
-//
-// One warpgroup after the other: whoever waits for a phase of a barrier has to have seen the one before it end, or it
-// takes that phase's parity for its own.
 template <class T, int Tiles, int N>
-__device__ inline void multiply(const Layout& l, const Shared& s, Cursor& ring, int turn, Turns& start,
+__device__ inline void multiply(const Layout& l, const Shared& s, Cursor& ring, int turn, bool last,
                                 float (&acc)[Tiles][N / 2]) {
   const int chunks = chunks_of(l), lane = threadIdx.x % 32;
   int before = 0;
-  start.take();
 #pragma unroll
   for (int t = 0; t < Tiles; ++t) wgmma_keep(acc[t]);
   for (int c = 0; c < chunks; ++c) {
@@ -88,83 +87,87 @@ __device__ inline void multiply(const Layout& l, const Shared& s, Cursor& ring, 
     if (c > 0) {
       wgmma_wait<1>();
       if (lane == 0) mbarrier_arrive(s.empty + before);
+      if (lane == 0 && last) mbarrier_arrive(s.x_empty + c - 1);
     }
     before = ring.stage;
     ring.advance(1, l.slab);
   }
-  start.pass();
+}
+
+template <int Tiles, int N>
+__device__ inline void finish_products_of(const Layout& l, const Shared& s, int stage, bool last,
+                                          float (&acc)[Tiles][N / 2]) {
   wgmma_wait<0>();
 #pragma unroll
   for (int t = 0; t < Tiles; ++t) wgmma_keep(acc[t]);
-  if (lane == 0) mbarrier_arrive(s.empty + before);
-}
-
-// Finishes the sums of an item, and leaves zeros for the next.
-template <class T>
-__device__ inline void store(const Layout& l, const Call& call, const FilterTile& filters, const Tile& tile,
-                             float* sums) {
-  const Walk& w = l.walk;
-  const Strides& s = call.out_strides;
-  const int thread = threadIdx.x % kWarpgroup, pairs = (filters.count + 1) / 2, places = places_of(w);
-  int lanes = 1;
-  while (lanes < pairs && lanes < kWarpgroup) lanes *= 2;
-  for (int pair = thread % lanes; pair < pairs; pair += lanes) {
-    const Channels c = channels_of(call.finish, 2 * pair, filters.count, filters.channel, nullptr);
-    int m = thread / lanes;
-    int n = m / (w.patch_h * w.patch_w), i = m / w.patch_w % w.patch_h, j = m % w.patch_w;
-    for (; m < places; m += kWarpgroup / lanes) {
-      auto* place = reinterpret_cast<Pair<float>*>(sums + m * l.pitch + c.first);
-      const float sum[2] = {place->first, place->second};
-      *place = {0.f, 0.f};
-      if (i < w.tile_h && j < w.tile_w && tile.n + n < w.images && tile.i + i < w.out_h &&
-          tile.j + j < w.out_w)
-        store_pair<T>(
-            call, 0, c,
-            (tile.n + n) * s.n + (tile.i + i) * s.h + (tile.j + j) * s.w + filters.channel + c.first, sum);
-      j += kWarpgroup / lanes;
-      while (j >= w.patch_w) j -= w.patch_w, ++i;
-      while (i >= w.patch_h) i -= w.patch_h, ++n;
-    }
+  if (threadIdx.x % 32 == 0) {
+    mbarrier_arrive(s.empty + stage);
+    if (last) mbarrier_arrive(s.x_empty + chunks_of(l) - 1);
   }
 }
 
-// Blocks go to the two warpgroups alternately, over all items. The last block of a segment gives x back in its turn:
-// by then every block before it has been multiplied.
+// Bundles go to the two warpgroups alternately, over all items, and so do their turns to multiply: whoever waits for a
+// phase of a barrier has to have seen the one before it end, or it takes that phase's parity for its own. A segment
+// with one block has nothing for the other warpgroup, which gives x back for its part.
 template <class T, int Tiles, int N>
 __device__ inline void compute(const Launch& launch, const Shared& s, int group) {
   const Layout& l = launch.params.layout;
   const Call& call = launch.params.call;
   const auto* segments = reinterpret_cast<const Segment*>(call.tables + l.steps);
+  const auto* blocks = reinterpret_cast<const Block*>(call.tables + l.entries);
   const int chunks = chunks_of(l), lane = threadIdx.x % 32;
   Cursor ring;
-  Turns start{s.start, group}, merging{s.turn, group};
+  Turns start{s.start, group};
+  const Places<Tiles> places(l.walk);
+  const Strides& strides = call.out_strides;
+  const bool aligned =
+      reinterpret_cast<std::uintptr_t>(call.out) % 16 == 0 && (strides.n | strides.h | strides.w) % 8 == 0;
+  const bool single = slots_of(l) == 1;  // then every block is a bundle
   int number = 0, turn = 0;
   for_each_item(l, call.tables, [&](const FilterTile& filters, const Tile& tile) {
-    int left = filters.blocks;
+    places.list(l.walk, tile, strides, s.offsets);
     for (int g = filters.segments; g < filters.segments_end; ++g, turn ^= 1) {
       const Segment segment = segments[g];
-      for (int block = segment.blocks; block < segment.blocks_end; ++block) {
-        --left;
-        if ((number++ & 1) != group) {
+      bool mine = false;
+      Block next = blocks[min(segment.blocks + ((number & 1) != group), segment.blocks_end - 1)];
+      for (int i = segment.blocks; i < segment.blocks_end; ++i) {
+        if ((number & 1) != group) {
           ring.advance(chunks, l.slab);
+          number += single || blocks[i].last;
           continue;
         }
+        const Block block = next;
+        if (i + 2 < segment.blocks_end) next = blocks[i + 2];
+        mine = true;
+        number += block.last;
+        const bool last = i + 2 >= segment.blocks_end;
         float acc[Tiles][N / 2];
-        multiply<T, Tiles, N>(l, s, ring, turn, start, acc);
-        merging.take();
-        if (block + 1 == segment.blocks_end && lane == 0)
-          for (int c = 0; c < chunks; ++c) mbarrier_arrive(s.x_empty + c);
-        merge<Tiles, N>(l, acc, call.tables + l.lists + block * N, call.tables[l.entries + block], s.sums,
-                        group);
-        if (left == 0) store<T>(l, call, filters, tile, s.sums);
-        merging.pass();
+        if (block.first) start.take();
+        multiply<T, Tiles, N>(l, s, ring, turn, last, acc);
+        if (block.last) {
+          start.pass();
+          load_table(l, call, block, *s.table);
+        }
+        finish_products_of<Tiles, N>(l, s, ring.before(l.slab), last, acc);
+        put_products<T, Tiles, N>(acc,
+                                  reinterpret_cast<T*>(s.products) + block.slot * N * kProductPitch<Tiles>);
+        if (!block.last) continue;
+        warpgroup_barrier(group);
+        for (int first = -(block.channel % 8); first < block.count; first += kFilters) {
+          if (checked(l))
+            sum_filters<T, Tiles, true>(l, call, block, s, first);
+          else
+            sum_filters<T, Tiles, false>(l, call, block, s, first);
+          warpgroup_barrier(group);
+          store_filters<T, Tiles>(call, block, s, first, aligned);
+          warpgroup_barrier(group);
+        }
       }
-    }
-    if (filters.blocks == 0 && (number++ & 1) == group) {
-      start.take(), start.pass();
-      merging.take();
-      store<T>(l, call, filters, tile, s.sums);
-      merging.pass();
+      if (mine) continue;
+      for (int c = 0; c < chunks; ++c) mbarrier_wait(s.x_full + c, turn);
+      warp_barrier();  // every lane has seen the phase that the first one lets end
+      if (lane == 0)
+        for (int c = 0; c < chunks; ++c) mbarrier_arrive(s.x_empty + c);
     }
   });
 }
@@ -172,15 +175,16 @@ __device__ inline void compute(const Launch& launch, const Shared& s, int group)
 template <class T, int Tiles, int N>
 __global__ void __launch_bounds__(kThreads, 1) fprop_sm90_kernel(const __grid_constant__ Launch launch) {
   const Layout& l = launch.params.layout;
-  const Shared s = shared_of<Tiles, N>(l);
   const int group = threadIdx.x / kWarpgroup;
-  for (int i = threadIdx.x; i < places_of(l.walk) * l.pitch + kWarpgroup; i += kThreads) s.sums[i] = 0.f;
+  const Shared s = shared_of<Tiles, N>(l, group % 2);
+  clear<Tiles>(l, s.x, s.products - kGuard * 2 - group % 2 * product_bytes<Tiles>(l));
   if (threadIdx.x == 0) {
-    for (int c = 0; c < chunks_of(l); ++c) mbarrier_init(s.x_full + c, 1), mbarrier_init(s.x_empty + c, 4);
+    for (int c = 0; c < chunks_of(l); ++c) mbarrier_init(s.x_full + c, 1), mbarrier_init(s.x_empty + c, 8);
     for (int i = 0; i < l.slab; ++i) mbarrier_init(s.full + i, 1), mbarrier_init(s.empty + i, 4);
-    for (int g = 0; g < 2; ++g) mbarrier_init(s.start + g, 4), mbarrier_init(s.turn + g, 4);
+    for (int g = 0; g < 2; ++g) mbarrier_init(s.start + g, 4);
     mbarriers_ready();
   }
+  stores_ready();
   barrier();
   if (group == 2) {
     give_registers<kLoader>();
@@ -189,12 +193,6 @@ __global__ void __launch_bounds__(kThreads, 1) fprop_sm90_kernel(const __grid_co
     take_registers<kComputer>();
     compute<T, Tiles, N>(launch, s, group);
   }
-}
-
-cudaError_t multiprocessors(int* count) {
-  int device;
-  const cudaError_t e = cudaGetDevice(&device);
-  return e != cudaSuccess ? e : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
 template <class T, int Tiles, int N>
@@ -212,10 +210,11 @@ cudaError_t launch_one(const Launch& launch_, void* stream) {
 template <class With>
 int with_instance(const Layout& l, const With& with) {
   const int rows = patch_rows(l.walk);
-  if (l.width == 64) return with(Constant<4>(), Constant<64>());
-  if (l.width == 128 && rows <= 64) return with(Constant<1>(), Constant<128>());
-  if (l.width == 128) return with(Constant<2>(), Constant<128>());
-  return with(Constant<1>(), Constant<256>());
+  if (l.width == 96) return with(Constant<2>(), Constant<96>());
+  if (l.width == 128) return with(Constant<1>(), Constant<128>());
+  if (rows <= 64) return with(Constant<1>(), Constant<64>());
+  if (rows <= 128) return with(Constant<2>(), Constant<64>());
+  return with(Constant<4>(), Constant<64>());
 }
 
 template <class T>
@@ -242,7 +241,8 @@ int fprop_sm90_bytes(const Layout& l) {
       l, [&](auto t, auto n) { return memory_of<decltype(t)::value, decltype(n)::value>(l).end; });
 }
 
-// width: columns of a block, 64, 128 or 256; slab: stages of the ring.
+// width: columns of a block, 64, 96 or 128; slab: stages of the ring; pitch: slots of a bundle; chunk: 2 where sums check
+// that a row is of the patch, else 1.
 int fprop_sm90(const Params& p, void* stream) {
   if (p.layout.dtype == DType::bf16) return launch_type<bf16>(p, stream);
   if (p.layout.dtype == DType::f16) return launch_type<f16>(p, stream);

@@ -78,6 +78,37 @@ __device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], const voi
                : "r"(shared_address(row)));
 }
 
+// The opposite: stores r[i] to row 2 * (l % 4) and the next of matrix i, at l / 4 of each (sm_90).
+__device__ inline void store_matrices_transposed(void* row, const std::uint32_t (&r)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+      : "memory");
+}
+
+// The same of load_matrices(): r[i] goes to row l / 4 of matrix i, at 2 * (l % 4) and the next.
+__device__ inline void store_matrices(void* row, const std::uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+// Two values of 16 bits, rounded to nearest even, the first in the low half.
+template <class T>
+__device__ inline std::uint32_t pack(float first, float second);
+template <>
+__device__ inline std::uint32_t pack<bf16>(float first, float second) {
+  std::uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+template <>
+__device__ inline std::uint32_t pack<f16>(float first, float second) {
+  std::uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+
 // c[16x8] += a[16xk] b[kx8]: 32 bytes of k, that is k = 16 (bf16, f16) or 8 (float as tf32).
 // Lane l = 4g + t holds a rows g, g + 8 and b column g; of k the t-th word of either half; of c columns 2t,
 // 2t + 1.

@@ -18,6 +18,7 @@ int wgrad_mma(const Params&, void* stream);
 
 // Hopper alone (sm_90a): wgmma and its copy engine; bfloat16, float16; channels last.
 int fprop_sm90(const Params&, void* stream);
+int dgrad_sm90(const Params&, void* stream);
 
 // Shared memory of a block in bytes, so that Python can choose layouts that fit.
 int fprop_ffma_bytes(const Layout&);
@@ -27,6 +28,7 @@ int fprop_mma_bytes(const Layout&);
 int dgrad_mma_bytes(const Layout&);
 int wgrad_mma_bytes(const Layout&);
 int fprop_sm90_bytes(const Layout&);
+int dgrad_sm90_bytes(const Layout&);
 
 // out[i] = finish(partial[0][i] + partial[1][i] + ...), in this order; channel of i: i / channel_stride %
 // channels.
@@ -39,5 +41,14 @@ struct Reduction {
   Finish finish;
 };
 int reduce(const Reduction&, void* stream);
+
+// out[i] = values[row[i]], zeros where row[i] < 0; a row has `pieces` of 16 bytes.
+struct RowCopy {
+  const void* values;
+  const int* row;
+  void* out;
+  long long count, pieces;
+};
+int copy_rows(const RowCopy&, void* stream);
 
 }  // namespace sk::cuda

@@ -26,4 +26,11 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
   return e != cudaSuccess ? e : cudaGetLastError();
 }
 
+// Of the current device.
+inline cudaError_t multiprocessors(int* count) {
+  int device;
+  const cudaError_t e = cudaGetDevice(&device);
+  return e != cudaSuccess ? e : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
 }  // namespace sk::cuda

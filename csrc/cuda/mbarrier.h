@@ -17,6 +17,9 @@ __device__ inline void mbarriers_ready() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Makes this thread's stores to shared memory visible to the copy engine and the tensor cores, after a block barrier.
+__device__ inline void stores_ready() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ inline void mbarrier_arrive(Mbarrier* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }

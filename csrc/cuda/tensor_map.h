@@ -47,4 +47,18 @@ inline cudaError_t encode_phase(decltype(&cuTensorMapEncodeTiled) encode, const 
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// Boxes of 64 columns (128 bytes, swizzled) x `box` rows of a matrix of 16-bit values, row by row without gaps.
+inline cudaError_t encode_matrix(decltype(&cuTensorMapEncodeTiled) encode, DType dtype, const void* values,
+                                 int rows, int columns, int box, CUtensorMap* map) {
+  const cuuint64_t extents[5] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows), 1, 1, 1};
+  const cuuint64_t row = static_cast<cuuint64_t>(columns) * 2, all = row * static_cast<cuuint64_t>(rows);
+  const cuuint64_t strides[4] = {row, all, all, all};
+  const cuuint32_t boxes[5] = {64, static_cast<cuuint32_t>(box), 1, 1, 1}, every[5] = {1, 1, 1, 1, 1};
+  const CUresult result = encode(
+      map, dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
+      const_cast<void*>(values), extents, strides, boxes, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 }  // namespace sk::cuda

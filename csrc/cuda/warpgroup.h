@@ -6,6 +6,9 @@ namespace sk::cuda {
 
 constexpr int kWarpgroup = 128;
 
+// What three warpgroups that start with 168 registers a thread have to share: who asks for more waits for ever.
+constexpr int kTradedRegisters = 3 * 168;
+
 // Registers a thread of this warpgroup has from here on; all four warps call it.
 template <int Registers>
 __device__ inline void give_registers() {
@@ -22,6 +25,11 @@ __device__ inline void warpgroup_barrier(int group) {
     asm volatile("bar.sync 1, %0;" ::"n"(kWarpgroup) : "memory");
   else
     asm volatile("bar.sync 2, %0;" ::"n"(kWarpgroup) : "memory");
+}
+
+// Warpgroups 0 and 1 together, without the one that loads.
+__device__ inline void computers_barrier() {
+  asm volatile("bar.sync 3, %0;" ::"n"(2 * kWarpgroup) : "memory");
 }
 
 __device__ inline void warp_barrier() { __syncwarp(); }

@@ -6,9 +6,8 @@ problem until tune() replaces it.
 
 from __future__ import annotations
 
-from stripe_kernels.backends import cuda_ffma, cuda_mma, cuda_mma_grad, cuda_wgmma
+from stripe_kernels.backends import cuda_ffma, cuda_gather, cuda_mma, cuda_mma_grad, cuda_wgmma
 from stripe_kernels.backends.cuda_columns import BANDS, STRIPES, WHOLE, column_tiles
-from stripe_kernels.backends.cuda_stripes import ROUND
 from stripe_kernels.backends.cuda_tables import Layout
 from stripe_kernels.registry import Config, Pass, Problem
 
@@ -114,24 +113,41 @@ def _mma_fprop(problem: Problem) -> dict[Config, float]:
 
 
 def wgmma(problem: Problem, which: Pass) -> dict[Config, float]:
-    """A block of columns takes what is longest: 2048 multiply-adds a cycle, its operands from shared memory together
-    with the merge of two warpgroups in turn (128 bytes a cycle), or its weights from the second-level cache (28)."""
+    return _wgmma_dgrad(problem) if which == "dgrad" else _wgmma_fprop(problem)
+
+
+def _wgmma_dgrad(problem: Problem) -> dict[Config, float]:
+    """A step of 64 stripes takes what is longest: 2048 multiply-adds a cycle, shared memory (128 bytes a cycle:
+    operands, and some 420 reads to gather), or its weights from the second-level cache (24 bytes a cycle)."""
+    s = problem.shape
+    steps = -(-problem.skeleton.stripes // (s.groups * cuda_gather.STRIPES * s.stride[0] * s.stride[1]))
+    found: dict[Config, float] = {}
+    for config in cuda_gather.CONFIGS:
+        layout = cuda_gather.layout_of(problem, config)
+        if layout is None or config[0] >= 2 * max(64, s.group_c):
+            continue
+        (width,) = config
+        step = max(cuda_gather.PIXELS * width / 32, 2 * width + 420, 64 * width * 2 / 24)
+        blocks = layout.walk.tiles[0] * layout.tiles_out
+        cycles = steps * step + layout.chunk * s.group_k * 2 / 24 + 2500
+        waves = -(-blocks // MULTIPROCESSORS)
+        found[config] = _seconds(problem, "dgrad", cycles * waves * MULTIPROCESSORS, blocks, 1, 2)
+    return found
+
+
+def _wgmma_fprop(problem: Problem) -> dict[Config, float]:
+    """A block of columns takes what is longest: 2048 multiply-adds a cycle, half of its sums (two warpgroups take
+    turns; measured: 3 values a cycle and warpgroup), or its weights from the second-level cache (28 bytes a cycle)."""
     found: dict[Config, float] = {}
     for config in cuda_wgmma.CONFIGS:
         if cuda_wgmma.room(problem, config) is None:
             continue
         width = config[0]
-        patch, tiles, layout = cuda_wgmma.tiles_of(problem, config)
-        rows, channels = -(-patch.rows // 64), cuda_wgmma.chunks_of(problem) * cuda_wgmma.CHUNK
-        math = rows * 64 * width * channels / 2048
-        operands = rows * (64 + width) * channels * 2
-        cycles = 0.0
-        for tile in tiles:
-            for _, blocks in tile.segments:
-                merged = [8 * rows * 64 * ROUND * len(rounds) for rounds in blocks]
-                cycles += sum(max(math, (operands + m) / 128, width * channels * 2 / 28) for m in merged)
-                cycles += patch.rows * channels * 2 / 28
-            cycles += patch.places * layout.pitch * 4 / 128 + 600
-        items = len(tiles) * patch.walk.blocks
-        found[config] = _seconds(problem, which, cycles * patch.walk.blocks, items, 1, 2)
+        patch, tiles, _ = cuda_wgmma.tiles_of(problem, config)
+        rows, channels = cuda_wgmma.rows_of(config, patch), cuda_wgmma.chunks_of(problem) * cuda_wgmma.CHUNK
+        block = max(rows * width * channels / 2048, rows * width / 3, width * channels * 2 / 28)
+        cycles = sum(t.blocks * block + patch.rows * channels * 2 / 56 + 600 for t in tiles)
+        waves = -(-len(tiles) * patch.walk.blocks // MULTIPROCESSORS)
+        cycles *= waves * MULTIPROCESSORS / len(tiles)
+        found[config] = _seconds(problem, "fprop", cycles, len(tiles) * patch.walk.blocks, 1, 2)
     return found

@@ -88,3 +88,21 @@ class CudaRunner:
                 *finish,
             )
         return out
+
+    def copy_rows(self, values: Tensor, rows: Tensor) -> Tensor:
+        """values[rows], zeros where a row is negative: [A, C], rows of C in pieces of 16 bytes."""
+        values = values.contiguous()
+        if values.data_ptr() % 16:
+            values = values.clone()
+        out = values.new_empty(len(rows), values.shape[1])
+        device = values.device
+        if out.numel() == 0:
+            return out
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.copy_rows(values, rows)
+        bytes_ = values.shape[1] * values.element_size()
+        self.native.copy_rows(
+            _stream(device), values.data_ptr(), rows.data_ptr(), out.data_ptr(), len(rows), bytes_
+        )
+        return out

@@ -5,6 +5,9 @@ offset, lands on *places*: grid positions that are output pixels or belong to no
 wraps around to a neighbouring row, so the grid needs margins wide enough that what wraps lands on nobody: one column
 for a 3-tap axis whose tile is the whole axis (zeros outside the image need no place of their own), two for a tile in
 the middle. Weights are taken to be finite: a zero beside the image may meet a place it does not belong to.
+
+A bundle is a run of filters whose stripes fill a block of columns: they are multiplied together, and each filter's
+own are added up where they lie.
 """
 
 from __future__ import annotations
@@ -17,13 +20,12 @@ import numpy as np
 
 from stripe_kernels.backends.cuda_walk import Walk
 from stripe_kernels.geometry import ConvShape, IntPair
-from stripe_kernels.packed import Int32Array
 from stripe_kernels.phases import Phase, phases
 from stripe_kernels.skeleton import FilterSkeleton
 
-ROUND = 32  # columns merged between two barriers; a filter is there once
 MOST = 256  # pixels of a box in each direction
-NOWHERE = 1 << 29  # shift of a column that no stripe has
+MOST_FILTERS = 128  # of a bundle
+MOST_PARTS = 8  # of a group's filters: every part loads its patch anew
 Offsets = tuple[
     int, ...
 ]  # of the taps of one phase along one axis: pixel p of the output reads pixel p + offset
@@ -148,91 +150,121 @@ def _tiles(size: int, most: int) -> Iterator[int]:
         last = tile
 
 
-Column = tuple[int, int, int]  # filter within its tile, places its tap is away, row of the packed weight
+def reads_zeros(patch: Patch, of_group: list[Phase], pad: int, guard: int) -> bool:
+    """Whether a tap that reads beside the patch finds a zero without looking: products of a column lie one pixel after
+    the other, `pad` zeros behind the last, and before the first the previous column's (or `guard` zeros)."""
+    (images, th, tw), (gh, gw) = patch.walk.tile, patch.walk.patch
+    n, i, j = (a.ravel() for a in np.indices((images, th, tw)))
+    for phase in of_group:
+        h, w = np.indices((gh, gw)).reshape(2, -1)
+        h, w = h + patch.vertical.origin[phase.h0], w + patch.horizontal.origin[phase.w0]
+        # Of a map that is not whole in the tile another tile may have pixels anywhere in the grid.
+        whole = th == patch.walk.out[0], tw == patch.walk.out[1]
+        outside = (h < 0) | (h >= phase.rows) if whole[0] else np.zeros(gh * gw, bool)
+        outside = outside | ((w < 0) | (w >= phase.columns) if whole[1] else False)
+        live = np.flatnonzero(~np.tile(outside, images))
+        first, last = (int(live[0]), int(live[-1])) if len(live) else (0, -1)
+        for tap in phase.taps:
+            row = (n * gh + i) * gw + j + patch.offset(phase, tap.i, tap.j)
+            low, high = int(row.min()), int(row.max())
+            if low < -guard or low < last + 1 - patch.rows - pad or high >= patch.rows + pad + first:
+                return False
+    return True
 
 
-def blocks_of(columns: list[Column], width: int) -> list[list[list[Column | None]]]:
-    """Blocks of at most `width` columns in rounds of ROUND, no filter twice in a round. Consecutive stripes of a filter
-    go to different rounds."""
-    columns = sorted(columns)
-    most = max((len(list(c)) for c in _by_filter(columns)), default=0)
-    count = max(-(-len(columns) // ROUND), most)
-    rounds = [_spread(columns[i::count]) for i in range(count)]
-    per_block = width // ROUND
-    return [rounds[i : i + per_block] for i in range(0, count, per_block)]
+Column = tuple[int, int, int]  # filter within its group, pixels its tap is away, row of the packed weight
 
 
-def _by_filter(columns: list[Column]) -> Iterator[list[Column]]:
-    start = 0
-    for i in range(1, len(columns) + 1):
-        if i == len(columns) or columns[i][0] != columns[start][0]:
-            yield columns[start:i]
-            start = i
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """Filters [first, first + count) of a group and all of their stripes: of each phase at most a block of columns, in
+    the order of the filters."""
+
+    first: int
+    count: int
+    columns: tuple[tuple[Phase, tuple[Column, ...]], ...]
 
 
-def _spread(columns: list[Column]) -> list[Column | None]:
-    """A round in the order of its columns. The four lanes that hold columns 2t + i of eight should add to different
-    banks: filters that differ modulo 4."""
-    waiting: list[list[Column]] = [[c for c in columns if c[0] % 4 == bank] for bank in range(4)]
-    placed: list[Column | None] = [None] * ROUND
-    for quad in range(ROUND // 4):
-        chosen = [w.pop() for w in waiting if w]
-        while len(chosen) < 4 and any(waiting):
-            chosen.append(max(waiting, key=len).pop())
-        for t, column in enumerate(chosen):
-            placed[quad // 2 * 8 + 2 * t + quad % 2] = column
-    return placed
+def _cut(counts: np.ndarray, first: int, width: int) -> int:
+    """The filter behind a bundle that begins with `first`: as many as have room, but a multiple of 8 or 4 (16 or 8
+    bytes of y) where that leaves no more than a tenth of the columns unused. counts: [phases, filters]."""
+    sums = counts[:, first : first + MOST_FILTERS].cumsum(1).max(0)
+    fit = int(np.searchsorted(sums, width, side="right"))
+    assert fit > 0, "a filter has more stripes than a block columns"
+    last = first + fit
+    if last == counts.shape[1]:
+        return last
+    for step, least in ((8, 0.92 * width), (4, 0.86 * width)):
+        even = last // step * step
+        if even > first and sums[even - first - 1] >= least:
+            return even
+    return last
+
+
+def bundles_of(of_group: list[Phase], patch: Patch, group_k: int, width: int) -> list[Bundle]:
+    """All filters of a group, in their order. of_group: its phases that have pixels."""
+    columns: list[list[list[Column]]] = []  # of each phase and filter
+    for phase in of_group:
+        mine: list[list[Column]] = [[] for _ in range(group_k)]
+        for tap in phase.taps:
+            away = patch.offset(phase, tap.i, tap.j)
+            for k, row in zip(tap.filters.tolist(), tap.row.tolist(), strict=True):
+                mine[k].append((k, away, row))
+        columns.append(mine)
+    counts = np.array([[len(c) for c in mine] for mine in columns], np.int64).reshape(len(columns), group_k)
+    bundles, first = [], 0
+    while first < group_k:
+        last = _cut(counts, first, width)
+        found = [
+            (phase, tuple(c for k in range(first, last) for c in mine[k]))
+            for phase, mine in zip(of_group, columns, strict=True)
+        ]
+        live = [(phase, c) for phase, c in found if c]
+        bundles.append(Bundle(first, last - first, tuple(live or found[:1])))
+        first = last
+    return bundles
 
 
 @dataclass(frozen=True, eq=False)
 class StripeTile:
-    """Filters [first, first + count) of a group, and of each phase with live stripes its blocks."""
+    """Consecutive bundles of a group, which one block of threads computes for a patch."""
 
     group: int
-    first: int
-    count: int
-    segments: tuple[tuple[Phase, list[list[list[Column | None]]]], ...]
+    bundles: tuple[Bundle, ...]
 
     @property
     def blocks(self) -> int:
-        return sum(len(blocks) for _, blocks in self.segments)
-
-
-def _tile(of_group: list[Phase], patch: Patch, first: int, count: int, width: int) -> StripeTile:
-    segments = []
-    for phase in of_group:
-        columns = []
-        for tap in phase.taps:
-            inside = np.flatnonzero((tap.filters >= first) & (tap.filters < first + count))
-            away = patch.offset(phase, tap.i, tap.j)
-            filters: Int32Array = tap.filters[inside] - first
-            columns += [(int(k), away, int(row)) for k, row in zip(filters, tap.row[inside], strict=True)]
-        if columns:
-            segments.append((phase, blocks_of(columns, width)))
-    return StripeTile(of_group[0].group, first, count, tuple(segments))
+        return sum(len(b.columns) for b in self.bundles)
 
 
 @lru_cache(maxsize=512)
 def stripe_tiles(
-    skeleton: FilterSkeleton, s: ConvShape, most_rows: int, most_filters: int, width: int
+    skeleton: FilterSkeleton, s: ConvShape, most_rows: int, width: int, processors: int, load: float
 ) -> tuple[StripeTile, ...]:
-    """Tiles of at most `most_filters` filters (even numbers: channels are stored in pairs), those with most blocks
-    first: of a few sizes the one that needs fewest blocks."""
+    """As many tiles of filters a group as keep `processors` multiprocessors evenly busy, those with most blocks first.
+    load: what a patch costs to load, in blocks."""
     patch = patch_of(skeleton, s, most_rows)
     assert patch is not None
-    live = [p for p in phases(skeleton, s) if p.pixels]
-    groups = [[p for p in live if p.group == g] for g in range(s.groups)]
-    least = _even(s.group_k, most_filters)
-    best: list[StripeTile] | None = None
-    for count in range(least, min(least + 3, s.group_k + 1)):
-        size = _even(s.group_k, count)
-        size = min(most_filters, size + size % 2)
+    groups = [
+        (
+            g,
+            bundles_of(
+                [p for p in phases(skeleton, s) if p.group == g and p.pixels], patch, s.group_k, width
+            ),
+        )
+        for g in range(s.groups)
+    ]
+    shortest = min(len(bundles) for _, bundles in groups)
+    best: tuple[float, list[StripeTile]] | None = None
+    for parts in range(1, min(shortest, MOST_PARTS) + 1):
         tiles = [
-            _tile(g, patch, first, min(size, s.group_k - first), width)
-            for g in groups
-            for first in range(0, s.group_k, size)
+            StripeTile(g, tuple(bundles[len(bundles) * i // parts : len(bundles) * (i + 1) // parts]))
+            for g, bundles in groups
+            for i in range(parts)
         ]
-        if best is None or sum(t.blocks for t in tiles) < sum(t.blocks for t in best):
-            best = tiles
+        items = len(tiles) * patch.walk.blocks
+        cost = -(-items // processors) * (max(t.blocks for t in tiles) + load)
+        if best is None or cost < 0.98 * best[0]:
+            best = (cost, tiles)
     assert best is not None
-    return tuple(sorted(best, key=lambda t: -t.blocks))
+    return tuple(sorted(best[1], key=lambda t: -t.blocks))

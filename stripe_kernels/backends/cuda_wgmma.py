@@ -13,115 +13,122 @@ from torch import Tensor
 from stripe_kernels.backends.cuda_mma import dense_channels_last, empty_channels_last
 from stripe_kernels.backends.cuda_runner import CudaRunner
 from stripe_kernels.backends.cuda_stripes import (
-    NOWHERE,
     Patch,
     StripeTile,
     patch_of,
+    reads_zeros,
     stripe_tiles,
 )
 from stripe_kernels.backends.cuda_tables import Layout, Tables
+from stripe_kernels.phases import phases
 from stripe_kernels.registry import Config, Problem
 
 SHARED_BYTES = 227 * 1024  # of a block of sm_90
+PROCESSORS = 132
 CHUNK = 64  # channels
 ROW = 128  # bytes: a chunk of a pixel or a stripe
 PHASES = 4  # of the stride
 STAGES = (3, 8)  # of the ring of weights: wanted, and most
-CONFIGS = ((128, 128), (64, 256), (128, 64), (256, 64))  # columns of a block, most pixels of a patch
+TABLE_BYTES = (130 + 2 * 128 + 2) * 4  # of a bundle, but for its places
+PAD, GUARD = 8, 64  # zeros behind and before the products of a column
+STAGE_PITCH = 18  # values of a pixel that wait to be stored
+CONFIGS = ((96, 128), (64, 256), (64, 128), (128, 64))  # columns of a block, most pixels of a patch
 
 
 def chunks_of(problem: Problem) -> int:
     return -(-problem.shape.group_c // CHUNK)
 
 
-def _rows(config: Config, patch: Patch) -> int:
+def rows_of(config: Config, patch: Patch) -> int:
     """Rows of the accumulators."""
     width, most = config
-    return 64 if width == 128 and patch.rows <= 64 else most
+    return most if width != 64 else 64 if patch.rows <= 64 else 128 if patch.rows <= 128 else 256
 
 
-def _pitch(filters: int) -> int:
-    return -(-filters // 32) * 32 + 4  # neighbouring rows four banks apart
-
-
-def _fixed_bytes(problem: Problem, config: Config, patch: Patch, filters: int) -> int:
-    """Shared memory without the ring."""
-    chunks = chunks_of(problem)
-    sums = (patch.places * _pitch(filters) + 128) * 4
-    return chunks * _rows(config, patch) * ROW + -(-sums // 8) * 8 + (2 * chunks + 4) * 8 + 1024
+def slots_of(problem: Problem) -> int:
+    """Most phases of a group that a bundle has stripes of."""
+    live = [p.group for p in phases(problem.skeleton, problem.shape) if p.taps and p.pixels]
+    return max((live.count(g) for g in set(live)), default=1)
 
 
 @lru_cache(maxsize=512)
-def room(problem: Problem, config: Config) -> tuple[int, int] | None:
-    """Most filters of a tile, and stages of the ring; None where a block of sm_90 has too little shared memory."""
-    patch = patch_of(problem.skeleton, problem.shape, config[1])
-    if patch is None:
+def room(problem: Problem, config: Config) -> int | None:
+    """Stages of the ring; None where a block of sm_90 has too little shared memory, or a filter too many stripes."""
+    width, s = config[0], problem.shape
+    patch = patch_of(problem.skeleton, s, config[1])
+    if patch is None or problem.skeleton.live.reshape(s.K, -1).sum(1).max(initial=0) > width:
         return None
-    found = None
-    group_k = problem.shape.group_k
-    for filters in dict.fromkeys(min(f, group_k + group_k % 2) for f in (128, 96, 64, 32, 16)):
-        left = SHARED_BYTES - _fixed_bytes(problem, config, patch, filters)
-        stages = min(STAGES[1], left // (config[0] * ROW + 16))
-        if stages >= STAGES[0]:
-            return filters, stages
-        if stages >= 2 and found is None:
-            found = filters, stages
-    return found
+    rows, chunks = rows_of(config, patch), chunks_of(problem)
+    columns = slots_of(problem) * width
+    products, table = 2 * (GUARD + columns * (rows + PAD)) * 2, 2 * (TABLE_BYTES + 8 * columns)
+    stage = -(-2 * rows * STAGE_PITCH * 2 // 8) * 8
+    fixed = chunks * rows * ROW + products + table + stage + 2 * rows * 8 + (2 * chunks + 2) * 8 + 1024
+    stages = min(STAGES[1], (SHARED_BYTES - fixed) // (width * ROW + 16))
+    return stages if stages >= 2 else None
 
 
 def tiles_of(problem: Problem, config: Config) -> tuple[Patch, tuple[StripeTile, ...], Layout]:
     width, most = config
-    s, found, patch = (
-        problem.shape,
-        room(problem, config),
-        patch_of(problem.skeleton, problem.shape, config[1]),
-    )
+    s, stages = problem.shape, room(problem, config)
+    patch = patch_of(problem.skeleton, s, most)
     assert patch is not None
-    assert found is not None
-    filters, stages = found
-    tiles = stripe_tiles(problem.skeleton, s, most, filters, width)
+    assert stages is not None
+    # A patch comes from the second-level cache at some 40 bytes a cycle, half of it while the last block is multiplied.
+    rows = rows_of(config, patch)
+    load = (patch.rows * ROW / 80) / (rows * width * CHUNK / 2048)
+    tiles = stripe_tiles(problem.skeleton, s, most, width, PROCESSORS, load)
+    live = [p for p in phases(problem.skeleton, s) if p.taps and p.pixels]
+    zeros = reads_zeros(patch, live, rows - patch.rows + PAD, GUARD)
     layout = Layout(
-        patch.walk, s.groups, s.group_c, s.group_k, max(t.count for t in tiles), len(tiles) // s.groups, CHUNK,
-        _pitch(filters), stages, 1, width,
+        patch.walk, s.groups, s.group_c, s.group_k, s.group_k, len(tiles) // s.groups, 1 if zeros else 2,
+        slots_of(problem), stages, 1, width,
     )  # fmt: skip
     return patch, tiles, layout
 
 
 class WgmmaFprop(CudaRunner):
-    """Items are tiles of filters, steps their segments, entries the rounds of a block, lists the shifts of its
-    columns."""
+    """Items are tiles of filters, steps their segments, entries the blocks, lists the places of every filter's
+    stripes."""
 
     def __init__(self, native: Any, problem: Problem, config: Config) -> None:
         s = problem.shape
         patch, tiles, layout = tiles_of(problem, config)
         self.width, self.chunks = config[0], chunks_of(problem)
+        pitch = rows_of(config, patch) + PAD
         dead = problem.skeleton.stripes
         rows: list[int] = []  # of the packed weight, by block and column
+        places: list[int] = []
+        starts: list[int] = []
         tables = Tables(classes=[0, 0])
         for tile in tiles:
-            first = len(tables.steps) // 8
-            for phase, blocks in tile.segments:
-                begin = len(tables.entries)
-                for rounds in blocks:
-                    columns = [c for r in rounds for c in r]
-                    columns += [None] * (self.width - len(columns))
-                    rows += [dead if c is None else c[2] for c in columns]
-                    tables.entries.append(len(rounds))
-                    tables.lists += [NOWHERE if c is None else c[1] * layout.pitch - c[0] for c in columns]
-                origin = patch.vertical.origin[phase.h0], patch.horizontal.origin[phase.w0]
-                number = phase.h0 * s.stride[1] + phase.w0
-                tables.steps += [*origin, number, begin, len(tables.entries), 0, 0, 0]
-            channel = tile.group * s.group_k + tile.first
-            tables.items += [
-                channel,
-                tile.count,
-                first,
-                len(tables.steps) // 8,
-                tile.blocks,
-                tile.group,
-                0,
-                0,
-            ]
+            first, before = len(tables.steps) // 8, None
+            for bundle in tile.bundles:
+                mine: dict[int, list[tuple[int, int]]] = {}  # of each filter
+                stripes = sum(len(columns) for _, columns in bundle.columns)
+                for slot, (phase, columns) in enumerate(bundle.columns):
+                    block = len(tables.entries) // 8
+                    if phase is not before or len(bundle.columns) > 1:
+                        origin = patch.vertical.origin[phase.h0], patch.horizontal.origin[phase.w0]
+                        number = phase.h0 * s.stride[1] + phase.w0
+                        tables.steps += [*origin, number, block, block + 1, 0, 0, 0]
+                    tables.steps[-4] = block + 1
+                    before = phase if len(bundle.columns) == 1 else None
+                    for column, (k, away, row) in enumerate(columns):
+                        mine.setdefault(k, []).append(((slot * self.width + column) * pitch + away, away))
+                        rows.append(row)
+                    rows += [dead] * (self.width - len(columns))
+                    channel = tile.group * s.group_k + bundle.first
+                    last = int(slot == len(bundle.columns) - 1)
+                    tables.entries += [int(slot == 0), last, slot, channel, bundle.count]
+                    tables.entries += [len(starts), len(places) // 2, stripes]
+                for k in range(bundle.first, bundle.first + bundle.count + 1):
+                    starts.append(len(places) // 2)
+                    for place in mine.get(k, ()):
+                        places += place
+            tables.items += [first, len(tables.steps) // 8, tile.group, 0]
+        tables.lists = places + starts
+        for entry in range(5, len(tables.entries), 8):
+            tables.entries[entry] += len(places)
         super().__init__(native, "fprop_sm90", problem, layout, tables, rows=np.asarray(rows, np.int64))
 
     def pack(

@@ -144,7 +144,7 @@ def test_machine_code(kernel: str, architecture: str) -> None:
             f"{where} does not copy asynchronously"
         )
         if family == "sm90":
-            for opcode in ("UTMALDG", "UBLKCP", "SYNCS", "USETMAXREG"):
+            for opcode in ("UTMALDG", "STSM", "SYNCS", "USETMAXREG"):
                 assert f.instructions.get(opcode, 0), f"{where} has no {opcode}: {f.instructions}"
 
 
@@ -152,20 +152,17 @@ def test_machine_code(kernel: str, architecture: str) -> None:
 @needs_nvcc
 @needs_disassembler
 def test_probes_are_what_they_time() -> None:
-    """Of every probe: no local memory, and the products and additions it is named for."""
+    """Of every probe: no local memory, and the products it is named for."""
     if "sm_90a" not in architectures_of_nvcc():
         pytest.skip("this nvcc does not know sm_90a")
     functions = compile_for(ROOT / "bench/gpu_check/probes.cu", "sm_90a")
     shapes = set()
     for f in functions:
-        tiles, n, first, second = map(
-            int, re.search(r"probeILi(\d+)ELi(\d+)ELi(\d)ELi(\d)E", f.name).groups()
-        )
+        tiles, n, _ = map(int, re.search(r"probeILi(\d+)ELi(\d+)ELi(\d)E", f.name).groups())
         assert f.spills == f.stack == 0, f
         products = f.instructions.get("HGMMA", 0)
         assert products % (4 * tiles) == 0, f
-        assert (products > 0) == (1 in (first, second)), f
-        assert 2 not in (first, second) or f.instructions["FADD"] >= tiles * n // 2, f
+        assert products > 0, f
         shapes.add((tiles, n))
     assert {n for _, n in shapes} >= {8, 16, 32, 64, 96, 128, 192, 256}
 

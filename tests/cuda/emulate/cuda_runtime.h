@@ -23,6 +23,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -35,6 +36,9 @@ struct alignas(16) float4 {
 };
 struct alignas(8) int2 {
   int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
 };
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -76,13 +80,15 @@ struct Copy {
   int bytes;
 };
 
-// One asynchronous product of a warpgroup, as one thread sees it; run(all lanes' d, product, warp) does a warp's.
+// One asynchronous product of a warpgroup, as one thread sees it; run(all lanes' d and registers, product, warp) does a
+// warp's. registers: null where a descriptor names a.
 struct Product {
   float* d;
+  const std::uint32_t* registers;
   std::uint64_t a, b;
   bool accumulate;
   int group;
-  void (*run)(float* const*, const Product&, int);
+  void (*run)(float* const*, const std::uint32_t* const*, const Product&, int);
 };
 
 struct Fiber {

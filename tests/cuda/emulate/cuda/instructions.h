@@ -118,6 +118,41 @@ void load_matrices_(std::uint32_t (&r)[4], const void* row) {
 inline void load_matrices(std::uint32_t (&r)[4], const void* row) { load_matrices_<false>(r, row); }
 inline void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) { load_matrices_<true>(r, row); }
 
+struct Row {
+  void* at;
+  std::uint32_t word[4];
+};
+
+template <bool Transposed>
+void store_matrices_(void* row, const std::uint32_t (&r)[4]) {
+  if (reinterpret_cast<std::uintptr_t>(row) % 16) {
+    std::fprintf(stderr, "emulate: a row of stmatrix is not aligned\n");
+    std::abort();
+  }
+  Row mine{row, {}};
+  std::memcpy(mine.word, r, sizeof r);
+  emulate::warp_instruction<Row, Words>(mine, [](const Row* lanes, Words*) {
+    for (int l = 0; l < 32; ++l)
+      for (int i = 0; i < 4; ++i)
+        for (int half = 0; half < 2; ++half) {
+          const auto value = static_cast<std::uint16_t>(lanes[l].word[i] >> 16 * half);
+          const int g = l / 4, t = 2 * (l % 4) + half, to = Transposed ? t : g, at = Transposed ? g : t;
+          std::memcpy(static_cast<char*>(lanes[8 * i + to].at) + 2 * at, &value, 2);
+        }
+  });
+}
+inline void store_matrices(void* row, const std::uint32_t (&r)[4]) { store_matrices_<false>(row, r); }
+inline void store_matrices_transposed(void* row, const std::uint32_t (&r)[4]) {
+  store_matrices_<true>(row, r);
+}
+
+template <class T>
+std::uint32_t pack(float first, float second) {
+  T low, high;
+  narrow(first, low), narrow(second, high);
+  return low.bits | static_cast<std::uint32_t>(high.bits) << 16;
+}
+
 // The values of one 4-byte word of k: two of 16 bits, or one tf32.
 template <class T>
 inline int values(std::uint32_t word, float (&v)[2]) {

@@ -32,6 +32,7 @@ inline void mbarrier_init(Mbarrier* b, int arrivals) {
 }
 
 inline void mbarriers_ready() {}
+inline void stores_ready() {}
 
 inline void mbarrier_arrive(Mbarrier* b) {
   mbarrier_change(b, [](MbarrierState& s) {

@@ -5,6 +5,7 @@
 namespace sk::cuda {
 
 constexpr int kWarpgroup = 128;
+constexpr int kTradedRegisters = 3 * 168;
 
 template <int Registers>
 void give_registers() {
@@ -18,6 +19,11 @@ void take_registers() {
 inline void warpgroup_barrier(int group) {
   if (emulate::block.running / kWarpgroup != group) emulate::fail("a thread waits with another warpgroup");
   emulate::meet(emulate::block.named[1 + group], kWarpgroup, [] {});
+}
+
+inline void computers_barrier() {
+  if (emulate::block.running / kWarpgroup > 1) emulate::fail("a thread waits with other warpgroups");
+  emulate::meet(emulate::block.named[3], 2 * kWarpgroup, [] {});
 }
 
 inline void warp_barrier() {
