@@ -31,6 +31,10 @@ void take_larger(float* __restrict y, const float* __restrict x, int n, std::int
   for (int i = 0; i < n; ++i) y[i] = larger(y[i], x[i * (Step ? Step : step)]);
 }
 
+void largest_of_two(float* __restrict y, const float* a, const float* b, int n) {
+  for (int i = 0; i < n; ++i) y[i] = larger(a[i], b[i]);
+}
+
 template <int Step>
 void largest_of_four(float* __restrict y, const float* a, const float* b, const float* c, const float* d,
                      int n) {
@@ -55,7 +59,9 @@ struct MaxPool {
     return {std::max(0, -h), std::min(k.kernel_h, in.h - h)};
   }
 
-  void plane(int n, int c) const {
+  // One channel of an image; `line` has room for an input row. The rows of a window first, whole vectors of them, then its
+  // columns, which lie a stride apart.
+  void plane(int n, int c, float* line) const {
     for (int p = 0; p < out.h; ++p) {
       float* row = to(n, c, p, 0);
       if (halves) {
@@ -65,18 +71,23 @@ struct MaxPool {
       }
       std::fill(row, row + out.w, -std::numeric_limits<float>::infinity());
       const Range r = rows(p);
-      for (int i = r.begin; i < r.end; ++i) {
-        const float* line = from(n, c, p * k.stride_h - k.pad_h + i, 0);
-        for (int s = 0; s < k.kernel_w; ++s) {
-          const Range q = columns[s];
-          const float* source = line + q.begin * k.stride_w + s - k.pad_w;
-          if (k.stride_w == 1)
-            take_larger<1>(row + q.begin, source, q.end - q.begin, 1);
-          else if (k.stride_w == 2)
-            take_larger<2>(row + q.begin, source, q.end - q.begin, 2);
-          else
-            take_larger<0>(row + q.begin, source, q.end - q.begin, k.stride_w);
-        }
+      if (r.begin >= r.end) continue;
+      const float* tall = from(n, c, p * k.stride_h - k.pad_h + r.begin, 0);
+      if (r.end - r.begin > 1) {
+        largest_of_two(line, tall, tall + x.stride[2], in.w);
+        for (int i = r.begin + 2; i < r.end; ++i)
+          take_larger<1>(line, from(n, c, p * k.stride_h - k.pad_h + i, 0), in.w, 1);
+        tall = line;
+      }
+      for (int s = 0; s < k.kernel_w; ++s) {
+        const Range q = columns[s];
+        const float* source = tall + q.begin * k.stride_w + s - k.pad_w;
+        if (k.stride_w == 1)
+          take_larger<1>(row + q.begin, source, q.end - q.begin, 1);
+        else if (k.stride_w == 2)
+          take_larger<2>(row + q.begin, source, q.end - q.begin, 2);
+        else
+          take_larger<0>(row + q.begin, source, q.end - q.begin, k.stride_w);
       }
     }
   }
@@ -146,11 +157,12 @@ void CallList::add_max_pool(const Window& k, const MapSize& in, const MapSize& o
     const std::int64_t parts = std::int64_t(pool.out.n) * (last ? pool.out.h : pool.out.c);
     const std::int64_t size = std::int64_t(pool.out.n) * pool.out.c * pool.out.h * pool.out.w;
     run_team(size < kWorthATeam ? 1 : f.threads, [&](const Team& team) {
+      std::vector<float> line(last ? 0 : static_cast<std::size_t>(pool.in.w));
       for (std::int64_t i = team.begin(parts); i < team.end(parts); ++i) {
         if (last)
           now.pixels(static_cast<int>(i / pool.out.h), static_cast<int>(i % pool.out.h));
         else
-          now.plane(static_cast<int>(i / pool.out.c), static_cast<int>(i % pool.out.c));
+          now.plane(static_cast<int>(i / pool.out.c), static_cast<int>(i % pool.out.c), line.data());
       }
     });
   });

@@ -7,6 +7,10 @@ namespace {
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
+// Floats from one channel of a panel to the next: an odd number of cache lines. With 9 rows of 57 pixels, 2 KB, all channels
+// met in two sets of L1: 12 % of a 64-channel layer.
+std::int64_t spread(std::int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
+
 }  // namespace
 
 Schedule::Schedule(Lattice lattice, const Tiling& tiling, int lanes, int batch_size, bool one_tap_per_run)
@@ -42,7 +46,9 @@ Schedule::Schedule(Lattice lattice, const Tiling& tiling, int lanes, int batch_s
       row_min_ = col_first_ = 0;
       panel_rows_ = ceil_div(l.in_h, l.step_h), pitch_ = ceil_div(l.in_w, l.step_w);
     }
-    channel_stride_ = static_cast<std::int64_t>(panel_rows_) * pitch_ * tiling_.images + tiling_.resident_gap;
+    channel_floats_ = static_cast<std::int64_t>(panel_rows_) * pitch_ * tiling_.images;
+    channel_stride_ =
+        tiling_.resident_gap > 0 ? channel_floats_ + tiling_.resident_gap : spread(channel_floats_);
     output_stride_ =
         static_cast<std::int64_t>(tiling_.rows) * out_pitch_ * tiling_.images + tiling_.resident_gap;
   } else {
@@ -52,9 +58,9 @@ Schedule::Schedule(Lattice lattice, const Tiling& tiling, int lanes, int batch_s
     out_pitch_ = pitch_;
     lead_ = round_up(std::max(0, -ds_min), lanes_);
     const std::int64_t rows = gather ? static_cast<std::int64_t>(tiling_.rows) * tiling_.images : panel_rows_;
-    channel_stride_ = rows * pitch_;
+    channel_floats_ = rows * pitch_;
+    channel_stride_ = spread(channel_floats_);
     output_stride_ = round_up((gather ? rows : tiling_.rows) * pitch_, lanes_);
-    if (gather) channel_stride_ = output_stride_;
   }
   slack_ = 2 * lanes_ + std::max(0, ds_max);
 
@@ -176,6 +182,9 @@ void Schedule::pack(const IsaKernels& isa, const TensorView& x, int block, int c
     m.h0 = lattice_.planes[p].row0, m.w0 = lattice_.planes[p].col0;
     float* at = panel + lead_ + p * plane_stride(channels) + begin * channel_stride_;
     load_lanes(isa, x, m, c_first + begin, end - begin, at);
+    if (m.batch > 1) continue;
+    for (int c = 0; c < end - begin; ++c)  // a tap left of a channel's first pixel reads what lies before it
+      std::fill(at + c * channel_stride_ + channel_floats_, at + (c + 1) * channel_stride_, 0.f);
   }
 }
 

@@ -77,7 +77,7 @@ class Schedule {
   int lanes_, batch_size_;
   int image_blocks_, row_blocks_;
   int row_min_ = 0, panel_rows_ = 0, col_first_ = 0, panel_cols_ = 0, pitch_ = 0, out_pitch_ = 0;
-  std::int64_t lead_ = 0, slack_ = 0, channel_stride_ = 0, output_stride_ = 0;
+  std::int64_t lead_ = 0, slack_ = 0, channel_floats_ = 0, channel_stride_ = 0, output_stride_ = 0;
   std::vector<std::vector<int>> tap_sets_;
   std::vector<BlockPlan> blocks_;
 };

@@ -19,6 +19,11 @@ CLOCK = 3.5e9
 # Measured on 1 MB of L2: blocks up to this size run as fast as small ones; past it halo rows cost less than misses.
 BLOCK_BYTES = 1_400_000
 WHOLE_MAP_BYTES = 4_500_000
+# With vectors of 8, measured on 512 KB of L2, pixel lanes have blocks that leave L2 to the weights too, of SHORT_ROWS
+# or more: up to 13 % less time. Taller ones win by up to 7 % where the halo is large (strides) or rows are few.
+SHORT_BYTES = 300_000
+SHORT_ROWS = 7
+SPILL = 1.06  # of the multiply-adds' time, for blocks of more than 2 * SHORT_BYTES
 CHUNK_BYTES = 600_000  # both copies of a chunk of wgrad; larger ones are read from beyond L2 for every tile
 WINDOW = 12  # vectors: a common multiple of the register tiles 2, 3, 4, 6, 12
 
@@ -52,7 +57,7 @@ CYCLES = {
     ),
     8: Cycles(
         fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, apart=4.5, transpose=13.0,
-        filters_fma=0.81, scatter=14.0, weights=3.7, wgrad=0.95, copy=7.0,
+        filters_fma=0.9, scatter=14.0, weights=3.7, wgrad=0.95, copy=7.0,
         ends=(20.0, 100.0, 5.0),
     ),
 }  # fmt: skip
@@ -118,20 +123,34 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Co
     )
     for images in batches:
         image_blocks = -(-s.N // images)
-        whole = sides.block_bytes(rows_all, images)
-        rows = rows_all
-        if whole > WHOLE_MAP_BYTES:
-            rows = next((r for r in range(rows_all, 0, -1) if sides.block_bytes(r, images) <= BLOCK_BYTES), 1)
-            rows = -(-rows_all // -(-rows_all // rows))
-        blocks = image_blocks * s.groups * -(-rows_all // rows)
-        if blocks % problem.threads and blocks < 8 * problem.threads:
-            # Too few blocks to share out: split the filters of one block, or cut the map into more rows.
-            yield (mode, images, rows, problem.threads, WINDOW)
-            cuts = -(-problem.threads // (image_blocks * s.groups))
-            finer = -(-rows_all // (cuts * -(-rows_all // rows) if cuts > 1 else problem.threads))
-            if finer < rows:
-                yield (mode, images, max(1, finer), 1, WINDOW)
-        yield (mode, images, rows, 1, WINDOW)
+        for rows in _heights(sides, mode, images, lanes):
+            blocks = image_blocks * s.groups * -(-rows_all // rows)
+            if blocks % problem.threads and blocks < 8 * problem.threads:
+                # Too few blocks to share out: split the filters of one block, or cut the map into more rows.
+                yield (mode, images, rows, problem.threads, WINDOW)
+                cuts = -(-problem.threads // (image_blocks * s.groups))
+                finer = -(-rows_all // (cuts * -(-rows_all // rows) if cuts > 1 else problem.threads))
+                if finer < rows:
+                    yield (mode, images, max(1, finer), 1, WINDOW)
+            yield (mode, images, rows, 1, WINDOW)
+
+
+def _heights(sides: Sides, mode: int, images: int, lanes: int) -> list[int]:
+    """Rows of a block worth measuring: the tallest first; those of one height as even as possible."""
+    rows_all = max(1, sides.rows)
+
+    def within(most: int) -> int:
+        rows = next((r for r in range(rows_all, 0, -1) if sides.block_bytes(r, images) <= most), 1)
+        return -(-rows_all // -(-rows_all // rows))
+
+    whole = sides.block_bytes(rows_all, images)
+    if lanes == 16 or mode == BATCH:
+        return [rows_all if whole <= WHOLE_MAP_BYTES else within(BLOCK_BYTES)]
+    tall = within(BLOCK_BYTES)
+    short = within(SHORT_BYTES)
+    if short < SHORT_ROWS:
+        short = min(tall, -(-rows_all // max(1, rows_all // SHORT_ROWS)))
+    return list(dict.fromkeys((tall, short)))
 
 
 def predict(problem: Problem, which: Pass, config: Config, lanes: int, step: float = 1.0) -> float:
@@ -167,6 +186,8 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int, step: flo
     if which == "fprop":
         fma += cost.update * stripes * share * out_vectors + 1.0 * sides.channels_out * out_vectors
     fma /= 1.0 if which == "fprop" else sides.phases
+    if lanes != 16 and mode == PIXELS and sides.block_bytes(min(rows, sides.rows), 1) > 2 * SHORT_BYTES:
+        fma *= SPILL
     move_in = move_out = move
     if mode == BATCH and s.stride != (1, 1) and not problem.channels_last:
         # Pixels that lie apart are moved once more before they are turned.
@@ -194,8 +215,8 @@ def _predict_filters(problem: Problem, config: Config, lanes: int) -> float:
     s, cost = problem.shape, cycles(lanes)
     _, parts = config
     pixels = s.N * s.taps_inside() / s.taps * s.P * s.Q
-    per_tap = max(1.0, problem.skeleton.stripes / s.taps / s.groups / parts)
-    vectors = -(-per_tap // lanes) * s.taps * s.groups * parts
+    counts = problem.skeleton.live.reshape(s.groups, s.group_k, s.taps).sum(1)  # filters of every tap
+    vectors = float((-(-counts // (lanes * parts)) * parts).sum())  # of a tap, the last one partly empty
     # One tap with all filters runs at 60 % of what several taps with a share each do (measured, not explained).
     fma = cost.filters_fma * (1.0 if s.taps > 1 else 1.6)
     tile = vectors * pixels * (fma * s.group_c + cost.scatter)
