@@ -12,6 +12,10 @@
 namespace sk {
 namespace {
 
+// Where turning NCHW once pays: 512 channels on 7x7 in 80 % of the time, 256 on 14x14 in 92 %; on 4x4 maps a cache line holds
+// a channel's pixels, and nothing is gained.
+constexpr int kManyChannels = 128, kManyPixels = 36;
+
 // Pixels and vectors of filters a tile holds: what covers all of them in the fewest tiles; of equals, the one with more pixels,
 // which reads fewer weights.
 void choose_tile(const IsaKernels& isa, int pixels, int vectors, int& tile_pixels, int& tile_vectors) {
@@ -33,7 +37,7 @@ FpropFilters::FpropFilters(const ConvShape& shape, Stripes stripes, int images, 
       lattice_(fprop_lattice(shape, stripes_.live_taps(), true)),
       images_(std::max(1, std::min(images, shape.N))),
       part_count_(std::max(1, filter_parts)) {
-  if (static_cast<std::int64_t>(images_) * shape.C * shape.H * shape.W >
+  if (images_ * pixel_floats() * shape.H * shape.W >
       std::numeric_limits<std::int32_t>::max())
     throw std::length_error("filter lanes: a block's input exceeds 2^31 values");
   for (int g = 0; g < shape.groups; ++g)
@@ -116,11 +120,13 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
   int widest = 0;
   for (const Part& p : parts_) widest = std::max(widest, p.end - p.begin);
   const std::int64_t part_floats = padded(pixels * widest);
-  // Halves are widened once; float32 is read where it lies, unless its strides are too far for a tile's 32-bit offsets.
+  // Halves are widened once; float32 is read where it lies, unless its strides are too far for a tile's 32-bit offsets, or
+  // every channel of a pixel is another cache line and those of a tile's pixels do not stay in L1.
   const std::int64_t reach =
       images_ * std::abs(x.stride[0]) + s.H * std::abs(x.stride[2]) + s.W * std::abs(x.stride[3]);
-  const bool copy = x.dtype != DType::f32 || reach > std::numeric_limits<std::int32_t>::max();
-  const std::int64_t x_floats = copy ? static_cast<std::int64_t>(s.N) * s.C * s.H * s.W : 0;
+  const bool apart = x.stride[1] != 1 && s.group_c() >= kManyChannels && s.P * s.Q >= kManyPixels;
+  const bool copy = x.dtype != DType::f32 || apart || reach > std::numeric_limits<std::int32_t>::max();
+  const std::int64_t image_floats = pixel_floats() * s.H * s.W, x_floats = copy ? s.N * image_floats : 0;
   const std::int64_t strip_floats = e.residual.data ? padded(pixels * kFinishStrip) : 0;
   const std::int64_t each = 2 * part_floats + strip_floats + padded(2 * pixels);
   float* const memory = scratch(static_cast<std::size_t>(padded(x_floats) + threads * each));
@@ -128,8 +134,8 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
   TensorView source = x;
   if (x_floats) {
     source.data = memory, source.dtype = DType::f32;
-    source.stride[0] = std::int64_t(s.C) * s.H * s.W, source.stride[1] = std::int64_t(s.H) * s.W;
-    source.stride[2] = s.W, source.stride[3] = 1;
+    source.stride[0] = image_floats, source.stride[1] = 1;
+    source.stride[2] = pixel_floats() * s.W, source.stride[3] = pixel_floats();
   }
   LaneMap map;
   map.rows = s.P, map.cols = map.pitch = s.Q, map.tensor_h = s.P, map.tensor_w = s.Q;
@@ -138,11 +144,10 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
 
   run_team(threads, [&](const Team& team) {
     if (x_floats) {
-      const std::int64_t planes = static_cast<std::int64_t>(s.N) * s.C;
-      for (std::int64_t i = team.begin(planes); i < team.end(planes); ++i)
-        for (int h = 0; h < s.H; ++h)
-          isa_.load_row(memory + (i * s.H + h) * s.W, x.at(i / s.C, i % s.C, h, 0), x.dtype, x.stride[3],
-                        s.W);
+      const Range rows = {static_cast<int>(team.begin(s.H)), static_cast<int>(team.end(s.H))};
+      for (int n = 0; n < s.N; ++n)
+        load_pixel_major(isa_, x, n, s.C, rows, s.W, pixel_floats(),
+                         memory + n * image_floats + rows.lo * pixel_floats() * s.W);
       team.barrier();
     }
     float* const sums = memory + padded(x_floats) + team.thread * each;

@@ -4,7 +4,7 @@
 //   z[pixel, j] = sum over c of  x[n, c, p', q'] * w[row(filter j of tap t), c]      pixels that tap t reaches, exactly
 //   y[pixel, filter j] += z[pixel, j]                                               one scalar scatter a tap: 1/C of the work
 //
-// The broadcast operand is x itself, in any memory format: nothing is packed, padded or wasted on out-of-image taps.
+// The broadcast operand is x itself, or a copy of it in pixels: nothing is padded or wasted on out-of-image taps.
 #pragma once
 #include <vector>
 
@@ -37,6 +37,8 @@ class FpropFilters {
     TapAccess access;
   };
 
+  // Floats a pixel takes in a copy of x: an odd number of cache lines.
+  std::int64_t pixel_floats() const { return ((shape_.C + 15) / 16 | 1) * std::int64_t{16}; }
   void compute(const Part& part, const TapFilters* taps, int n0, int images, const TensorView& x,
                const float* packed, std::int32_t* places, float* sums) const;
 

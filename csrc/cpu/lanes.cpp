@@ -204,6 +204,22 @@ void store_lanes(const IsaKernels& isa, const TensorView& y, const LaneMap& m, i
   }
 }
 
+void load_pixel_major(const IsaKernels& isa, const TensorView& t, int n, int channels, Range rows, int width,
+                      std::int64_t ld, float* dst) {
+  if (rows.size() == 0 || width == 0) return;
+  if (t.stride[1] == 1) {
+    for (int h = rows.lo; h < rows.hi; ++h)
+      for (int w = 0; w < width; ++w, dst += ld) isa.load_row(dst, t.at(n, 0, h, w), t.dtype, 1, channels);
+  } else if (t.stride[3] == 1 && t.stride[2] == width) {
+    isa.load_transposed(dst, ld, t.at(n, 0, rows.lo, 0), t.dtype, t.stride[1], channels,
+                        static_cast<std::int64_t>(rows.size()) * width, kUnpaired);
+  } else {
+    for (int h = rows.lo; h < rows.hi; ++h)
+      for (int w = 0; w < width; ++w, dst += ld)
+        isa.load_row(dst, t.at(n, 0, h, w), t.dtype, t.stride[1], channels);
+  }
+}
+
 void finish_lanes(const IsaKernels& isa, const Epilogue& e, const LaneMap& m, int c_first, int count,
                   float* lanes, float* strip) {
   if (e.empty()) return;

@@ -8,6 +8,7 @@
 
 #include "core/tensor.h"
 #include "cpu/isa/isa.h"
+#include "cpu/lattice.h"
 
 namespace sk {
 
@@ -28,6 +29,10 @@ void load_lanes(const IsaKernels& isa, const TensorView& x, const LaneMap& m, in
 
 void store_lanes(const IsaKernels& isa, const TensorView& y, const LaneMap& m, int c_first, int count,
                  const float* lanes);
+
+// dst[((h - rows.lo) * width + w) * ld + c] of image n, for all channels: what reduces over channels or pixels reads this way.
+void load_pixel_major(const IsaKernels& isa, const TensorView& t, int n, int channels, Range rows, int width,
+                      std::int64_t ld, float* dst);
 
 // In place over channels of a block: activation(lane * scale[c] + shift[c] + residual). A residual passes through `strip`,
 // kFinishStrip channels of c_stride floats; without one it may be null.

@@ -5,31 +5,11 @@
 #include <cstring>
 
 #include "cpu/driver.h"
+#include "cpu/lanes.h"
 #include "cpu/lattice.h"
 #include "cpu/parallel.h"
 
 namespace sk {
-namespace {
-
-// dst[(h * width + w) * ld + c] for rows [h0, h1) of image n; c counts from 0 to channels.
-void load_pixel_major(const IsaKernels& isa, const TensorView& t, int n, int channels, Range rows, int width,
-                      std::int64_t ld, float* dst) {
-  if (rows.size() == 0 || width == 0) return;
-  if (t.stride[1] == 1) {
-    for (int h = rows.lo; h < rows.hi; ++h)
-      for (int w = 0; w < width; ++w, dst += ld) isa.load_row(dst, t.at(n, 0, h, w), t.dtype, 1, channels);
-  } else if (t.stride[3] == 1 && t.stride[2] == width) {
-    isa.load_transposed(dst, ld, t.at(n, 0, rows.lo, 0), t.dtype, t.stride[1], channels,
-                        static_cast<std::int64_t>(rows.size()) * width, kUnpaired);
-  } else {
-    for (int h = rows.lo; h < rows.hi; ++h)
-      for (int w = 0; w < width; ++w, dst += ld)
-        isa.load_row(dst, t.at(n, 0, h, w), t.dtype, t.stride[1], channels);
-  }
-}
-
-}  // namespace
-
 struct Wgrad::Pixels {
   float *x, *dy;  // [image][in row][W][x_ld], [image][out row][Q][dy_ld]
   std::int64_t x_ld, dy_ld;
