@@ -37,8 +37,7 @@ FpropFilters::FpropFilters(const ConvShape& shape, Stripes stripes, int images, 
       lattice_(fprop_lattice(shape, stripes_.live_taps(), true)),
       images_(std::max(1, std::min(images, shape.N))),
       part_count_(std::max(1, filter_parts)) {
-  if (images_ * pixel_floats() * shape.H * shape.W >
-      std::numeric_limits<std::int32_t>::max())
+  if (images_ * pixel_floats() * shape.H * shape.W > std::numeric_limits<std::int32_t>::max())
     throw std::length_error("filter lanes: a block's input exceeds 2^31 values");
   for (int g = 0; g < shape.groups; ++g)
     for (const Part& p : balanced_parts(g, stripes_.work(g, shape.group_k(), shape.group_c()), part_count_))
