@@ -149,7 +149,7 @@ CASES: dict[str, Case] = {
         case("one channel", N=3, C=1, H=9, W=9, K=17),
         case("one filter", N=3, C=9, H=9, W=6, K=1, density=0.7),
         case("wide row", N=1, C=3, H=3, W=211, K=5),
-        case("many channels", N=2, C=130, H=4, W=5, K=67, density=0.15),
+        case("many channels", N=2, C=130, H=7, W=6, K=67, density=0.15),
         case("full", N=2, C=8, H=6, W=7, K=9, pattern="full"),
         case("empty", N=2, C=8, H=6, W=7, K=9, pattern="empty"),
         case("empty, no image", N=0, C=8, H=6, W=7, K=9, pattern="empty"),
