@@ -78,6 +78,12 @@ def test_a_missing_record_and_a_dry_run_are_named(tree: Path) -> None:
     broken = {"sources": record.source_hash(tree), "dry_run": False, "complete": False}
     (tree / "bench/records/broken.json").write_text(json.dumps(broken))
     assert "did not finish" in record.stale_quotes("see bench/records/broken.json", tree)[0]
+    stages = {"checks": {"status": "done"}, "layers": {"status": "stopped at its deadline"}}
+    (tree / "bench/records/broken.json").write_text(json.dumps({**broken, "stages": stages}))
+    assert "did not finish" in record.stale_quotes("see bench/records/broken.json", tree)[0]
+    stages["layers"]["status"] = "done"
+    (tree / "bench/records/broken.json").write_text(json.dumps({**broken, "stages": stages}))
+    assert record.stale_quotes("see bench/records/broken.json", tree) == []
 
 
 @needs_sources

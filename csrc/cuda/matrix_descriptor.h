@@ -6,19 +6,19 @@
 
 namespace sk::cuda {
 
+constexpr std::uint64_t kEightRows = 1024 >> 4, kSwizzle128 = 1;
+
 // A matrix whose rows are 128 bytes apart and swizzled by 128 bytes: 16-byte piece p of row r lies at place
 // p ^ (r % 8). `address` is that of row 0 (a multiple of 1024 bytes), or 32 bytes further for each 16 values of K.
 __device__ inline std::uint64_t matrix_descriptor(std::uint32_t address) {
-  constexpr std::uint64_t eight_rows = 1024 >> 4, swizzle_128 = 1;
-  return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | eight_rows << 32 | swizzle_128 << 62;
+  return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | kEightRows << 32 | kSwizzle128 << 62;
 }
 
 // A matrix whose rows run along K: of `rows` rows and 64 columns each (128 bytes, swizzled as above) one part after the
 // other. 16 rows further are 2048 bytes further.
 __device__ inline std::uint64_t column_descriptor(std::uint32_t address, int rows) {
-  constexpr std::uint64_t eight_rows = 1024 >> 4, swizzle_128 = 1;
-  return (address & 0x3ffff) >> 4 | static_cast<std::uint64_t>(rows * 128 >> 4) << 16 | eight_rows << 32 |
-         swizzle_128 << 62;
+  return (address & 0x3ffff) >> 4 | static_cast<std::uint64_t>(rows * 128 >> 4) << 16 | kEightRows << 32 |
+         kSwizzle128 << 62;
 }
 
 }  // namespace sk::cuda

@@ -35,8 +35,8 @@ CONFIGS = ((256,), (128,), (64,))  # channels of a block
 @dataclass(frozen=True, eq=False)
 class Lists:
     """The stripes of one phase, tap by tap in eights: `filters` [eights, 8] in the order in which they are gathered,
-    `rows` of the packed weight likewise (-1: none, and the filter is one that its tap reads anyway), and `taps` [eights],
-    places in the phase's list of taps (-1: none)."""
+    `rows` of the packed weight likewise (-1: none, and the filter is one that its tap reads anyway), and `taps`
+    [eights], places in the phase's list of taps (-1: none)."""
 
     filters: Int32Array
     rows: Int32Array

@@ -1,4 +1,4 @@
-"""Plants faults in a copy of the wgmma kernel and its layout, and shows that the emulation notices each.
+"""Plants faults in a copy of the wgmma kernels and their layouts, and shows that the emulation notices each.
 
     python -m tests.cuda.mutate [FAULT ...] [--record tests/records/cuda-mutations.json]
 
@@ -32,10 +32,10 @@ class Fault:
     wrong: str
 
 
-KERNEL = "csrc/cuda/fprop_sm90.cu"
+KERNEL, DGRAD = "csrc/cuda/fprop_sm90.cu", "csrc/cuda/dgrad_sm90.cu"
 FAULTS = {
     "operands read without their swizzle": Fault(
-        "csrc/cuda/matrix_descriptor.h", "swizzle_128 = 1;", "swizzle_128 = 0;"
+        "csrc/cuda/matrix_descriptor.h", "kSwizzle128 = 1;", "kSwizzle128 = 0;"
     ),
     "eight rows in half their distance": Fault("csrc/cuda/matrix_descriptor.h", "1024 >> 4", "512 >> 4"),
     "every other step of channels": Fault(KERNEL, "w + 2 * k, c + k", "w + 4 * k, c + k"),
@@ -67,28 +67,61 @@ FAULTS = {
     ),
     "a stage given back while it is read": Fault(KERNEL, "      wgmma_wait<1>();\n", ""),
     "sums read before the products end": Fault(KERNEL, "  wgmma_wait<0>();\n", ""),
-    "multiplying out of turn": Fault(KERNEL, "  start.take();\n#pragma", "#pragma"),
-    "merging out of turn": Fault(KERNEL, "        merging.take();\n        if", "        if"),
+    "multiplying out of turn": Fault(KERNEL, "        if (block.first) start.take();\n", ""),
     "x given back by the first block": Fault(
-        KERNEL,
-        "if (block + 1 == segment.blocks_end && lane == 0)",
-        "if (block == segment.blocks && lane == 0)",
+        KERNEL, "const bool last = i + 2 >= segment.blocks_end;", "const bool last = i == segment.blocks;"
     ),
-    "no barrier between rounds": Fault("csrc/cuda/merge_sm90.h", "    warpgroup_barrier(group);\n", ""),
-    "sums left for the next item": Fault(KERNEL, "      *place = {0.f, 0.f};\n", ""),
-    "a filter twice in a round": Fault(
-        "stripe_kernels/backends/cuda_stripes.py",
-        "_spread(columns[i::count])",
-        "_spread(columns[len(columns) * i // count : len(columns) * (i + 1) // count])",
-    ),}  # fmt: skip
+    "x given back before every lane has seen it": Fault(
+        KERNEL, "      warp_barrier();  // every lane has seen the phase that the first one lets end\n", ""
+    ),
+    "summed before all products are there": Fault(
+        KERNEL, "        warpgroup_barrier(group);\n        for (int first", "        for (int first"
+    ),
+    "stored before all sums are there": Fault(
+        KERNEL, "          warpgroup_barrier(group);\n          store_filters", "          store_filters"
+    ),
+    "rows behind the patch left as they are": Fault(
+        "csrc/cuda/sum_sm90.h", "*reinterpret_cast<uint4*>(x + c * rows + i) = {0, 0, 0, 0};", ";"
+    ),
+    "a tap beside the patch taken for zero": Fault(
+        "stripe_kernels/backends/cuda_wgmma.py", "1 if zeros else 2", "1"
+    ),
+    "dgrad: dy not awaited": Fault(DGRAD, "    mbarrier_wait(s.ready, parity);\n", ""),
+    "dgrad: a patch overwritten while it is read": Fault(
+        DGRAD, "        mbarrier_wait(s.read, parity ^ 1);\n", ""
+    ),
+    "dgrad: registers filled while wgmma reads them": Fault(
+        DGRAD, "gather(s, pixels, s.steps[i + 1], odd);", "gather(s, pixels, s.steps[i + 1], even);"
+    ),
+    "dgrad: stored while others gather": Fault(
+        DGRAD, "    computers_barrier();  // nobody reads the patch any more\n", ""
+    ),
+    "dgrad: no zeros behind the patch": Fault(
+        DGRAD, "zeros_of(l) + i % 8 * 16) = {0, 0, 0, 0};", "zeros_of(l) + i % 8 * 16);"
+    ),
+    "dgrad: weights not awaited": Fault(
+        DGRAD,
+        "      mbarrier_wait(s.full + stage, ring);\n"
+        "      multiply<T, N>(s.weights + stage * kStripes * N * 2, 1, odd",
+        "      multiply<T, N>(s.weights + stage * kStripes * N * 2, 1, odd",
+    ),
+    "dgrad: an eight read through the tap before": Fault(
+        "stripe_kernels/backends/cuda_gather.py", "taps.append(np.full(len(f), number, np.int32))",
+        "taps.append(np.full(len(f), max(0, number - 1), np.int32))",
+    ),
+}  # fmt: skip
 
 
 def check(extension: str) -> None:
     """The problems, in every order; AssertionError at the first that shows a fault."""
     import torch
 
+    from stripe_kernels.backends.cuda_gather import CONFIGS as DGRAD_CONFIGS
     from stripe_kernels.backends.cuda_wgmma import CONFIGS
     from tests.cuda.problems import problem_of
+    from tests.cuda.test_gather import EVERYTHING as GATHERED
+    from tests.cuda.test_gather import check_dgrad
+    from tests.cuda.test_mma import WIDE
     from tests.cuda.test_wgmma import DEEP, EVERYTHING, MMA_PROBLEMS, check_wgmma, refused
 
     native = emulated.load(Path(extension))
@@ -110,6 +143,15 @@ def check(extension: str) -> None:
             with emulated.greedy(native):  # the second warpgroup gets ahead
                 last = check_wgmma(native, c, torch.bfloat16, config)
                 assert torch.equal(last, first), "a warpgroup that gets ahead changes the bits"
+    for c, config in product(
+        (*(c for c in WIDE if c.name in ("lopsided", "grouped", "strided")), GATHERED), DGRAD_CONFIGS[1:]
+    ):
+        first = check_dgrad(native, c, torch.bfloat16, config)
+        for order in (emulated.late, emulated.backwards, emulated.greedy):
+            with order(native):
+                assert torch.equal(check_dgrad(native, c, torch.bfloat16, config), first), (
+                    f"{order.__name__}: other bits"
+                )
 
 
 class Builder:
@@ -145,7 +187,8 @@ class Builder:
             sys.exit(result.stderr)
 
     def link(self, tree: Path) -> Path:
-        self._compile(tree, Path(KERNEL))
+        for kernel in (KERNEL, DGRAD):
+            self._compile(tree, Path(kernel))
         target = tree / "_cuda.so"
         objects = [str(self._object(source)) for source in self.sources]
         subprocess.run([*emulated.CXX.split(), "-shared", *objects, "-o", str(target)], check=True)
