@@ -112,13 +112,11 @@ def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
         if all(cuda_gather.layout_of(problem, config) is None for config in cuda_gather.CONFIGS):
             return (
                 f"a patch with the halo of its taps and {s.group_k} filters exceeds {cuda_wgmma.SHARED_BYTES} bytes of "
-                "shared memory"
+                f"shared memory, or a phase has more than {cuda_gather.TAPS} taps or {cuda_gather.SIDE} pixels a side"
             )
         return _chip()
     if s.stride[0] * s.stride[1] > cuda_wgmma.PHASES:
         return f"takes strides of at most {cuda_wgmma.PHASES} phases, got {s.stride}"
-    if s.H * s.W == 0:
-        return f"needs input pixels, got a map of {s.H}x{s.W}"
     if not any(cuda_wgmma.room(problem, config) for config in cuda_wgmma.CONFIGS):
         return (
             f"a patch with the halo of its taps, {s.group_c} channels and products with the stripes of a filter exceed "

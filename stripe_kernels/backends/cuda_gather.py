@@ -28,6 +28,7 @@ CHUNK, ROW = 64, 128  # filters of a row of the patch, its bytes
 MOST_ROWS = 256  # of a copy
 STEP_BYTES, PIXEL_BYTES = 320, 16
 TAPS = 32  # of a phase, most
+SIDE = 1 << 19  # pixels of a phase in either direction: the kernel divides in float32
 STAGES = (2, 4)  # of the ring of weights: least, and most
 CONFIGS = ((256,), (128,), (64,))  # channels of a block
 
@@ -106,7 +107,7 @@ def _patches(skeleton: FilterSkeleton, s: ConvShape) -> tuple[tuple[Phase, np.nd
 
 @lru_cache(maxsize=512)
 def layout_of(problem: Problem, config: Config) -> Layout | None:
-    """None where a block of sm_90 has too little shared memory, or a phase too many taps."""
+    """None where a block of sm_90 has too little shared memory, or a phase too many taps or pixels."""
     s, (width,) = problem.shape, config
     found = _patches(problem.skeleton, s)
     most = max((int(count.max(initial=0)) for _, _, count in found), default=0)
@@ -117,7 +118,7 @@ def layout_of(problem: Problem, config: Config) -> Layout | None:
     patch = -(-max(-(-s.group_k // CHUNK) * pitch, PIXELS * (2 * width + 16)) // 1024) * 1024
     tile = patch + steps * STEP_BYTES + PIXELS * PIXEL_BYTES + 8
     tiles = sum(len(count) for *_, count in found)
-    if taps > TAPS:
+    if taps > TAPS or max((max(p.rows, p.columns) for p, *_ in found), default=0) > SIDE:
         return None
     for buffers in (2, 1):
         stages = min(STAGES[1], (SHARED_BYTES - buffers * tile - 32 - 1024) // (STRIPES * width * 2 + 16))

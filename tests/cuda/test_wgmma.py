@@ -200,11 +200,10 @@ def test_refusals_give_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     p = random_problem(SHAPES[0], "bfloat16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernel.refuse(p, "fprop") is None
-    assert not kernel.automatic
     for wrong, which, reason in (
         (replace(p, device="cpu"), "fprop", "not on cpu"),
         (replace(p, dtype="float32"), "fprop", "not float32"),
-        (p, "dgrad", "computes fprop"),
+        (p, "wgrad", "computes fprop and dgrad"),
         (replace(p, channels_last=False), "fprop", "channels_last"),
         (
             random_problem(ConvShape(1, 12, 5, 5, 9, 3, 3), "bfloat16"),
@@ -213,6 +212,9 @@ def test_refusals_give_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (random_problem(ConvShape(1, 8, 9, 9, 9, 3, 3, (3, 2)), "bfloat16"), "fprop", "4 phases, got (3, 2)"),
         (random_problem(ConvShape(1, 2048, 9, 9, 9, 3, 3), "bfloat16"), "fprop", "bytes of shared memory"),
+        (random_problem(ConvShape(1, 8, 9, 9, 12, 3, 3), "bfloat16"), "dgrad", "K/groups in multiples of 8"),
+        (random_problem(ConvShape(1, 8, 9, 9, 2048, 3, 3), "bfloat16"), "dgrad", "2048 filters exceeds"),
+        (random_problem(ConvShape(1, 8, 9, 9, 8, 7, 7), "bfloat16"), "dgrad", "more than 32 taps"),
     ):
         assert reason in kernel.refuse(wrong, which)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
