@@ -96,7 +96,7 @@ def _chip() -> str | None:
 
 
 def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
-    reason = _unfit(problem, ("bfloat16", "float16"))
+    reason = _unfit(problem, ("bfloat16", "float16")) or _chip()
     if reason:
         return reason
     s = problem.shape
@@ -109,12 +109,13 @@ def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
     if which == "dgrad":
         if s.group_k % 8:
             return f"needs K/groups in multiples of 8 (16 bytes), got {s.group_k}"
-        if all(cuda_gather.layout_of(problem, config) is None for config in cuda_gather.CONFIGS):
+        layouts = [cuda_gather.layout_of(problem, config) for config in cuda_gather.CONFIGS]
+        if all(layout is None for layout in layouts):
             return (
                 f"a patch with the halo of its taps and {s.group_k} filters exceeds {cuda_wgmma.SHARED_BYTES} bytes of "
                 f"shared memory, or a phase has more than {cuda_gather.TAPS} taps or {cuda_gather.SIDE} pixels a side"
             )
-        return _chip()
+        return next((reason for layout in layouts if layout and (reason := _too_many_blocks(layout))), None)
     if s.stride[0] * s.stride[1] > cuda_wgmma.PHASES:
         return f"takes strides of at most {cuda_wgmma.PHASES} phases, got {s.stride}"
     if not any(cuda_wgmma.room(problem, config) for config in cuda_wgmma.CONFIGS):
@@ -122,7 +123,7 @@ def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
             f"a patch with the halo of its taps, {s.group_c} channels and products with the stripes of a filter exceed "
             f"{cuda_wgmma.SHARED_BYTES} bytes of shared memory"
         )
-    return _chip()
+    return None
 
 
 def _build_wgmma(problem: Problem, which: Pass, config: Config) -> Any:

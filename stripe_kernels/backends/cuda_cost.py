@@ -131,7 +131,7 @@ def _wgmma_dgrad(problem: Problem) -> dict[Config, float]:
         blocks = layout.walk.tiles[0] * layout.tiles_out
         cycles = steps * step + layout.chunk * s.group_k * 2 / 24 + 2500
         waves = -(-blocks // MULTIPROCESSORS)
-        found[config] = _seconds(problem, "dgrad", cycles * waves * MULTIPROCESSORS, blocks, 1, 2)
+        found[config] = _seconds(problem, "dgrad", cycles * waves * MULTIPROCESSORS, MULTIPROCESSORS, 1, 2)
     return found
 
 
@@ -149,5 +149,5 @@ def _wgmma_fprop(problem: Problem) -> dict[Config, float]:
         cycles = sum(t.blocks * block + patch.rows * channels * 2 / 56 + 600 for t in tiles)
         waves = -(-len(tiles) * patch.walk.blocks // MULTIPROCESSORS)
         cycles *= waves * MULTIPROCESSORS / len(tiles)
-        found[config] = _seconds(problem, "fprop", cycles, len(tiles) * patch.walk.blocks, 1, 2)
+        found[config] = _seconds(problem, "fprop", cycles, MULTIPROCESSORS, 1, 2)
     return found

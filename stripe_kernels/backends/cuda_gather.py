@@ -64,7 +64,7 @@ def _eights(filters: Int32Array, rows: Int32Array) -> tuple[Int32Array, Int32Arr
     return found[0], found[1]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=4096)
 def lists_of(phase: Phase) -> Lists:
     """Filled up to whole steps, at least one."""
     filters, rows, taps = [], [], []
@@ -88,7 +88,9 @@ def patches_of(phase: Phase, s: ConvShape) -> tuple[np.ndarray, np.ndarray]:
     tiles = -(-s.N * area // PIXELS)
     low = np.full(tiles, s.N * s.P * s.Q, np.int64)
     high = np.full(tiles, -1, np.int64)
-    n, i, j = np.unravel_index(np.arange(s.N * area), (s.N, phase.rows, phase.columns))
+    n, i, j = (
+        a.astype(np.int32) for a in np.unravel_index(np.arange(s.N * area), (s.N, phase.rows, phase.columns))
+    )
     starts = np.arange(0, s.N * area, PIXELS)
     for tap in phase.taps:
         p, q = i - tap.i, j - tap.j
@@ -109,13 +111,24 @@ def _patches(skeleton: FilterSkeleton, s: ConvShape) -> tuple[tuple[Phase, np.nd
 def layout_of(problem: Problem, config: Config) -> Layout | None:
     """None where a block of sm_90 has too little shared memory, or a phase too many taps or pixels."""
     s, (width,) = problem.shape, config
+    chunks = -(-s.group_k // CHUNK)
+    for phase in phases(problem.skeleton, s):
+        # What a tile in the middle of a map spans, before anything is counted pixel by pixel.
+        away = [tap.i * s.Q + tap.j for tap in phase.taps]
+        if (
+            away
+            and phase.rows > s.R
+            and chunks * ROW * min(max(away) - min(away), s.N * s.P * s.Q) > SHARED_BYTES
+        ):
+            return None
     found = _patches(problem.skeleton, s)
     most = max((int(count.max(initial=0)) for _, _, count in found), default=0)
-    box = -(-max(1, most) // -(-max(1, most) // MOST_ROWS))
+    boxes = -(-max(1, most) // MOST_ROWS)
+    box = max(1, most) if boxes == 1 else -(-most // boxes // 8) * 8  # each begins where the swizzle does
     pitch = -(-(-(-max(1, most) // box) * box + 1) // 8) * 8 * ROW
     taps = max((len(p.taps) for p, *_ in found), default=0)
     steps = max((len(lists_of(p).taps) * EIGHT // STRIPES for p, *_ in found), default=1)
-    patch = -(-max(-(-s.group_k // CHUNK) * pitch, PIXELS * (2 * width + 16)) // 1024) * 1024
+    patch = -(-max(chunks * pitch, PIXELS * (2 * width + 16)) // 1024) * 1024
     tile = patch + steps * STEP_BYTES + PIXELS * PIXEL_BYTES + 8
     tiles = sum(len(count) for *_, count in found)
     if taps > TAPS or max((max(p.rows, p.columns) for p, *_ in found), default=0) > SIDE:

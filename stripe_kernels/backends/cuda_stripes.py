@@ -150,24 +150,26 @@ def _tiles(size: int, most: int) -> Iterator[int]:
         last = tile
 
 
-def reads_zeros(patch: Patch, of_group: list[Phase], pad: int, guard: int) -> bool:
+def reads_zeros(patch: Patch, live: list[Phase], pad: int, guard: int) -> bool:
     """Whether a tap that reads beside the patch finds a zero without looking: products of a column lie one pixel after
-    the other, `pad` zeros behind the last, and before the first the previous column's (or `guard` zeros)."""
+    the other, `pad` zeros behind the last, and before the first the previous column's (or `guard` zeros). live: the
+    phases that have stripes. Where a group has several, the previous column may be of another one: no."""
+    if len(live) > len({phase.group for phase in live}):
+        return False
     (images, th, tw), (gh, gw) = patch.walk.tile, patch.walk.patch
     n, i, j = (a.ravel() for a in np.indices((images, th, tw)))
-    for phase in of_group:
+    for phase in live:
         h, w = np.indices((gh, gw)).reshape(2, -1)
         h, w = h + patch.vertical.origin[phase.h0], w + patch.horizontal.origin[phase.w0]
         # Of a map that is not whole in the tile another tile may have pixels anywhere in the grid.
         whole = th == patch.walk.out[0], tw == patch.walk.out[1]
         outside = (h < 0) | (h >= phase.rows) if whole[0] else np.zeros(gh * gw, bool)
         outside = outside | ((w < 0) | (w >= phase.columns) if whole[1] else False)
-        live = np.flatnonzero(~np.tile(outside, images))
-        first, last = (int(live[0]), int(live[-1])) if len(live) else (0, -1)
+        last = int(np.flatnonzero(~np.tile(outside, images)).max(initial=-1))
         for tap in phase.taps:
             row = (n * gh + i) * gw + j + patch.offset(phase, tap.i, tap.j)
             low, high = int(row.min()), int(row.max())
-            if low < -guard or low < last + 1 - patch.rows - pad or high >= patch.rows + pad + first:
+            if low < -guard or low < last + 1 - patch.rows - pad or high >= patch.rows + pad:
                 return False
     return True
 

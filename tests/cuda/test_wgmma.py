@@ -3,7 +3,7 @@ as late as they may, threads in both orders."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from types import ModuleType
 
@@ -38,6 +38,31 @@ PROBLEMS = (
     case("one row", N=2, C=8, H=1, W=40, K=9, R=1, S=3, padding=(0, 1)),
 )  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class ThreeTaps(Case):
+    """Every filter lives at the same three taps, so that the blocks of a phase are full to the last column."""
+
+    @property
+    def skeleton(self) -> FilterSkeleton:
+        live = np.zeros((self.shape.K, self.shape.R, self.shape.S), bool)
+        live[:, 0, 0] = live[:, 1, 0] = live[:, 1, 1] = True
+        return FilterSkeleton(live)
+
+
+# A tap beside the patch of one phase once found the last column of another.
+PHASES_IN_FULL_BLOCKS = (
+    ThreeTaps("stride 3", ConvShape(1, 8, 10, 14, 64, 5, 2, (3, 1), (1, 1, 2, 0))),
+    ThreeTaps("stride 4", ConvShape(2, 8, 6, 13, 64, 4, 3, (4, 1), (1, 2, 0, 1))),
+)
+
+
+@pytest.mark.parametrize("c", PHASES_IN_FULL_BLOCKS, ids=lambda c: c.name)
+def test_phases_do_not_read_each_other(native: ModuleType, c: Case) -> None:
+    for config in CONFIGS:
+        if not refused(problem_of(c, "channels_last", torch.bfloat16), config):
+            check_wgmma(native, c, torch.bfloat16, config)
 
 
 def refused(problem: Problem, config: Config) -> bool:
