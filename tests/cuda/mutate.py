@@ -122,10 +122,19 @@ def check(extension: str) -> None:
     from tests.cuda.test_gather import EVERYTHING as GATHERED
     from tests.cuda.test_gather import check_dgrad
     from tests.cuda.test_mma import WIDE
-    from tests.cuda.test_wgmma import DEEP, EVERYTHING, MMA_PROBLEMS, check_wgmma, refused
+    from tests.cuda.test_wgmma import (
+        BUNDLES,
+        DEEP,
+        EVERYTHING,
+        MMA_PROBLEMS,
+        PHASES_IN_FULL_BLOCKS,
+        check_wgmma,
+        refused,
+    )
 
     native = emulated.load(Path(extension))
-    cases = (*(c for c in MMA_PROBLEMS if c.name in ("lopsided", "grouped", "strided")), DEEP, EVERYTHING)
+    few = (c for c in MMA_PROBLEMS if c.name in ("lopsided", "grouped", "strided"))
+    cases = (*few, DEEP, EVERYTHING, BUNDLES, *PHASES_IN_FULL_BLOCKS)
     for c, config in product(cases, CONFIGS[:2]):
         if refused(problem_of(c, "channels_last", torch.bfloat16), config):
             continue

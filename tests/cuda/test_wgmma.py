@@ -14,7 +14,14 @@ import torch
 from stripe_kernels import list_kernels, registry
 from stripe_kernels.backends.cuda_stripes import Patch, bundles_of, patch_of
 from stripe_kernels.backends.cuda_tables import DTYPES as CODES
-from stripe_kernels.backends.cuda_wgmma import CONFIGS, SHARED_BYTES, WgmmaFprop, room, tiles_of
+from stripe_kernels.backends.cuda_wgmma import (
+    CONFIGS,
+    SHARED_BYTES,
+    WgmmaFprop,
+    chunks_of,
+    room,
+    tiles_of,
+)
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.phases import phases
 from stripe_kernels.registry import Config, Problem
@@ -28,9 +35,11 @@ from tests.cuda.test_mma import PROBLEMS as MMA_PROBLEMS
 
 # Two blocks of the grid share everything: several items each, blocks and tiles of filters, more chunks than stages.
 EVERYTHING = case("several of everything", N=3, C=136, H=13, W=17, K=150, density=0.3)
+# A tile of filters has several bundles even where all multiprocessors want one, each with more chunks than stages.
+BUNDLES = case("several bundles a tile", N=1, C=520, H=4, W=5, K=650, density=0.3)
 DEEP = case("more chunks than stages", N=1, C=648, H=5, W=5, K=40, density=0.4)
 PROBLEMS = (
-    *MMA_PROBLEMS, EVERYTHING, DEEP,
+    *MMA_PROBLEMS, EVERYTHING, BUNDLES, DEEP,
     case("four phases", N=2, C=16, H=11, W=9, K=20, R=5, S=4, stride=(2, 2), padding=(2, 1)),
     case("phases nobody reads", N=3, C=8, H=8, W=7, K=9, R=1, S=1, stride=(2, 2), padding=(0, 0)),
     case("three rows apart", N=2, C=24, H=14, W=6, K=9, stride=(3, 1), dilation=(1, 2), padding=(2, 2)),
@@ -89,9 +98,18 @@ def test_within_the_budget(native: ModuleType, c: Case) -> None:
     assert ran or strides > 4 or c.name == "taps far apart"
 
 
+def test_a_tile_has_several_bundles() -> None:
+    problem = problem_of(BUNDLES, "channels_last", torch.bfloat16)
+    layouts = [tiles_of(problem, config) for config in CONFIGS[:2] if room(problem, config)]
+    assert layouts
+    for _, tiles, layout in layouts:
+        assert min(t.blocks for t in tiles) >= 2
+        assert layout.slab < chunks_of(problem)
+
+
 def test_no_wait_is_missing(native: ModuleType) -> None:
     """The bits depend neither on the order of threads nor on when copies and products happen."""
-    for c, config in product((EVERYTHING, DEEP, PROBLEMS[1]), CONFIGS[:2]):
+    for c, config in product((EVERYTHING, BUNDLES, DEEP, PROBLEMS[1]), CONFIGS[:2]):
         if refused(problem_of(c, "channels_last", torch.bfloat16), config):
             continue
         first = check_wgmma(native, c, torch.bfloat16, config)
