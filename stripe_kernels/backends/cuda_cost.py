@@ -11,7 +11,7 @@ from stripe_kernels.backends.cuda_columns import BANDS, STRIPES, WHOLE, column_t
 from stripe_kernels.backends.cuda_tables import Layout
 from stripe_kernels.registry import Config, Pass, Problem
 
-MULTIPROCESSORS = 132
+MULTIPROCESSORS = cuda_wgmma.PROCESSORS
 CLOCK = 1.7e9
 RESIDENT = 2  # blocks a multiprocessor holds
 LAUNCH = 4e-6  # seconds

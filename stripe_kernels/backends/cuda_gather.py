@@ -14,7 +14,7 @@ from stripe_kernels.backends.cuda_mma import dense_channels_last, empty_channels
 from stripe_kernels.backends.cuda_runner import CudaRunner
 from stripe_kernels.backends.cuda_tables import Layout, Tables
 from stripe_kernels.backends.cuda_walk import Walk
-from stripe_kernels.backends.cuda_wgmma import SHARED_BYTES
+from stripe_kernels.backends.cuda_wgmma import CHUNK, ROW, SHARED_BYTES
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.packed import Int32Array
 from stripe_kernels.phases import Phase, phases
@@ -24,7 +24,6 @@ from stripe_kernels.skeleton import FilterSkeleton
 PIXELS = 128  # of a block
 STRIPES = 64  # of a step
 EIGHT = 8  # stripes of one tap
-CHUNK, ROW = 64, 128  # filters of a row of the patch, its bytes
 MOST_ROWS = 256  # of a copy
 STEP_BYTES, PIXEL_BYTES = 320, 16
 TAPS = 32  # of a phase, most

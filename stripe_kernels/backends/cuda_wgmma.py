@@ -28,7 +28,7 @@ PROCESSORS = 132
 CHUNK = 64  # channels
 ROW = 128  # bytes: a chunk of a pixel or a stripe
 PHASES = 4  # of the stride
-STAGES = (3, 8)  # of the ring of weights: wanted, and most
+STAGES = (2, 8)  # of the ring of weights: least, and most
 TABLE_BYTES = (130 + 2 * 128 + 2) * 4  # of a bundle, but for its places
 PAD, GUARD = 8, 64  # zeros behind and before the products of a column
 STAGE_PITCH = 18  # values of a pixel that wait to be stored
@@ -64,7 +64,7 @@ def room(problem: Problem, config: Config) -> int | None:
     stage = -(-2 * rows * STAGE_PITCH * 2 // 8) * 8
     fixed = chunks * rows * ROW + products + table + stage + 2 * rows * 8 + (2 * chunks + 2) * 8 + 1024
     stages = min(STAGES[1], (SHARED_BYTES - fixed) // (width * ROW + 16))
-    return stages if stages >= 2 else None
+    return stages if stages >= STAGES[0] else None
 
 
 def tiles_of(problem: Problem, config: Config) -> tuple[Patch, tuple[StripeTile, ...], Layout]:
