@@ -77,7 +77,8 @@ class StripeOp:
             kernel,
         )
         self._runners: dict[Any, Any] = {}
-        self._checked: dict[Any, Any] = {}  # signature of a call to the front -> its runner
+        # All that the checks and the plan of a call look at -> its runner. The passes' keys differ in length.
+        self.checked: dict[Any, Any] = {}
 
     @cached_property
     def skeleton(self) -> FilterSkeleton:
@@ -120,10 +121,17 @@ class StripeOp:
             self._runners[key] = runner
         return runner
 
+    def remember(self, key: Any, runner: Any) -> Any:
+        """The runner, kept for calls like one that was checked."""
+        if len(self.checked) >= 3 * _RUNNERS_KEPT:
+            self.checked.clear()
+        self.checked[key] = runner
+        return runner
+
     def forget(self) -> None:
         """Drops the runners, so that the next call plans anew (after tuning)."""
         self._runners.clear()
-        self._checked.clear()
+        self.checked.clear()
 
 
 def lane_network(threads: int, vectors: int = 1) -> Any:
@@ -160,6 +168,13 @@ def is_channels_last(t: Tensor) -> bool:
     return True
 
 
+def _signature(t: Tensor) -> tuple[Any, ...]:
+    """Of the tensor that a plan is made for: what the plan looks at, the switches included."""
+    device, dtype = t.device, t.dtype
+    tf32 = t.is_cuda and tf32_allowed(device, dtype)
+    return t.shape, t.stride(), dtype, device, torch.get_num_threads(), tf32
+
+
 def _pack_for_operator(runner: Any, weight: Tensor) -> Any:
     """Below autograd nobody knows whether a gradient is wanted: a weight that could be trained is packed on
     every call, so that optimizers which write through .data are seen."""
@@ -178,9 +193,11 @@ def _dgrad(grad, weight, input_size, *arguments):  # type: ignore[no-untyped-def
 
 
 def _dgrad_of(op: StripeOp, grad: Tensor, weight: Tensor, input_size: Any) -> Tensor:
-    size = _check_dgrad(op, grad, weight, input_size)
-    runner = op.runner("dgrad", size, grad)
-    return runner(grad, _pack_for_operator(runner, weight))
+    key = (tuple(input_size), *_signature(grad), weight.shape, weight.dtype, weight.device)
+    runner = op.checked.get(key)
+    if runner is None:
+        runner = op.remember(key, op.runner("dgrad", _check_dgrad(op, grad, weight, input_size), grad))
+    return runner(grad, _pack_for_operator(runner, weight))  # type: ignore[no-any-return]
 
 
 def _check_dgrad(op: StripeOp, grad: Tensor, weight: Tensor, input_size: Any) -> tuple[int, ...]:
@@ -198,8 +215,12 @@ def _wgrad(grad, x, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _wgrad_of(op: StripeOp, grad: Tensor, x: Tensor) -> Tensor:
-    _check_wgrad(op, grad, x)
-    return op.runner("wgrad", tuple(x.shape), x)(grad, x)
+    key = (*_signature(x), grad.shape, grad.dtype, grad.device)
+    runner = op.checked.get(key)
+    if runner is None:
+        _check_wgrad(op, grad, x)
+        runner = op.remember(key, op.runner("wgrad", tuple(x.shape), x))
+    return runner(grad, x)  # type: ignore[no-any-return]
 
 
 def _check_wgrad(op: StripeOp, grad: Tensor, x: Tensor) -> None:
@@ -260,6 +281,9 @@ def _fprop_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 def _fprop_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Of x, weight, bias, scale and residual."""
     x, weight, bias, scale, residual = ctx.saved_tensors
+    # Asked once: the passes' fronts would ask again.
+    plain = not torch.is_grad_enabled() and _nobody_listens() and _plain(dy, x, weight, scale)
+    passes = (_dgrad_of, _wgrad_of) if plain else (dgrad, wgrad)
     needs, op = ctx.needs_input_grad, ctx.op
     dscale = None
     if ctx.activation != "none" or needs[3]:
@@ -274,8 +298,8 @@ def _fprop_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dbias = dy.sum((0, 2, 3)) if needs[2] else None
     dresidual = dy if needs[4] else None
     dconv = dy if scale is None else dy * scale[:, None, None]
-    dx = dgrad(op, dconv, weight, x.shape[2:]) if needs[0] else None
-    dw = wgrad(op, dconv, x) if needs[1] else None
+    dx = passes[0](op, dconv, weight, x.shape[2:]) if needs[0] else None
+    dw = passes[1](op, dconv, x) if needs[1] else None
     return dx, dw, dbias, dscale, dresidual
 
 
@@ -396,23 +420,20 @@ def _checked_runner(
     residual: Tensor | None,
     activation: str,
 ) -> Callable[..., Tensor]:
-    """The runner of a call. The key has all that check() and the plan look at: each is checked once."""
+    """The runner of a call of fprop, which is checked once (StripeOp.checked)."""
     key = (
-        x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.dtype, weight.device,
+        *_signature(x), weight.shape, weight.dtype, weight.device,
         bias is not None and (bias.shape, bias.dtype, bias.device),
         scale is not None and (scale.shape, scale.dtype, scale.device),
         residual is not None and (residual.shape, residual.dtype, residual.device),
-        activation, torch.get_num_threads(), tf32_allowed(x.device, x.dtype),
+        activation,
     )  # fmt: skip
-    runner = op._checked.get(key)
+    runner = op.checked.get(key)
     if runner is None:
         check(x, weight, op, {"bias": bias, "scale": scale, "residual": residual})
         _activation(activation)
-        runner = op.runner("fprop", tuple(x.shape), x)
-        if len(op._checked) >= _RUNNERS_KEPT:
-            op._checked.clear()
-        op._checked[key] = runner
-    return runner
+        runner = op.remember(key, op.runner("fprop", tuple(x.shape), x))
+    return runner  # type: ignore[no-any-return]
 
 
 class _Fprop(torch.autograd.Function):

@@ -69,7 +69,7 @@ def test_set_num_threads_governs_the_next_call() -> None:
         torch.set_num_threads(threads)
         with torch.no_grad():
             ops.fprop(op, x, weight)
-        assert {r.threads for r in op._checked.values()} >= {threads}
+        assert {r.threads for r in op.checked.values()} >= {threads}
 
 
 def count_threads() -> int:

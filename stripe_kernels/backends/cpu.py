@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,23 +63,32 @@ class _Runner:
         )
         self.arguments = (list(sizes), index.tap_ptr.tolist(), index.filter.tolist(), index.row.tolist())
 
-    def pack_into(self, native: object, weight: Tensor) -> Tensor:
-        weight = weight.detach().contiguous()
-        packed = torch.empty(native.packed_floats, dtype=torch.float32)  # type: ignore[attr-defined]
-        native.pack_weight(weight.data_ptr(), _DTYPES[str(weight.dtype)[6:]], packed.data_ptr())  # type: ignore[attr-defined]
+
+class _WeightRunner(_Runner):
+    """A pass that reads the weight."""
+
+    native: Any
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """The kernel's own form of a weight [A, C/groups] of the problem's dtype."""
+        if not weight.is_contiguous():
+            weight = weight.detach().contiguous()
+        packed = torch.empty(self.packed_floats, dtype=torch.float32)
+        self.native.pack_weight(weight.data_ptr(), self.code, packed.data_ptr())
         return packed
 
+    @cached_property
+    def packed_floats(self) -> int:
+        return int(self.native.packed_floats)
 
-class CpuFprop(_Runner):
+
+class CpuFprop(_WeightRunner):
     def __init__(self, problem: Problem, config: Config, isa: str) -> None:
         super().__init__(problem)
         make = _cpu.FpropFilters if len(config) == 2 else _cpu.Fprop
         self.native = make(*self.arguments, list(config), isa)
         self.size = self.shape.output_size
         self.run = self.native.run
-
-    def pack(self, weight: Tensor) -> Tensor:
-        return self.pack_into(self.native, weight)
 
     def __call__(
         self,
@@ -99,13 +110,10 @@ class CpuFprop(_Runner):
         return y
 
 
-class CpuDgrad(_Runner):
+class CpuDgrad(_WeightRunner):
     def __init__(self, problem: Problem, config: Config, isa: str) -> None:
         super().__init__(problem)
         self.native = _cpu.Dgrad(*self.arguments, list(config), isa)
-
-    def pack(self, weight: Tensor) -> Tensor:
-        return self.pack_into(self.native, weight)
 
     def __call__(self, dy: Tensor, packed: Tensor) -> Tensor:
         dx = torch.empty(self.shape.input_size, dtype=self.dtype, memory_format=self.format)
