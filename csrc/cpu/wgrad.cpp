@@ -10,6 +10,11 @@
 #include "cpu/parallel.h"
 
 namespace sk {
+namespace {
+// Rows that are turned into pixel-major form together: single ones of a small map would leave most of a vector empty.
+int rows_at_once(int width) { return std::max(1, 128 / std::max(1, width)); }
+}  // namespace
+
 struct Wgrad::Pixels {
   float *x, *dy;  // [image][in row][W][x_ld], [image][out row][Q][dy_ld]
   std::int64_t x_ld, dy_ld;
@@ -98,6 +103,12 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
   const int tasks = static_cast<int>(tasks_.size());
   std::atomic<int> next[2] = {{0}, {0}};
 
+  const auto turn = [&](const TensorView& t, int image, int channels, Range rows, int part, int width,
+                        std::int64_t ld, float* to) {
+    const int first = rows.lo + part * rows_at_once(width);
+    load_pixel_major(isa_, t, image, channels, {first, std::min(first + rows_at_once(width), rows.hi)}, width,
+                     ld, to + static_cast<std::int64_t>(first - rows.lo) * width * ld);
+  };
   run_team(threads, [&](const Team& team) {
     Pixels mine = px;
     float* const tile = tiles + team.thread * tile_floats;
@@ -109,20 +120,19 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
       const Range in = intersect(
           {mine.p0 * s.stride_h - s.pad_top, (mine.p1 - 1) * s.stride_h - s.pad_top + reach}, {0, s.H});
       mine.in_row0 = in.lo, mine.in_rows = in.size();
-      // Lines of both copies, dealt out to the team.
-      const int lines = mine.images * (mine.in_rows + mine.p1 - mine.p0);
-      for (int i = static_cast<int>(team.begin(lines)); i < team.end(lines); ++i) {
-        const int image = i / (mine.in_rows + mine.p1 - mine.p0),
-                  row = i % (mine.in_rows + mine.p1 - mine.p0);
-        if (row < mine.in_rows)
-          load_pixel_major(isa_, x, n0 + image, s.C, {in.lo + row, in.lo + row + 1}, s.W, px.x_ld,
-                           px.x + (static_cast<std::int64_t>(image) * mine.in_rows + row) * s.W * px.x_ld);
+      // Both copies, dealt out to the team in a few rows each.
+      const Range out{mine.p0, mine.p1};
+      const int x_parts = ceil_div(in.size(), rows_at_once(s.W)),
+                dy_parts = ceil_div(out.size(), rows_at_once(s.Q));
+      const int parts = mine.images * (x_parts + dy_parts);
+      for (int i = static_cast<int>(team.begin(parts)); i < team.end(parts); ++i) {
+        const int image = i / (x_parts + dy_parts), part = i % (x_parts + dy_parts);
+        if (part < x_parts)
+          turn(x, n0 + image, s.C, in, part, s.W, px.x_ld,
+               px.x + static_cast<std::int64_t>(image) * in.size() * s.W * px.x_ld);
         else
-          load_pixel_major(
-              isa_, dy, n0 + image, s.K, {mine.p0 + row - mine.in_rows, mine.p0 + row - mine.in_rows + 1},
-              s.Q, px.dy_ld,
-              px.dy + (static_cast<std::int64_t>(image) * (mine.p1 - mine.p0) + row - mine.in_rows) * s.Q *
-                          px.dy_ld);
+          turn(dy, n0 + image, s.K, out, part - x_parts, s.Q, px.dy_ld,
+               px.dy + static_cast<std::int64_t>(image) * out.size() * s.Q * px.dy_ld);
       }
       if (team.thread == 0) next[(chunk + 1) % 2].store(0);
       team.barrier();

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import sqrt
 
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.registry import Config, Pass, Problem
@@ -24,7 +25,7 @@ WHOLE_MAP_BYTES = 4_500_000
 SHORT_BYTES = 300_000
 SHORT_ROWS = 7
 SPILL = 1.06  # of the multiply-adds' time, for blocks of more than 2 * SHORT_BYTES
-CHUNK_BYTES = 600_000  # both copies of a chunk of wgrad; larger ones are read from beyond L2 for every tile
+CHUNK_BYTES = 600_000  # both copies of a chunk of wgrad: where larger ones were slower on Zen 4
 WINDOW = 12  # vectors: a common multiple of the register tiles 2, 3, 4, 6, 12
 
 
@@ -44,21 +45,23 @@ class Cycles:
     weights: float  # a vector of weights from beyond L2
     wgrad: float  # a multiply-add in wgrad
     copy: float  # moving a vector into a pixel-major copy
-    ends: tuple[float, float, float]  # of wgrad: a tile's row of pixels, a tile, joining a vector of sums
+    ends: tuple[float, float]  # of wgrad: a tile's row of pixels, joining a vector of a chunk's sums
+    beyond: float  # factor of wgrad's multiply-adds where a chunk is larger than CHUNK_BYTES
 
 
 # By lanes of a vector: AVX-512 on Zen 4 (one multiply-add a cycle), AVX2 on Zen 3 (two), which stands for the others.
+# AVX2's wgrad: half of 234 layers within 7 % below and 36 % above, channels of 16 to 1024 on 1x1 to 56x56.
 # `apart` was measured with AVX2 alone.
 CYCLES = {
     16: Cycles(
         fma=1.05, gradient=1.05, update=3.0, row=20.0, vector=1.5, apart=4.5, transpose=8.0,
         filters_fma=1.15, scatter=24.0, weights=5.0, wgrad=1.3, copy=6.0,
-        ends=(0.0, 0.0, 0.0),  # in the 1.3
+        ends=(0.0, 0.0), beyond=1.3,  # ends are in the 1.3 of `wgrad`
     ),
     8: Cycles(
         fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, apart=4.5, transpose=13.0,
-        filters_fma=0.9, scatter=14.0, weights=3.7, wgrad=0.95, copy=7.0,
-        ends=(20.0, 100.0, 5.0),
+        filters_fma=0.9, scatter=14.0, weights=3.7, wgrad=0.95, copy=20.0,
+        ends=(30.0, 7.0), beyond=1.0,
     ),
 }  # fmt: skip
 
@@ -226,18 +229,19 @@ def _predict_filters(problem: Problem, config: Config, lanes: int) -> float:
 
 
 def predict_wgrad(problem: Problem, lanes: int, chunk_pixels: int) -> float:
-    """Seconds of wgrad: live multiply-adds with lanes along C, the ends of their tiles, two pixel-major copies."""
+    """Seconds of wgrad: live multiply-adds inside the image, lanes along C, their tiles' ends, two copies."""
     s, cost = problem.shape, cycles(lanes)
     vectors, stripes = -(-s.group_c // lanes), problem.skeleton.stripes
-    work = cost.wgrad * stripes * vectors * s.N * s.P * s.Q
+    share = s.taps_inside() / s.taps
+    work = cost.wgrad * stripes * vectors * s.N * s.P * s.Q * share
     if 4 * chunk_pixels * (s.C + s.K) > CHUNK_BYTES:
-        work *= 1.3
+        work *= cost.beyond
     many = vectors >= 4  # tiles of 4 filters by 3 vectors, else of 6 by 2
     tiles = max(stripes / (4 if many else 6), s.taps * s.groups) * -(-vectors // (3 if many else 2))
     rows = max(1, chunk_pixels // max(1, s.Q))  # of a chunk
     chunks = s.N * -(-s.P // rows) if chunk_pixels < s.P * s.Q else -(-s.N * s.P * s.Q // chunk_pixels)
-    row, tile, join = cost.ends
-    ends = tiles * (row * s.N * s.P + tile * chunks) + join * stripes * vectors * chunks
+    row, join = cost.ends
+    ends = tiles * row * s.N * s.P * sqrt(share) + join * stripes * vectors * chunks
 
     def moved(pixels: int, channels: int) -> float:  # fewer channels than a vector has go value by value
         return pixels * (channels if channels < lanes else channels / lanes)
