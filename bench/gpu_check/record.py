@@ -29,8 +29,9 @@ SOURCES = (
 SAME_ON_A_GPU = {
     "3e2de46de011a829": (
         "7e2cdf8963b16afc",
-        "the same machine code, constants in one place; refusals, predictions (also a CPU's, of dense and stripe_gemm); "
-        "sums of strided layers compare their rows, and boxes of more than 256 rows begin elsewhere: no timed problem has either",
+        "the same machine code, constants in one place; refusals, predictions (also a CPU's, of dense and "
+        "stripe_gemm); sums of strided layers compare their rows, and boxes of more than 256 rows begin elsewhere: no "
+        "timed problem has either",
     ),
 }
 # Stages without which a record says too little to be quoted; rows there was no time for are named in it.
