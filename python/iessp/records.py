@@ -75,14 +75,18 @@ def differences(record: dict[str, Any], against: str) -> list[str]:
 
 
 def trials(record: dict[str, Any]) -> list[str]:
-    """A line for what was tried: method, changes, epochs, then the held-out accuracies, in per cent, of its runs."""
+    """A line for what was tried: method, changes, epochs, then the held-out accuracies, in per cent, of its runs.
+
+    A run with a seed of the table (`seed`) was only looked at: it has a line of its own, as nothing is chosen by it.
+    """
     found: dict[str, list[float]] = {}
     for trial in record["trials"]:
         changes = {**trial["changes"], **trial["changes"].get("options", {})}
         changes.pop("options", None)
         words = " ".join(f"{key}={value}" for key, value in changes.items())
         epochs = trial.get("epochs", record["recipe"]["trial_epochs"])
-        found.setdefault(f"{trial['method']} {words}, {epochs} epochs", []).append(
+        looked_at = ", only looked at, the table's seeds" if "seed" in trial else ""
+        found.setdefault(f"{trial['method']} {words}, {epochs} epochs{looked_at}", []).append(
             100 * trial["held_out_accuracy"]
         )
     return [

@@ -55,9 +55,11 @@ def test_trials_are_listed_with_their_epochs() -> None:
     for changes, epochs, accuracy in found:
         trial = {"method": "a", "changes": changes, "held_out_accuracy": accuracy}
         record["trials"].append(trial if epochs is None else {**trial, "epochs": epochs})
+    record["trials"].append({**record["trials"][0], "seed": 3, "held_out_accuracy": 0.7})
     assert trials(record) == [
         "a lr=0.1, 40 epochs: 55.00 of 50.00, 60.00",
         "a alpha=0.003, 10 epochs: 25.00 of 25.00",
+        "a lr=0.1, 40 epochs, only looked at, the table's seeds: 70.00 of 70.00",
     ]
 
 
