@@ -2,7 +2,7 @@
 
     python examples/prune_your_own.py --steps 200
 
-The ten lines that matter are marked; everything else is a network, its data and a loop as anyone has them.
+The lines that matter are marked; everything else is a network, its data and a loop as anyone has them.
 """
 
 from __future__ import annotations

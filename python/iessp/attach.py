@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -189,12 +190,17 @@ def freeze(model: nn.Module) -> nn.Module:
     """A new model that runs only the stripes that live now, on the stripe kernels; `model` stays as it is.
 
     Every gated convolution with dead stripes becomes a `stripe_kernels.StripeConv2d`; outputs equal the
-    masked model's.
+    masked model's. Warns where `StripeLoss` has not come to the end of its cut.
     """
     import stripe_kernels
 
     while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
         model = inner  # DistributedDataParallel and torch.compile wrap a model, and cannot be copied
+    if any(gate.phase == "learn" for gate in gates(model).values()):
+        warnings.warn(
+            "frozen before the schedule of StripeLoss has settled the skeletons: the budget is not met yet",
+            stacklevel=2,
+        )
     chosen = skeletons(model)
     return stripe_kernels.freeze(detach(copy.deepcopy(model)), chosen)
 
@@ -204,8 +210,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Optimiser groups: weights to decay; gated weights, norms and biases, not decayed; gates, at `gate_lr`.
 
-    Gated weights are not decayed here because a dead stripe would fade and could not return: give the decay
-    to `StripeLoss`, which applies it to live stripes. Under plain SGD the budget's gradient on a gate is
+    weight_decay: give it here, an optimiser's own does not reach groups that name one. Gated weights are not decayed
+    because a dead stripe would fade and could not return: give their decay to `StripeLoss`, which applies it to live
+    stripes. Under plain SGD the budget's gradient on a gate is
     about lambda / (number of stripes) and hardly moves it, so give the gates (`gate_parameters`) to Adam.
     """
     held = {id(StripeGate.original(conv)) for conv in gated(model).values()}

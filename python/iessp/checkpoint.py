@@ -49,6 +49,10 @@ def read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # readers say "no" to files of strangers in every type there is
         said = str(error).splitlines() or [type(error).__name__]
+        if "weights_only" in str(error):
+            said = [
+                "it holds more than tensors, such as a whole model; save model.state_dict() and give that file"
+            ]
         raise ValueError(f"{path} cannot be read: {said[0]}") from error
 
 

@@ -51,13 +51,17 @@ def _device(text: str) -> str:
 
 
 def _named(suffix: str) -> Any:
-    """Refuses, before any work, a file to write that is a folder or says it is of another kind."""
+    """Refuses, before any work, a file to write that is a folder, says it is of another kind or has no place to lie."""
 
     def checked(path: Path | None) -> Path | None:
         if path is not None and (path.is_dir() or path.suffix != suffix):
             raise typer.BadParameter(
                 f'"{path}" is a folder' if path.is_dir() else f'"{path}" does not end in {suffix}'
             )
+        if path is not None:
+            place = next(folder for folder in path.absolute().parents if folder.exists())
+            if not (place.is_dir() and os.access(place, os.W_OK)):
+                raise typer.BadParameter(f'"{path}" cannot be written: "{place}" is no folder to write into')
         return path
 
     return checked

@@ -22,13 +22,14 @@ R_target. The logarithm keeps lambda positive and lets it cross the orders of ma
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iessp.attach import gated, gates, network_of, rank, scores_of, settle
+from iessp.attach import gate_parameters, gated, gates, network_of, rank, scores_of, settle
 from iessp.budget import out_of_reach, threshold
 from iessp.gate import Phase, StripeGate
 
@@ -139,6 +140,7 @@ class StripeLoss(nn.Module):
             self.register_buffer(name, torch.zeros((), device=device))
         self.share_hard.fill_(1.0)
         self.aimed.fill_(1.0)
+        self._untrained = [p.detach().clone() for p in gate_parameters(model)]
         self._enter()
 
     def phase(self) -> Phase:
@@ -223,6 +225,7 @@ class StripeLoss(nn.Module):
         phase, found = self.phase(), gates(self.model)
         current = next(iter(found.values())).phase
         if phase == "settled" and current != "settled":
+            self._warn_of_still_gates()
             settle(self.model, self.budget)
             self.share_hard.copy_(hard_share(self.model))
             return
@@ -231,6 +234,18 @@ class StripeLoss(nn.Module):
                 gate.phase = phase
         if phase == "learn":
             self._anneal(found)
+
+    def _warn_of_still_gates(self) -> None:
+        """The commonest mistake in a loop of one's own costs a whole training: an optimiser without the gates."""
+        now = gate_parameters(self.model)
+        if now and all(
+            torch.equal(p.detach(), old.to(p)) for p, old in zip(now, self._untrained, strict=True)
+        ):
+            warnings.warn(
+                "no gate has moved in training, so which stripes are kept was not learned: build the optimiser after "
+                "attach(), from iessp.param_groups(model, lr=...)",
+                stacklevel=4,
+            )
 
     def _anneal(self, found: dict[str, StripeGate]) -> None:
         since = int(self.step) - self.warmup

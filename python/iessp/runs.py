@@ -45,6 +45,8 @@ def load_run(path: Path) -> Frozen:
     else:
         state = checkpoint.load(path / "checkpoints")
     if state is None:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
         raise FileNotFoundError(f"{path} holds no run: expected {path / 'checkpoints' / 'step-*.pt'}")
     recipe, images = Recipe.from_dict(state["recipe"]), state["images"]
     example = torch.zeros(1, images["channels"], images["size"], images["size"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stripe_kernels.compile import page
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.tune import Site, sites
-from stripe_kernels.plan import Candidate, Plan
+from stripe_kernels.plan import PREDICTED_MARGIN, Candidate, Plan
 from stripe_kernels.roof import Roof
 
 _COLUMNS = {
@@ -125,7 +125,7 @@ def explain(
 
     Times are the planner's predictions, and measurements where `tune` or `optimize` made some; explain
     measures nothing. roof: `Roof.probe(dtype, threads)`, to state times as shares of it. Ordinary convolutions are
-    named, not listed: in an optimized network every convolution is a stripe layer.
+    named, not listed, and in no total: in an optimized network every convolution is a stripe layer.
     """
     found = sites(model, example_input)
     inside = "body." if isinstance(model, Network) else ""
@@ -204,6 +204,9 @@ def _reason(site: Site, plan: Plan, following: tuple[Candidate, float] | None) -
     how = f"fastest of {len(measured)} measured" if measured else f"fastest of {len(runnable)} by prediction"
     if following is None:
         return how if len(runnable) > 1 else "nothing else runs here"
+    if not measured and plan.chosen.kernel == "dense" and following[1] < 1:
+        gain = f"{following[0].kernel} by a prediction of {following[1]:.2f} times as long, short of {PREDICTED_MARGIN}"
+        return f"dense, which nothing beats by enough to trust predictions: {gain}"
     return f"{how}; {following[0].kernel} takes {following[1]:.1f} times as long"
 
 

@@ -68,14 +68,16 @@ def _head(e: Explanation, title: str, remark: str) -> str:
     figures = [
         (
             f"{total['macs'] / total['dense_macs']:.1%}",
-            "of the multiply-adds",
+            "of these layers' multiply-adds",
             f"{total['macs'] / 1e6:,.1f} M a call",
         ),
         (f"{live / stripes:.1%}", "of the stripes", f"{live:,} of {stripes:,}"),
     ]
     if total["measured"] and total["dense"]:
         ratio, times = total["dense"] / total["measured"], (total["measured"], total["dense"])
-        figures.append((f"{ratio:.2f}×", "as fast, sum of layers", "{} of {} ms".format(*map(_ms, times))))
+        figures.append(
+            (f"{ratio:.2f}×", "as fast, sum of these layers", "{} of {} ms".format(*map(_ms, times)))
+        )
     shares = [(row["share"], row["measured"]) for row in e.rows if row["share"] is not None]
     if shares:
         mean = sum(s * t for s, t in shares) / sum(t for _, t in shares)

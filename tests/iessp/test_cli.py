@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from torch import nn
 
 import stripe_kernels
 from iessp import cli, cli_work, demo, latency, reproduce
@@ -170,6 +171,10 @@ def test_help_suffices(
         (("prune", "resnet20", "-o", "pruned.onnx"), '"pruned.onnx" does not end in .safetensors'),
         (("optimize", "resnet20", "-o", "."), '"." is a folder'),
         (("report", "resnet20", "-o", "page.pdf"), '"page.pdf" does not end in .html'),
+        (
+            ("optimize", "resnet20", "-o", "notes.toml/a.safetensors"),
+            'notes.toml" is no folder to write into',
+        ),
         (("report", "resnet20", "--no-measure", "--runs", "."), "has no records: expected table.json"),
     ],
 )
@@ -202,6 +207,10 @@ def test_mistakes_end_with_one_line(
         (("bench", "resnet20", "--weights", "empty.pt"), "empty.pt cannot be read: "),
         (("bench", "resnet20", "--weights", "list.pt"), "list.pt holds a list, not a state_dict"),
         (("bench", "resnet20", "--weights", "torn.safetensors"), "torn.safetensors cannot be read: "),
+        (
+            ("bench", "resnet20", "--weights", "whole.pt"),
+            "whole.pt cannot be read: it holds more than tensors",
+        ),
     ],
 )
 def test_failures_end_with_one_line_and_status_1(
@@ -214,6 +223,7 @@ def test_failures_end_with_one_line_and_status_1(
     (here / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     torch.save({"3.bias": torch.zeros(16)}, here / "other.pt")
     torch.save([torch.zeros(1)], here / "list.pt")
+    torch.save(nn.Conv2d(1, 1, 1), here / "whole.pt")
     (here / "empty.pt").touch()
     assert call(monkeypatch, *arguments, "--json") == 1
     captured = capsys.readouterr()

@@ -191,6 +191,33 @@ def test_every_parameter_gets_a_gradient_in_every_phase() -> None:
         assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("with_gates", [False, True])
+def test_gates_that_no_optimiser_moves_are_warned_of(
+    with_gates: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = toy()
+    weights = list(model.parameters())
+    iessp.attach(model, example_input=torch.zeros(1, 2, 8, 8))
+    loss = iessp.StripeLoss(model, budget=0.4, steps=10)
+    optimiser = torch.optim.AdamW(iessp.param_groups(model, 1e-3) if with_gates else weights)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        x, y = patterns(8, generator)
+        optimiser.zero_grad()
+        loss(F.cross_entropy(model(x), y)).backward()
+        optimiser.step()
+    assert ["no gate has moved" in str(w.message) for w in recwarn].count(True) == (0 if with_gates else 1)
+
+
+def test_freezing_before_the_skeletons_are_settled_is_warned_of() -> None:
+    model = toy()
+    iessp.attach(model, example_input=torch.zeros(1, 2, 8, 8))
+    loss = iessp.StripeLoss(model, budget=0.4, steps=10)
+    train(model, loss, 4)
+    with pytest.warns(UserWarning, match="the budget is not met yet"):
+        iessp.freeze(model)
+
+
 def test_evaluation_passes_the_loss_through() -> None:
     model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
     loss = iessp.StripeLoss(model, budget=0.5, steps=3).eval()
