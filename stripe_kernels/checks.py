@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Protocol
 
 from torch import Tensor
@@ -34,6 +35,12 @@ def check(x: Tensor, weight: Tensor, op: Settings, extras: dict[str, Tensor | No
             f"{weight.shape[1] * op.groups}: x is {list(x.shape)}"
         )
     shape = op.shape(*x.shape)
+    # Sizes are symbols while torch.compile traces.
+    if all(type(n) is int for n in shape.output_size) and prod(shape.output_size) >= 2**63:
+        raise RuntimeError(
+            f"the output {list(shape.output_size)} has more values than a tensor can hold: x is {list(x.shape)}, "
+            f"padding {shape.padding}"
+        )
     for name in ("bias", "scale"):
         vector = extras.get(name)
         if vector is not None and tuple(vector.shape) != (k,):
