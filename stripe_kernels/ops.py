@@ -77,7 +77,7 @@ class StripeOp:
             kernel,
         )
         self._runners: dict[Any, Any] = {}
-        # All that the checks and the plan of a call look at -> its runner. The passes' keys differ in length.
+        # All that the checks and the plan of a call look at -> its runner.
         self.checked: dict[Any, Any] = {}
 
     @cached_property
@@ -108,13 +108,10 @@ class StripeOp:
 
     def runner(self, which: Pass, size: tuple[int, ...], like: Tensor) -> Callable[..., Tensor]:
         """The runner for an input of `size` [N, C, H, W] in the dtype, device and memory format of `like`."""
-        device, dtype = like.device, like.dtype
-        key = (
-            which, size, dtype, device, like.stride(), torch.get_num_threads(), tf32_allowed(device, dtype)
-        )  # fmt: skip
+        key = (which, size, *_signature(like))
         runner: Callable[..., Tensor] | None = self._runners.get(key)
         if runner is None:
-            problem = self.problem(size, dtype, device, is_channels_last(like))
+            problem = self.problem(size, like.dtype, like.device, is_channels_last(like))
             runner = self.plan(which, problem).build()
             if len(self._runners) >= _RUNNERS_KEPT:
                 self._runners.pop(next(iter(self._runners)))
@@ -193,7 +190,7 @@ def _dgrad(grad, weight, input_size, *arguments):  # type: ignore[no-untyped-def
 
 
 def _dgrad_of(op: StripeOp, grad: Tensor, weight: Tensor, input_size: Any) -> Tensor:
-    key = (tuple(input_size), *_signature(grad), weight.shape, weight.dtype, weight.device)
+    key = ("dgrad", tuple(input_size), *_signature(grad), weight.shape, weight.dtype, weight.device)
     runner = op.checked.get(key)
     if runner is None:
         runner = op.remember(key, op.runner("dgrad", _check_dgrad(op, grad, weight, input_size), grad))
@@ -215,7 +212,7 @@ def _wgrad(grad, x, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _wgrad_of(op: StripeOp, grad: Tensor, x: Tensor) -> Tensor:
-    key = (*_signature(x), grad.shape, grad.dtype, grad.device)
+    key = ("wgrad", *_signature(x), grad.shape, grad.dtype, grad.device)
     runner = op.checked.get(key)
     if runner is None:
         _check_wgrad(op, grad, x)
@@ -422,7 +419,7 @@ def _checked_runner(
 ) -> Callable[..., Tensor]:
     """The runner of a call of fprop, which is checked once (StripeOp.checked)."""
     key = (
-        *_signature(x), weight.shape, weight.dtype, weight.device,
+        "fprop", *_signature(x), weight.shape, weight.dtype, weight.device,
         bias is not None and (bias.shape, bias.dtype, bias.device),
         scale is not None and (scale.shape, scale.dtype, scale.device),
         residual is not None and (residual.shape, residual.dtype, residual.device),
