@@ -167,6 +167,7 @@ PYBIND11_MODULE(_cpu, m) {
         return new Fprop(s, stripes(s, tap_ptr, filter, row), tiling(tile, isa(name)), isa(name), paired);
       }))
       .def_property_readonly("packed_floats", &Fprop::packed_floats)
+      .def_property_readonly("plane_pitch", &Fprop::plane_pitch)
       .def("pack_weight", &pack_weight<Fprop>, Release())
       .def("run", &run_fprop<Fprop>, Release());
 
@@ -265,6 +266,12 @@ PYBIND11_MODULE(_cpu, m) {
            })
       .def("add_slot", [](CallList& l, int type, const Strides& s,
                           int slot) { return l.add_slot(dtype(type), {s[0], s[1], s[2], s[3]}, slot); })
+      .def("add_planes",
+           [](CallList& l, const std::array<int, 5>& v, std::int64_t offset) {
+             return l.add_planes({v[0], v[1], v[2], v[3], v[4]}, offset);
+           })
+      .def_static("planes_floats",
+                  [](const std::array<int, 5>& v) { return Planes{v[0], v[1], v[2], v[3], v[4]}.floats(); })
       .def("add_fprop", &add_fprop<Fprop>, py::keep_alive<1, 2>())
       .def("add_fprop", &add_fprop<FpropFilters>, py::keep_alive<1, 2>())
       .def("add_max_pool",

@@ -114,7 +114,7 @@ struct MaxPool {
 
 int CallList::add_arena(DType type, const std::int64_t (&stride)[4], std::int64_t offset) {
   if (offset < 0) throw std::invalid_argument("an offset into the arena is not negative");
-  Place p{{}, offset, -1};
+  Place p{{}, offset, -1, {}};
   p.view.dtype = type;
   std::copy(stride, stride + 4, p.view.stride);
   places_.push_back(p);
@@ -129,6 +129,15 @@ int CallList::add_slot(DType type, const std::int64_t (&stride)[4], int slot) {
   return number;
 }
 
+int CallList::add_planes(const Planes& planes, std::int64_t offset) {
+  if (planes.n < 1 || planes.c < 1 || planes.h < 1 || planes.w < 1 || planes.pitch < planes.w)
+    throw std::invalid_argument("planes have sizes, and a pitch of at least a row");
+  const std::int64_t channel = planes.channel_floats();
+  const int number = add_arena(DType::f32, {channel * planes.c, channel, planes.pitch, 1}, offset);
+  places_.back().planes = planes;
+  return number;
+}
+
 void CallList::check(int tensor) const {
   if (tensor < 0 || tensor >= static_cast<int>(places_.size()))
     throw std::invalid_argument("no tensor has number " + std::to_string(tensor));
@@ -138,7 +147,12 @@ TensorView CallList::view(const Frame& f, int tensor) const {
   const Place& p = places_[tensor];
   TensorView v = p.view;
   v.data = p.slot < 0 ? f.arena + p.offset : reinterpret_cast<void*>(f.slots[p.slot]);
+  if (is_planes(tensor)) v.data = static_cast<float*>(v.data) + kPlaneMargin;
   return v;
+}
+
+void CallList::finish(const Frame& f, int y) const {
+  if (is_planes(y)) places_[y].planes.clear(f.arena + places_[y].offset);
 }
 
 void CallList::add_max_pool(const Window& k, const MapSize& in, const MapSize& out, int x, int y) {
@@ -165,6 +179,7 @@ void CallList::add_max_pool(const Window& k, const MapSize& in, const MapSize& o
           now.plane(static_cast<int>(i / pool.out.c), static_cast<int>(i % pool.out.c), line.data());
       }
     });
+    finish(f, y);
   });
 }
 

@@ -6,9 +6,12 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "core/tensor.h"
+#include "cpu/fprop.h"
+#include "cpu/planes.h"
 
 namespace sk {
 
@@ -29,6 +32,8 @@ class CallList {
   // A tensor `offset` bytes into the arena, or where pointer number `slot` of run() points; returns its number.
   int add_arena(DType type, const std::int64_t (&stride)[4], std::int64_t offset);
   int add_slot(DType type, const std::int64_t (&stride)[4], int slot);
+  // Planes `offset` bytes into the arena. Calls read and write them by their strides, Fprop where they lie if it can.
+  int add_planes(const Planes& planes, std::int64_t offset);
 
   // y = kernel(x) with its epilogue; residual < 0: none. Kernel: Fprop or FpropFilters.
   template <class Kernel>
@@ -37,7 +42,11 @@ class CallList {
     calls_.push_back([this, &kernel, packed, e, x, residual, y](const Frame& f) {
       Epilogue now = e;
       if (residual >= 0) now.residual = view(f, residual);
-      kernel.run(view(f, x), packed, view(f, y), now, f.threads);
+      if constexpr (std::is_same_v<Kernel, Fprop>)
+        kernel.run(view(f, x), packed, view(f, y), now, f.threads, {is_planes(x), is_planes(y)});
+      else
+        kernel.run(view(f, x), packed, view(f, y), now, f.threads);
+      finish(f, y);
     });
   }
   // Maxima over windows clipped to the map; NaN wins, as in torch. float32.
@@ -55,10 +64,13 @@ class CallList {
     TensorView view;
     std::int64_t offset;
     int slot;  // -1: in the arena
+    Planes planes;
   };
 
   void check(int tensor) const;
   TensorView view(const Frame& f, int tensor) const;
+  bool is_planes(int tensor) const { return places_[tensor].planes.pitch > 0; }
+  void finish(const Frame& f, int y) const;  // what every call does after it wrote y
 
   std::vector<Place> places_;
   int slots_ = 0;

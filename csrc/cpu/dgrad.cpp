@@ -79,8 +79,9 @@ void Dgrad::compute(const Phase& phase, const Part& part, const BlockPlan& block
 void Dgrad::run(const TensorView& dy, const float* packed, const TensorView& dx, int threads) const {
   for (const Phase& phase : phases_)
     drive(isa_, phase.schedule, parts_, part_count_, shape_.group_k(), shape_.group_c(), dy, dx, Epilogue{},
-          threads, false, [&](int part, const BlockPlan& block, const float* panel, float* lanes) {
-            compute(phase, parts_[part], block, packed, panel, lanes);
+          threads, false,
+          [&](int part, const BlockPlan& block, Channels<const float> panel, Channels<float> lanes) {
+            compute(phase, parts_[part], block, packed, panel.at, lanes.at);
           });
 }
 

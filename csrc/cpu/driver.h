@@ -19,32 +19,53 @@ struct Part {
 // Cuts `work` (one entry a channel) into at most `parts` stretches of like sums.
 std::vector<Part> balanced_parts(int group, const std::vector<int>& work, int parts);
 
-// compute(part index, block plan, panel, lanes): adds into lanes [part channels][output_stride], zeroed if `zero`.
+// Channels `stride` floats apart.
+template <class T>
+struct Channels {
+  T* at;
+  std::int64_t stride;
+};
+
+// Which tensors are planes that the schedule works on where they lie: nothing is packed from x, nothing is stored into y.
+struct InPlace {
+  bool x = false, y = false;
+};
+
+// compute(part index, block plan, panel, lanes): adds into the lanes of the part's channels, zeroed if `zero`.
 template <class Compute>
 void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& parts, int part_count,
            int in_channels, int out_channels, const TensorView& x, const TensorView& y, const Epilogue& e,
-           int threads, bool zero, const Compute& compute) {
-  const std::int64_t panel_floats = s.panel_floats(in_channels);
+           int threads, bool zero, const Compute& compute, InPlace in_place = {}) {
+  const std::int64_t panel_floats = in_place.x ? 0 : s.panel_floats(in_channels);
+  const std::int64_t lane_stride = in_place.y ? y.stride[1] : s.output_stride();
   int widest = 0;
   for (const Part& p : parts) widest = std::max(widest, p.end - p.begin);
   // Odd numbers of cache lines keep neighbouring threads and buffers off each other's sets.
   const auto padded = [](std::int64_t n) { return (n + 15) / 16 * 16 + 16; };
-  const std::int64_t lanes_floats = padded(s.output_stride() * widest);
+  const std::int64_t lanes_floats = in_place.y ? 0 : padded(lane_stride * widest);
   const bool shared = part_count > 1;
-  const std::int64_t strip_floats = e.residual.data ? padded(s.output_stride() * kFinishStrip) : 0;
+  const std::int64_t strip_floats = e.residual.data ? padded(lane_stride * kFinishStrip) : 0;
   const std::int64_t each = lanes_floats + strip_floats + (shared ? 0 : padded(panel_floats));
   float* const memory =
       scratch(static_cast<std::size_t>(each * threads + (shared ? padded(panel_floats) : 0)));
   const int units = static_cast<int>(parts.size()) / part_count;  // convolution groups
   std::atomic<int> next{0};
 
-  const auto one_part = [&](int index, int block, const float* panel, float* lanes) {
+  const auto one_part = [&](int index, int block, Channels<const float> panel, float* buffer) {
     const Part& p = parts[index];
-    const int count = p.end - p.begin;
+    const int count = p.end - p.begin, first = p.group * out_channels + p.begin;
     if (count == 0) return;
-    if (zero) std::fill(lanes, lanes + count * s.output_stride(), 0.f);
+    const Channels<float> lanes{in_place.y ? s.lanes_in(y, block, first) : buffer, lane_stride};
+    if (zero && !in_place.y) std::fill(buffer, buffer + count * lane_stride, 0.f);
+    if (zero && in_place.y)
+      for (int k = 0; k < count; ++k)
+        std::fill_n(lanes.at + k * lane_stride, s.output_floats(block), 0.f);
     compute(index, s.block(block), panel, lanes);
-    s.finish(isa, y, e, block, p.group * out_channels + p.begin, count, lanes, lanes + lanes_floats);
+    s.finish(isa, y, e, block, first, count, lanes.at, lane_stride, buffer + lanes_floats, in_place.y);
+  };
+  const auto panel_of = [&](int block, int group, const float* packed) -> Channels<const float> {
+    if (in_place.x) return {s.panel_in(x, block, group * in_channels), x.stride[1]};
+    return {packed, s.channel_stride()};
   };
 
   run_team(threads, [&](const Team& team) {
@@ -53,21 +74,23 @@ void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& pa
       float* const panel = lanes + lanes_floats + strip_floats;
       const int tasks = s.block_count() * units;
       for (int task; (task = next.fetch_add(1)) < tasks;) {
-        const int block = task / units, unit = task % units;
-        s.pack(isa, x, block, parts[unit].group * in_channels, in_channels, 0, in_channels, panel);
-        one_part(unit, block, panel, lanes);
+        const int block = task / units, unit = task % units, group = parts[unit].group;
+        if (!in_place.x) s.pack(isa, x, block, group * in_channels, in_channels, 0, in_channels, panel);
+        one_part(unit, block, panel_of(block, group, panel), lanes);
       }
       return;
     }
     float* const panel = memory + each * threads;
     for (int task = 0; task < s.block_count() * units; ++task) {
-      const int block = task / units, unit = task % units;
-      if (task) team.barrier();
-      s.pack(isa, x, block, parts[unit * part_count].group * in_channels, in_channels,
-             static_cast<int>(team.begin(in_channels)), static_cast<int>(team.end(in_channels)), panel);
-      team.barrier();
+      const int block = task / units, unit = task % units, group = parts[unit * part_count].group;
+      if (!in_place.x) {
+        if (task) team.barrier();
+        s.pack(isa, x, block, group * in_channels, in_channels, static_cast<int>(team.begin(in_channels)),
+               static_cast<int>(team.end(in_channels)), panel);
+        team.barrier();
+      }
       for (int p = team.thread; p < part_count; p += team.threads)
-        one_part(unit * part_count + p, block, panel, lanes);
+        one_part(unit * part_count + p, block, panel_of(block, group, panel), lanes);
     }
   });
 }

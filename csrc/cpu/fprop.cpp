@@ -114,33 +114,40 @@ void Fprop::pack_weight(const void* weight, DType type, float* packed) const {
     }
 }
 
-void Fprop::accumulate(int part, const Run* begin, const Run* end, const float* packed, const float* panel,
-                       float* lanes) const {
+void Fprop::accumulate(int part, const Run* begin, const Run* end, const float* packed,
+                       Channels<const float> panel, Channels<float> lanes) const {
   const int taps = static_cast<int>(schedule_.lattice().taps.size());
   const auto& tiles = paired_ ? isa_.paired : isa_.strided;
-  const std::int64_t c_stride = schedule_.channel_stride(), ld = schedule_.output_stride();
   for (const Run* r = begin; r != end; ++r) {
     const Run& run = *r;
     const int tap = schedule_.tap_sets()[run.taps][0];
-    const float* x = panel + tap_offsets_[tap] + run.x;
+    const float* x = panel.at + tap_offsets_[tap] + run.x;
     for (int i = tile_ptr_[part * taps + tap]; i < tile_ptr_[part * taps + tap + 1]; ++i) {
       const FilterTile& t = tiles_[i];
       each_tile(run.vectors, isa_.tile_vectors[t.filters], [&](int at, int vectors) {
-        tiles[t.filters][vectors](cells_, packed + t.weight, x + at * isa_.lanes, c_stride,
-                                  lanes + run.y + at * isa_.lanes, ld, &local_[t.first]);
+        tiles[t.filters][vectors](cells_, packed + t.weight, x + at * isa_.lanes, panel.stride,
+                                  lanes.at + run.y + at * isa_.lanes, lanes.stride, &local_[t.first]);
       });
     }
   }
 }
 
-void Fprop::run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e,
-                int threads) const {
+void Fprop::run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e, int threads,
+                InPlace planes) const {
   if (paired_ && x.dtype != DType::bf16)
     throw std::invalid_argument("pairs of bfloat16 are read from bfloat16");
-  drive(isa_, schedule_, parts_, part_count_, cells_, shape_.group_k(), paired_ ? paired(x) : x, y, e,
-        threads, true, [&](int part, const BlockPlan& block, const float* panel, float* lanes) {
-          accumulate(part, block.runs.data(), block.runs.data() + block.runs.size(), packed, panel, lanes);
-        });
+  // A block's last vector writes into the rows of the next one: their order is kept only by one thread, or by a team that
+  // shares every block.
+  const bool ordered = threads == 1 || part_count_ > 1 || schedule_.alone();
+  const InPlace here{planes.x && x.stride[2] == plane_pitch(),
+                     planes.y && schedule_.writes_planes() && y.stride[2] == schedule_.pitch() && ordered};
+  drive(
+      isa_, schedule_, parts_, part_count_, cells_, shape_.group_k(), paired_ ? paired(x) : x, y, e, threads,
+      true,
+      [&](int part, const BlockPlan& block, Channels<const float> panel, Channels<float> lanes) {
+        accumulate(part, block.runs.data(), block.runs.data() + block.runs.size(), packed, panel, lanes);
+      },
+      here);
 }
 
 }  // namespace sk

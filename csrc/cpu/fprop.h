@@ -9,6 +9,7 @@
 
 #include "core/conv_shape.h"
 #include "cpu/driver.h"
+#include "cpu/planes.h"
 #include "cpu/stripes.h"
 
 namespace sk {
@@ -21,14 +22,17 @@ class Fprop {
 
   std::int64_t packed_floats() const { return packed_floats_; }
   void pack_weight(const void* weight, DType type, float* packed) const;  // weight [A, C/groups]
-  void run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e,
-           int threads) const;
+  // planes: which of x and y lie in planes, whose margins are the caller's to clear.
+  void run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e, int threads,
+           InPlace planes = {}) const;
+  // The pitch of planes that x is read from where they lie; 0: x is always packed.
+  int plane_pitch() const { return !paired_ && schedule_.reads_planes() ? schedule_.pitch() : 0; }
 
   const Schedule& schedule() const { return schedule_; }
   const std::vector<Part>& parts() const { return parts_; }
-  // Adds runs [begin, end) of a block into lanes [part channels][output_stride], for the filters of one part.
-  void accumulate(int part, const Run* begin, const Run* end, const float* packed, const float* panel,
-                  float* lanes) const;
+  // Adds runs [begin, end) of a block into the lanes of one part's filters.
+  void accumulate(int part, const Run* begin, const Run* end, const float* packed,
+                  Channels<const float> panel, Channels<float> lanes) const;
 
  private:
   struct FilterTile {

@@ -90,7 +90,8 @@ struct LaneNetwork::ConvStep : Step {
         const std::int64_t at = i * row, n = (last - i) * row;
         for (int k = 0; k < count; ++k) std::memset(out + k * y.plane + at, 0, sizeof(float) * n);
         fprop.accumulate(static_cast<int>(p), block.runs.data() + block.row_begin[i],
-                         block.runs.data() + block.row_begin[last], packed.data(), in + in_group, out);
+                         block.runs.data() + block.row_begin[last], packed.data(),
+                         {in + in_group, s.channel_stride()}, {out, s.output_stride()});
         if (scale.empty() && shift.empty() && !has_residual && activation == Activation::none) continue;
         for (int k = 0; k < count; ++k)
           isa.finish_row(out + k * y.plane + at, n, scale.empty() ? 1.f : scale[first + k],

@@ -2,14 +2,12 @@
 
 #include <algorithm>
 
+#include "cpu/planes.h"
+
 namespace sk {
 namespace {
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
-
-// Floats from one channel of a panel to the next: an odd number of cache lines. With 9 rows of 57 pixels, 2 KB, all channels
-// met in two sets of L1: 12 % of a 64-channel layer.
-std::int64_t spread(std::int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
 
 }  // namespace
 
@@ -189,7 +187,7 @@ void Schedule::pack(const IsaKernels& isa, const TensorView& x, int block, int c
 }
 
 void Schedule::finish(const IsaKernels& isa, const TensorView& y, const Epilogue& e, int block, int begin,
-                      int count, float* lanes, float* strip) const {
+                      int count, float* lanes, std::int64_t stride, float* strip, bool in_y) const {
   const BlockPlan& b = blocks_[block_kind(block)];
   LaneMap m;
   m.n0 = first_image(block), m.images = b.images;
@@ -198,10 +196,34 @@ void Schedule::finish(const IsaKernels& isa, const TensorView& y, const Epilogue
   m.tensor_w = (lattice_.cols - 1) * m.step_w + m.w0 + 1;
   m.first_row = b.i0, m.rows = b.i1 - b.i0;
   m.cols = lattice_.cols, m.pitch = out_pitch_;
-  m.c_stride = output_stride_;
+  m.c_stride = stride;
   m.batch = tiling_.mode == LaneMode::batch ? tiling_.images : 1;
   finish_lanes(isa, e, m, begin, count, lanes, strip);
-  store_lanes(isa, y, m, begin, count, lanes);
+  if (!in_y) store_lanes(isa, y, m, begin, count, lanes);
+}
+
+std::int64_t Schedule::output_floats(int block) const {
+  const BlockPlan& b = blocks_[block_kind(block)];
+  return round_up(static_cast<std::int64_t>(b.i1 - b.i0) * out_pitch_, lanes_);
+}
+
+// One plane, the tensor itself; what a run's first and last vector read beyond the rows of its tap lies in the margin.
+bool Schedule::reads_planes() const {
+  const Lattice& l = lattice_;
+  if (tiling_.mode != LaneMode::pixels || l.step_h != 1 || l.step_w != 1 || l.planes.size() != 1) return false;
+  int reach = 0;
+  for (const TapAccess& t : l.taps) reach = std::max(reach, std::abs(t.ds));
+  return lanes_ - 1 + reach <= kPlaneMargin;
+}
+
+// May point outside x: only rows of the map and the margins around it are read.
+const float* Schedule::panel_in(const TensorView& x, int block, int channel) const {
+  const std::int64_t first = blocks_[block_kind(block)].i0 + row_min_;
+  return reinterpret_cast<const float*>(x.at(first_image(block), channel, 0, 0)) + first * pitch_ - lead_;
+}
+
+float* Schedule::lanes_in(const TensorView& y, int block, int channel) const {
+  return reinterpret_cast<float*>(y.at(first_image(block), channel, blocks_[block_kind(block)].i0, 0));
 }
 
 }  // namespace sk

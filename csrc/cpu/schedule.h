@@ -54,14 +54,24 @@ class Schedule {
   std::int64_t panel_floats(int channels) const { return lead_ + plane_stride(channels) * planes() + slack_; }
   std::int64_t channel_stride() const { return channel_stride_; }
   std::int64_t output_stride() const { return output_stride_; }
+  // Floats of a channel that a block's runs write: its rows, widened to whole vectors.
+  std::int64_t output_floats(int block) const;
   std::int64_t tap_offset(int tap_index, int channels) const;
 
   // Channels [begin, end) of the block's panel; the tensor's channel of panel channel 0 is c_first.
   void pack(const IsaKernels& isa, const TensorView& x, int block, int c_first, int channels, int begin,
             int end, float* panel) const;
-  // Finishes and stores channels [begin, begin + count) of the tensor from `lanes` (their first at lanes).
+  // Finishes channels [begin, begin + count) of the tensor in `lanes` (their first at lanes, `stride` floats apart) and,
+  // unless they lie in y, stores them.
   void finish(const IsaKernels& isa, const TensorView& y, const Epilogue& e, int block, int begin, int count,
-              float* lanes, float* strip) const;
+              float* lanes, std::int64_t stride, float* strip, bool in_y) const;
+
+  // Pixel lanes of planes (planes.h): whether x can stand for every block's panel, and y for its lanes.
+  bool reads_planes() const;
+  bool writes_planes() const { return tiling_.mode == LaneMode::pixels; }
+  bool alone() const { return row_blocks_ == 1; }  // no block's last vector reaches into another block's rows
+  const float* panel_in(const TensorView& x, int block, int channel) const;
+  float* lanes_in(const TensorView& y, int block, int channel) const;
 
  private:
   int planes() const { return static_cast<int>(lattice_.planes.size()); }

@@ -49,6 +49,20 @@ class CallList:
         self._taken[number] = offset, size
         return number
 
+    def planes(self, t: Tensor, pitch: int) -> int:
+        """Room like `arena`'s for a float32 map whose rows lie `pitch` values apart, as `plane_pitch` asks for."""
+        sizes = (*t.shape, pitch)
+        size = int(self._native.planes_floats(sizes))
+        offset = self._arena.take(size)
+        number = int(self._native.add_planes(sizes, 4 * offset))
+        self._taken[number] = offset, size
+        return number
+
+    @staticmethod
+    def plane_pitch(runner: CpuFprop) -> int | None:
+        """The pitch of planes that a kernel reads where they lie; 0: it packs them. None: rather not planes."""
+        return int(runner.native.plane_pitch) if isinstance(runner.native, _cpu.Fprop) else None
+
     def release(self, number: int) -> None:
         """Whoever comes next may use this tensor's room; nothing happens for one that is not in the arena."""
         if number in self._taken:

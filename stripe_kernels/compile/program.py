@@ -39,6 +39,7 @@ class _Call:
     node: fx.Node
     reads: dict[fx.Node, Tensor]
     gives: Tensor
+    pitch: int | None  # of planes that it reads in place; 0: no matter; None: it wants them dense
     add: Callable[[Any, dict[fx.Node, int], int], None]  # (list, numbers of what it reads, of what it gives)
 
 
@@ -47,6 +48,15 @@ class _Storage:
     address: int
     owner: str  # the node that made it; addresses are used again
     size: int
+
+
+def _pitch(call: _Call, calls: list[_Call]) -> int:
+    """Of the planes in which a call should leave its result for the others; 0: dense."""
+    y = call.gives
+    if y.dtype != torch.float32 or y.shape[1] > 1 and y.stride(1) == 1 or 0 in y.shape:
+        return 0
+    wanted = [c.pitch for c in calls if c.node.args[0] is call.node]  # as a residual, any layout will do
+    return 0 if None in wanted else max((p for p in wanted if p), default=0)
 
 
 class _Writer(OneLineInterpreter):
@@ -170,7 +180,7 @@ class _Writer(OneLineInterpreter):
                 *pair(layer.padding, "padding", 0),
             )
             sizes = tuple(reads[source].shape), tuple(value.shape)
-            return _Call(n, reads, value, lambda c, at, y: c.max_pool(window, *sizes, at[source], y))
+            return _Call(n, reads, value, 0, lambda c, at, y: c.max_pool(window, *sizes, at[source], y))
         if not isinstance(layer, StripeConv2d) or layer._explicit_pad is not None:
             return None
         runner, packed, bias, activation = self._kernel(layer, reads[source], self._residual(n))
@@ -182,7 +192,7 @@ class _Writer(OneLineInterpreter):
             other = None if residual is None else at[residual]
             c.fprop(runner, packed, bias, activation, at[source], other, y)
 
-        return _Call(n, reads, value, add)
+        return _Call(n, reads, value, self.list_type.plane_pitch(runner), add)
 
     def _flush(self) -> None:
         """Writes the pending calls as one line."""
@@ -197,7 +207,8 @@ class _Writer(OneLineInterpreter):
         at |= {c.node: calls.returned(c.gives) for c in leave}
         for c in pending:
             if c.node not in at:
-                at[c.node] = calls.arena(c.gives)
+                pitch = _pitch(c, pending)
+                at[c.node] = calls.planes(c.gives, pitch) if pitch else calls.arena(c.gives)
             c.add(calls, at, at[c.node])
             for read in self.last_use.get(c.node, ()):
                 calls.release(at[read])
