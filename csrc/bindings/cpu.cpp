@@ -131,6 +131,16 @@ void run_fprop(const Kernel& k, int threads, std::uintptr_t x, int x_type, const
 
 float* floats(std::uintptr_t p) { return reinterpret_cast<float*>(p); }
 
+// What lies behind a classifier's convolutions is small.
+MapSize map_size(const std::array<int, 4>& v) {
+  std::int64_t all = 1;
+  for (int i : v) {
+    require(i >= 1, "a map has pixels");
+    require((all *= i) < (1 << 30), "a map exceeds 2^30");
+  }
+  return {v[0], v[1], v[2], v[3]};
+}
+
 template <class Kernel>
 void pack_weight(const Kernel& k, std::uintptr_t weight, int type, std::uintptr_t packed) {
   k.pack_weight(reinterpret_cast<const void*>(weight), dtype(type), floats(packed));
@@ -288,6 +298,16 @@ PYBIND11_MODULE(_cpu, m) {
                  require(reach < (1 << 30), "an extent exceeds 2^30");
              l.add_max_pool({v[0], v[1], v[2], v[3], v[4], v[5]}, {in[0], in[1], in[2], in[3]},
                             {out[0], out[1], out[2], out[3]}, x, y);
+           })
+      .def("add_average", [](CallList& l, const std::array<int, 4>& size, int x,
+                             int y) { l.add_average(map_size(size), x, y); })
+      .def("add_flatten", [](CallList& l, const std::array<int, 4>& size, int x,
+                             int y) { l.add_flatten(map_size(size), x, y); })
+      .def("add_linear",
+           [](CallList& l, std::uintptr_t weight, std::uintptr_t bias, const std::array<int, 3>& v, int x,
+              int y) {
+             for (int i : v) require(i >= 0, "sizes are not negative");
+             l.add_linear(floats(weight), floats(bias), v[0], v[1], v[2], x, y);
            })
       .def(
           "run",

@@ -143,6 +143,13 @@ void CallList::check(int tensor) const {
     throw std::invalid_argument("no tensor has number " + std::to_string(tensor));
 }
 
+void CallList::check_dense(int tensor, int dimension) const {
+  check(tensor);
+  const TensorView& v = places_[tensor].view;
+  if (v.stride[dimension] != 1 || v.dtype != DType::f32)
+    throw std::invalid_argument("a head's layers take dense float32");
+}
+
 TensorView CallList::view(const Frame& f, int tensor) const {
   const Place& p = places_[tensor];
   TensorView v = p.view;
@@ -180,6 +187,27 @@ void CallList::add_max_pool(const Window& k, const MapSize& in, const MapSize& o
       }
     });
     finish(f, y);
+  });
+}
+
+void CallList::add_average(const MapSize& size, int x, int y) {
+  check_dense(x, 3), check(y);
+  calls_.push_back([this, size, x, y](const Frame& f) {
+    average_pixels(view(f, x), size, view(f, y));
+    finish(f, y);
+  });
+}
+
+void CallList::add_flatten(const MapSize& size, int x, int y) {
+  check_dense(x, 3), check_dense(y, 1);
+  calls_.push_back([this, size, x, y](const Frame& f) { flatten(view(f, x), size, view(f, y)); });
+}
+
+void CallList::add_linear(const float* weight, const float* bias, int images, int features, int outputs,
+                          int x, int y) {
+  check_dense(x, 1), check_dense(y, 1);
+  calls_.push_back([=](const Frame& f) {
+    linear(view(f, x), weight, bias, images, features, outputs, view(f, y), f.threads);
   });
 }
 

@@ -11,16 +11,13 @@
 
 #include "core/tensor.h"
 #include "cpu/fprop.h"
+#include "cpu/head.h"
 #include "cpu/planes.h"
 
 namespace sk {
 
 struct Window {
   int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
-};
-
-struct MapSize {
-  int n, c, h, w;
 };
 
 class CallList {
@@ -52,6 +49,12 @@ class CallList {
   // Maxima over windows clipped to the map; NaN wins, as in torch. float32.
   void add_max_pool(const Window& window, const MapSize& in, const MapSize& out, int x, int y);
 
+  // Those of head.h.
+  void add_average(const MapSize& size, int x, int y);
+  void add_flatten(const MapSize& size, int x, int y);
+  void add_linear(const float* weight, const float* bias, int images, int features, int outputs, int x,
+                  int y);
+
   void run(std::uintptr_t arena, const std::vector<std::uintptr_t>& slots, int threads) const;
 
  private:
@@ -68,6 +71,7 @@ class CallList {
   };
 
   void check(int tensor) const;
+  void check_dense(int tensor, int dimension) const;  // its stride there is 1
   TensorView view(const Frame& f, int tensor) const;
   bool is_planes(int tensor) const { return places_[tensor].planes.pitch > 0; }
   void finish(const Frame& f, int y) const;  // what every call does after it wrote y

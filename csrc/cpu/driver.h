@@ -58,8 +58,7 @@ void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& pa
     const Channels<float> lanes{in_place.y ? s.lanes_in(y, block, first) : buffer, lane_stride};
     if (zero && !in_place.y) std::fill(buffer, buffer + count * lane_stride, 0.f);
     if (zero && in_place.y)
-      for (int k = 0; k < count; ++k)
-        std::fill_n(lanes.at + k * lane_stride, s.output_floats(block), 0.f);
+      for (int k = 0; k < count; ++k) std::fill_n(lanes.at + k * lane_stride, s.output_floats(block), 0.f);
     compute(index, s.block(block), panel, lanes);
     s.finish(isa, y, e, block, first, count, lanes.at, lane_stride, buffer + lanes_floats, in_place.y);
   };

@@ -68,6 +68,16 @@ Fprop::Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
   const int taps = static_cast<int>(schedule_.lattice().taps.size());
   for (int t = 0; t < taps; ++t) tap_offsets_.push_back(schedule_.tap_offset(t, cells_));
 
+  for (const std::vector<int>& set : schedule_.tap_sets()) tap_of_set_.push_back(set[0]);
+  int longest = 0;
+  for (const BlockPlan& b : schedule_.blocks())
+    for (const Run& r : b.runs) longest = std::max(longest, r.vectors);
+  for (int vectors = 0; vectors <= longest; ++vectors)
+    for (int filters = 0; filters <= kMaxTileFilters; ++filters) {
+      const int tiles = filters ? ceil_div(vectors, isa.tile_vectors[filters]) : 0;
+      cuts_.push_back(tiles ? Cut{tiles, vectors / tiles, vectors % tiles} : Cut{});
+    }
+
   for (int g = 0; g < shape.groups; ++g)
     for (const Part& p : balanced_parts(g, stripes_.work(g, shape.group_k(), shape.group_c()), part_count_))
       parts_.push_back(p);
@@ -118,16 +128,20 @@ void Fprop::accumulate(int part, const Run* begin, const Run* end, const float* 
                        Channels<const float> panel, Channels<float> lanes) const {
   const int taps = static_cast<int>(schedule_.lattice().taps.size());
   const auto& tiles = paired_ ? isa_.paired : isa_.strided;
-  for (const Run* r = begin; r != end; ++r) {
-    const Run& run = *r;
-    const int tap = schedule_.tap_sets()[run.taps][0];
-    const float* x = panel.at + tap_offsets_[tap] + run.x;
-    for (int i = tile_ptr_[part * taps + tap]; i < tile_ptr_[part * taps + tap + 1]; ++i) {
-      const FilterTile& t = tiles_[i];
-      each_tile(run.vectors, isa_.tile_vectors[t.filters], [&](int at, int vectors) {
-        tiles[t.filters][vectors](cells_, packed + t.weight, x + at * isa_.lanes, panel.stride,
-                                  lanes.at + run.y + at * isa_.lanes, lanes.stride, &local_[t.first]);
-      });
+  for (const Run* run = begin; run != end; ++run) {
+    const int tap = tap_of_set_[run->taps];
+    const Cut* const cuts = &cuts_[static_cast<std::size_t>(run->vectors) * (kMaxTileFilters + 1)];
+    const FilterTile* const last = &tiles_[0] + tile_ptr_[part * taps + tap + 1];
+    for (const FilterTile* t = &tiles_[0] + tile_ptr_[part * taps + tap]; t != last; ++t) {
+      const Cut& cut = cuts[t->filters];
+      const float* x = panel.at + tap_offsets_[tap] + run->x;
+      float* y = lanes.at + run->y;
+      for (int i = 0; i < cut.tiles; ++i) {
+        const int vectors = cut.size + (i < cut.longer ? 1 : 0);
+        tiles[t->filters][vectors](cells_, packed + t->weight, x, panel.stride, y, lanes.stride,
+                                   &local_[t->first]);
+        x += vectors * isa_.lanes, y += vectors * isa_.lanes;
+      }
     }
   }
 }

@@ -210,7 +210,8 @@ std::int64_t Schedule::output_floats(int block) const {
 // One plane, the tensor itself; what a run's first and last vector read beyond the rows of its tap lies in the margin.
 bool Schedule::reads_planes() const {
   const Lattice& l = lattice_;
-  if (tiling_.mode != LaneMode::pixels || l.step_h != 1 || l.step_w != 1 || l.planes.size() != 1) return false;
+  if (tiling_.mode != LaneMode::pixels || l.step_h != 1 || l.step_w != 1 || l.planes.size() != 1)
+    return false;
   int reach = 0;
   for (const TapAccess& t : l.taps) reach = std::max(reach, std::abs(t.ds));
   return lanes_ - 1 + reach <= kPlaneMargin;

@@ -95,6 +95,22 @@ class CallList:
         """window is kernel, stride, padding, each (height, width); both tensors float32."""
         self._native.add_max_pool(window, x_size, y_size, x, y)
 
+    def average(self, size: tuple[int, ...], x: int, y: int) -> None:
+        """y [N, C, 1, 1] or [N, C] = the mean over the pixels of x, of [N, C, H, W] float32 with dense rows."""
+        self._native.add_average(size, x, y)
+
+    def flatten(self, size: tuple[int, ...], x: int, y: int) -> None:
+        """y [N, C*H*W] of x, of [N, C, H, W] float32 with dense rows."""
+        self._native.add_flatten(size, x, y)
+
+    def linear(self, weight: Tensor, bias: Tensor | None, images: int, x: int, y: int) -> None:
+        """y [N, K] = x [N, C] weight^T + bias; contiguous float32, read where they lie."""
+        self._held += [t for t in (weight, bias) if t is not None]
+        outputs, features = weight.shape
+        self._native.add_linear(
+            weight.data_ptr(), 0 if bias is None else bias.data_ptr(), (images, features, outputs), x, y
+        )
+
     def finish(self) -> Callable[..., list[Tensor]]:
         """run(*inputs) -> outputs."""
         native, threads, layouts, size = self._native, self.threads, self._returned, self.arena_bytes
@@ -118,6 +134,6 @@ def _code(t: Tensor) -> int:
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
-    if t.dim() != 4:
-        raise ValueError(f"a map is [N, C, H, W], got {list(t.shape)}")
-    return t.stride()
+    if t.dim() not in (2, 4):
+        raise ValueError(f"a map is [N, C, H, W] or [N, C], got {list(t.shape)}")
+    return t.stride() if t.dim() == 4 else (*t.stride(), 1, 1)

@@ -61,6 +61,17 @@ def calls(node: Any, modules: Any = (), functions: Iterable[Any] = (), methods: 
     )
 
 
+def averages_pixels(node: fx.Node) -> bool:
+    """Whether a node takes the mean over H and W of a map [N, C, H, W]."""
+    module = module_of(node)
+    if module is not None:
+        return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+    if not calls(node, functions=(torch.mean,), methods=("mean",)):
+        return False
+    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return isinstance(dims, (tuple, list)) and sorted(v % 4 for v in dims) == [2, 3]
+
+
 def size_of(node: Any) -> tuple[int, ...] | None:
     """The shape a tensor node had in the example run; None for what is no tensor."""
     return node.meta.get("size") if isinstance(node, fx.Node) else None

@@ -55,6 +55,9 @@ class Network(nn.Module):
             program = self._bind(key, inputs)
         if inputs and capturing(inputs[0].device):
             hold_for_graphs(program)
+        # Since the last call the kernels have pushed all of this out of the caches: a step of Python is dear here.
+        if not torch.is_grad_enabled():
+            return program(*inputs)
         with torch.no_grad():
             return program(*inputs)
 
@@ -62,7 +65,10 @@ class Network(nn.Module):
     def _key(inputs: tuple[Tensor, ...]) -> Any:
         return (
             torch.get_num_threads(),
-            *((x.shape, x.stride(), x.dtype, x.device, ops.tf32_allowed(x.device, x.dtype)) for x in inputs),
+            *[
+                (x.shape, x.stride(), x.dtype, x.device, x.is_cuda and ops.tf32_allowed(x.device, x.dtype))
+                for x in inputs
+            ],
         )
 
     def _bind(self, key: Any, inputs: tuple[Tensor, ...]) -> Program:

@@ -18,13 +18,14 @@ from torch.utils._pytree import tree_leaves
 
 from stripe_kernels import ops
 from stripe_kernels.checks import check
-from stripe_kernels.compile.graph import OneLineInterpreter
+from stripe_kernels.compile.graph import OneLineInterpreter, averages_pixels, calls
 from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.geometry import pair
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.snapshots import packed_weight
 
 Program = Callable[..., Any]
+_LINEAR_IMAGES = 8  # up to which a linear layer's time is that of reading its weight
 
 
 def write_program(body: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Program:
@@ -53,7 +54,7 @@ class _Storage:
 def _pitch(call: _Call, calls: list[_Call]) -> int:
     """Of the planes in which a call should leave its result for the others; 0: dense."""
     y = call.gives
-    if y.dtype != torch.float32 or y.shape[1] > 1 and y.stride(1) == 1 or 0 in y.shape:
+    if y.dtype != torch.float32 or (y.shape[1] > 1 and y.stride(1) == 1) or 0 in y.shape:
         return 0
     wanted = [c.pitch for c in calls if c.node.args[0] is call.node]  # as a residual, any layout will do
     return 0 if None in wanted else max((p for p in wanted if p), default=0)
@@ -151,13 +152,13 @@ class _Writer(OneLineInterpreter):
 
     def _native(self, n: fx.Node, value: Any) -> _Call | None:
         """The node as a call for a native list, if it is one."""
-        if (
-            self.list_type is None
-            or n.op != "call_module"
-            or n.kwargs
-            or not isinstance(value, Tensor)
-            or value.device.type != "cpu"
-        ):
+        if self.list_type is None or not isinstance(value, Tensor) or value.device.type != "cpu":
+            return None
+        if n.args and any(c.node is n.args[0] for c in self.pending):
+            head = self._head(n, value)
+            if head is not None:
+                return head
+        if n.op != "call_module" or n.kwargs:
             return None
         layer = self.module.get_submodule(str(n.target))
         if layer._forward_hooks or layer._forward_pre_hooks or value.dim() != 4:
@@ -194,6 +195,31 @@ class _Writer(OneLineInterpreter):
 
         return _Call(n, reads, value, self.list_type.plane_pitch(runner), add)
 
+    def _head(self, n: fx.Node, value: Tensor) -> _Call | None:
+        """What stands behind the convolutions of a classifier, if the node before it is in the list."""
+        source: Any = n.args[0]
+        x = self.env[source]
+        module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
+        hooked = module is not None and (module._forward_hooks or module._forward_pre_hooks)
+        if hooked or {x.dtype, value.dtype} != {torch.float32} or x.numel() == 0:
+            return None
+        size = (*x.shape, 1, 1)[:4]
+        if type(module) is nn.Linear:
+            weight, bias = module.weight, module.bias
+            small = len(x) <= _LINEAR_IMAGES and all(t is None or t.is_contiguous() for t in (weight, bias))
+            if x.dim() != 2 or x.stride(1) != 1 or not small:
+                return None
+            return _Call(
+                n, {source: x}, value, 0, lambda c, at, y: c.linear(weight, bias, len(x), at[source], y)
+            )
+        if x.dim() != 4 or x.stride(3) != 1:
+            return None
+        if averages_pixels(n):
+            return _Call(n, {source: x}, value, 0, lambda c, at, y: c.average(size, at[source], y))
+        if calls(n, functions=(torch.flatten,)) and n.args[1:] == (1,) and not n.kwargs:
+            return _Call(n, {source: x}, value, 0, lambda c, at, y: c.flatten(size, at[source], y))
+        return None
+
     def _flush(self) -> None:
         """Writes the pending calls as one line."""
         pending, self.pending = self.pending, []
@@ -201,24 +227,24 @@ class _Writer(OneLineInterpreter):
             return
         inside = {c.node for c in pending}
         given = {n: t for c in pending for n, t in c.reads.items() if n not in inside}
-        calls = ops.call_list(torch.get_num_threads())
-        at = {n: calls.given(t) for n, t in given.items()}
+        todo = ops.call_list(torch.get_num_threads())
+        at = {n: todo.given(t) for n, t in given.items()}
         leave = [c for c in pending if any(u not in inside for u in c.node.users)]
-        at |= {c.node: calls.returned(c.gives) for c in leave}
+        at |= {c.node: todo.returned(c.gives) for c in leave}
         for c in pending:
             if c.node not in at:
                 pitch = _pitch(c, pending)
-                at[c.node] = calls.planes(c.gives, pitch) if pitch else calls.arena(c.gives)
-            c.add(calls, at, at[c.node])
+                at[c.node] = todo.planes(c.gives, pitch) if pitch else todo.arena(c.gives)
+            c.add(todo, at, at[c.node])
             for read in self.last_use.get(c.node, ()):
-                calls.release(at[read])
+                todo.release(at[read])
             if not c.node.users:
-                calls.release(at[c.node])
+                todo.release(at[c.node])
         arguments = ", ".join(self._argument(n) for n in given)
         results = ", ".join(self._name(c.node) for c in leave)
-        line = f"{self._bind('k', calls.finish())}({arguments})"
+        line = f"{self._bind('k', todo.finish())}({arguments})"
         self.lines.append(f"{results}, = {line}" if results else line)
-        self._measure(set(self.held) - (inside - {c.node for c in leave}), calls.arena_bytes)
+        self._measure(set(self.held) - (inside - {c.node for c in leave}), todo.arena_bytes)
         self._free([c.node for c in pending])
 
     # -- everything else --

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from stripe_kernels import ops
-from stripe_kernels.compile.graph import module_of, record_sizes, size_of
+from stripe_kernels.compile.graph import averages_pixels, module_of, record_sizes, size_of
 from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.geometry import ConvShape, pair
 from stripe_kernels.modules import StripeConv2d
@@ -135,7 +135,7 @@ class _Translator:
             return self.max_pool(node, module)
         if isinstance(module, nn.AvgPool2d):
             return self.average_pool(node, module)
-        if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
+        if averages_pixels(node):
             return self.global_average(node)
         if module is not None and type(module) in _ACTIVATION_MODULES:
             return self.pointwise(node, _ACTIVATION_MODULES[type(module)], None)
@@ -149,10 +149,6 @@ class _Translator:
             return self.flatten(node)
         if target is torch.cat and (node.args[1:] == (1,) or node.kwargs == {"dim": 1}):
             return self.concatenate(node)
-        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        pixels = isinstance(dims, (tuple, list)) and sorted(v % 4 for v in dims) == [2, 3]
-        if target in ("mean", torch.mean) and pixels:
-            return self.global_average(node)
         raise Untranslatable(
             f"{node.name} ({module.__class__.__name__ if module else target}) has no counterpart in lanes"
         )

@@ -34,14 +34,38 @@ def layer_by_layer(network: Network) -> Network:
     return other
 
 
-def lists_of(network: Network, *inputs: Tensor) -> list[str]:
-    """The lines of a network's program that are native lists."""
+@contextmanager
+def no_heads() -> Iterator[None]:
+    """Averages and linear layers stay torch's, whose bits are others than a list's."""
+    with mock.patch("stripe_kernels.compile.program._Writer._head", return_value=None):
+        yield
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors hold NaN, as bytes too."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def lines_of(network: Network, *inputs: Tensor) -> list[str]:
+    """A network's program."""
     from stripe_kernels.compile.program import _Writer
 
     writer = _Writer(network.body)
     with torch.inference_mode():
         writer.write(inputs)
-    return [line for line in writer.lines if ", = k" in line]
+    return writer.lines
+
+
+def lists_of(network: Network, *inputs: Tensor) -> list[str]:
+    """The lines of a network's program that are native lists."""
+    return [line for line in lines_of(network, *inputs) if ", = k" in line]
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -50,8 +74,9 @@ def test_lists_give_the_bits_of_single_calls(name: str) -> None:
     for network in (compact(frozen, (x,)), in_channels_last(compact(frozen, (x,)))):
         with_lists, without = layer_by_layer(network), layer_by_layer(network)
         for images in (x, x[:0]):
-            with torch.inference_mode():
-                y = tree_leaves(with_lists(images))
+            with torch.inference_mode(), no_heads():
+                with poisoned_memory():
+                    y = tree_leaves(with_lists(images))
                 with call_after_call():
                     expected = tree_leaves(without(images))
             assert [t.stride() for t in y] == [t.stride() for t in expected]
@@ -94,6 +119,51 @@ def test_a_frozen_norm_of_buffers_folds() -> None:
     x = torch.randn(2, 3, 8, 8)
     with torch.inference_mode():
         torch.testing.assert_close(compact(model, (x,))(x), model(x))
+
+
+class Mean(nn.Module):
+    def __init__(self, **settings: bool) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((-2, 3), **self.settings)
+
+
+HEADS: dict[str, list[nn.Module]] = {
+    "average": [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(37, 5)],
+    "mean": [Mean(), nn.Linear(37, 19, bias=False)],
+    "mean, kept": [Mean(keepdim=True)],
+    "flattened": [nn.Flatten(), nn.Linear(37 * 5 * 17, 3)],
+    "only flattened": [nn.Flatten()],
+}
+
+
+@pytest.mark.parametrize("images", [1, 3, 8])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_classifiers_head_joins_the_list(head: str, images: int) -> None:
+    """Against float64: no further than float32 sums of so many terms may be."""
+    _cpu = pytest.importorskip("stripe_kernels._cpu")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 37, 3, padding=1), nn.ReLU(), *HEADS[head]).eval()
+    model[0].weight.data[::2, :, 0] = 0
+    x = torch.randn(images, 3, 5, 17)
+    network = layer_by_layer(compact(freeze(model), (x,)))
+    for layer in network.modules():
+        if hasattr(layer, "_op"):
+            layer.kernel = f"cpu_pixels_{_cpu.isas()[0]}"
+    assert len(lines_of(network, x)) == len(["list", "x = None", "return"])
+    with torch.inference_mode(), poisoned_memory():
+        y = network(x)
+        expected = model.double()(x.double())
+    model.float()
+    assert len(network._programs) == 1 and y.shape == expected.shape and y.is_contiguous()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        with torch.inference_mode(), poisoned_memory():
+            torch.testing.assert_close(
+                network(x).double(), expected, rtol=0, atol=4e-7 * expected.abs().max().item()
+            )
 
 
 def test_a_residual_network_is_one_list() -> None:

@@ -271,23 +271,47 @@ void check_lanes(const std::string& what, Operands& in, const ConvShape& s, Answ
   }
 }
 
+// Pitches of planes that a kernel works on where they lie, where there are such; else any.
+struct Pitches {
+  int x, y;
+};
+Pitches pitches(const Fprop& kernel, int, int q) {
+  const int y = std::max(q, kernel.schedule().pitch());
+  return {kernel.plane_pitch(), y};
+}
+Pitches pitches(const FpropFilters&, int w, int q) { return {w + 1, q + 2}; }
+
 // A list of native calls: y into the arena, a second convolution with y as its residual beside it, a max pool to the outside.
+// In planes, x is first moved there by a pool of single pixels.
 template <class Kernel>
-void check_list(const std::string& what, const Kernel& kernel, Operands& in, Answers& want, int threads) {
+void check_list(const std::string& what, const Kernel& kernel, Operands& in, Answers& want, int threads,
+                bool in_planes) {
   const std::unique_ptr<float[]> packed(new float[kernel.packed_floats()]);
   kernel.pack_weight(in.w.data(), in.w.format().type, packed.get());
-  const MapSize map{in.dy.shape()[0], in.dy.shape()[1], in.dy.shape()[2], in.dy.shape()[3]};
+  const auto size = [](const Tensor& t) {
+    return MapSize{t.shape()[0], t.shape()[1], t.shape()[2], t.shape()[3]};
+  };
+  const MapSize map = size(in.dy), from = size(in.x);
+  const Pitches pitch = pitches(kernel, from.w, map.w);
+  const bool none = std::min({from.n, from.c, from.h, from.w, map.c}) == 0;
+  if (in_planes && (in.x.channels_last() || pitch.x < from.w || none)) return;
+  const Planes px{from.n, from.c, from.h, from.w, pitch.x}, py{map.n, map.c, map.h, map.w, pitch.y};
   for (const Windowing& k : kWindowings) {
     if (k.mean || std::min(map.h, map.w) + 2 * k.pad < k.size) continue;
     Expected expected = pooled(want.above, k.size, k.stride, k.pad, false);
     Tensor y = like(in.dy), above = like(in.dy), out(expected.shape, in.dy.format(), in.dy.channels_last());
-    const std::int64_t bytes = static_cast<std::int64_t>(want.y.v.size()) * 4;
-    const std::unique_ptr<char[]> arena(new char[2 * bytes]);
+    const std::int64_t bytes = in_planes ? 4 * py.floats() : static_cast<std::int64_t>(want.y.v.size()) * 4;
+    const std::int64_t room = 2 * bytes + (in_planes ? 4 * px.floats() : 0);
+    const std::unique_ptr<char[]> arena(new char[room]);
+    std::memset(arena.get(), 0xff, room);  // NaN
     CallList list;
-    const int x = list.add_slot(DType::f32, in.x.view().stride, 0);
-    const int mid = list.add_arena(DType::f32, y.view().stride, 0);
-    const int top = list.add_arena(DType::f32, above.view().stride, bytes);
+    const int given = list.add_slot(DType::f32, in.x.view().stride, 0);
+    const int x = in_planes ? list.add_planes(px, 2 * bytes) : given;
+    const int mid = in_planes ? list.add_planes(py, 0) : list.add_arena(DType::f32, y.view().stride, 0);
+    const int top =
+        in_planes ? list.add_planes(py, bytes) : list.add_arena(DType::f32, above.view().stride, bytes);
     const int end = list.add_slot(DType::f32, out.view().stride, 1);
+    if (in_planes) list.add_max_pool({1, 1, 1, 1, 0, 0}, from, from, given, x);
     list.add_fprop(kernel, packed.get(), Epilogue{}, x, -1, mid);
     list.add_fprop(kernel, packed.get(), Epilogue{in.scale.data(), in.shift.data(), {}, Activation::relu}, x,
                    mid, top);
@@ -295,7 +319,7 @@ void check_list(const std::string& what, const Kernel& kernel, Operands& in, Ans
                       {map.n, map.c, expected.shape[2], expected.shape[3]}, top, end);
     const auto address = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p); };
     list.run(address(arena.get()), {address(in.x.view().data), address(out.data())}, threads);
-    check(what + " call list" + k.name, out, expected);
+    check(what + (in_planes ? " call list in planes" : " call list") + k.name, out, expected);
   }
 }
 
@@ -321,11 +345,16 @@ void check_isa(const Problem& problem, Operands& in, Answers& want, const IsaKer
   for (int threads : {1, 3})
     if (networks) {
       check_lanes(what, in, problem.s, want, threads, isa);
-      check_list(what, Fprop(problem.s, stripes_of(problem.s, in.live), plans[2].tiling, isa), in, want,
-                 threads);
-      check_list(what + ", filters",
-                 FpropFilters(problem.s, stripes_of(problem.s, in.live), threads, threads, isa), in, want,
-                 threads);
+      for (bool planes : {false, true}) {
+        check_list(what, Fprop(problem.s, stripes_of(problem.s, in.live), plans[planes ? 0 : 2].tiling, isa),
+                   in, want, threads, planes);
+        check_list(what + ", filters",
+                   FpropFilters(problem.s, stripes_of(problem.s, in.live), threads, threads, isa), in, want,
+                   threads, planes);
+      }
+      check_list(what + ", split filters",
+                 Fprop(problem.s, stripes_of(problem.s, in.live), plans[1].tiling, isa), in, want, threads,
+                 true);
     }
   for (int chunk_pixels : {1, 10, 1000}) check_wgrad(what, in, problem.s, want, chunk_pixels, isa);
 }
