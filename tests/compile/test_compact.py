@@ -280,7 +280,8 @@ def test_channels_last_inside_contiguous_outside(name: str) -> None:
 def test_autocast_and_named_inputs(network: tuple[nn.Module, Network, Tensor]) -> None:
     model, net, x = network
     with torch.inference_mode():
-        assert torch.equal(net(x=x), net(x))
+        # By name torch computes the head, in another order.
+        torch.testing.assert_close(net(x=x), net(x), rtol=0, atol=4e-7 * net(x).abs().max().item())
         with torch.autocast("cpu", torch.bfloat16):
             assert net(x).dtype == model(x).dtype == torch.bfloat16
 
