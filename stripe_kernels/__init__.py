@@ -10,6 +10,7 @@ from typing import Any
 import stripe_kernels.interpreter  # noqa: F401 # isort: split
 from stripe_kernels.compile import (
     Network,
+    example_input,
     explain,
     freeze,
     load,
@@ -32,6 +33,7 @@ __all__ = [
     "StripeConv2d",
     "__version__",
     "diagnose",
+    "example_input",
     "explain",
     "freeze",
     "list_kernels",

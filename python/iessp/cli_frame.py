@@ -17,6 +17,7 @@ from functools import wraps
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.markup import escape
 
@@ -29,8 +30,29 @@ _CLICK_ERROR = _USAGE_ERROR.__bases__[0]
 _WRONG_USE = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ModuleNotFoundError)
 _FAILED = (RuntimeError, OSError, ImportError, TypeError, AssertionError)
 
+
+class _Plain:
+    """A flag's help names no type: it takes no value."""
+
+    def get_params(self, ctx: Any) -> Any:
+        found = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in found:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return found
+
+
+class _Command(_Plain, typer.core.TyperCommand):
+    pass
+
+
+class _Group(_Plain, typer.core.TyperGroup):
+    pass
+
+
 app = typer.Typer(
     name="iessp",
+    cls=_Group,
     help="Learn which stripes of a network's convolutions to keep, freeze them, and run the rest faster.",
     epilog="MODEL is a file, a run's folder, package.module:factory or a built-in name. Every verb has --json. "
     "Start with: iessp demo",
@@ -81,7 +103,7 @@ def verb(example: str) -> Callable[[Verb], Verb]:
             parameters=[*signature.parameters.values(), flag], return_annotation=None
         )
         run.__doc__ = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
-        app.command(epilog=f"Example: [bold]{escape(example)}[/]")(run)
+        app.command(cls=_Command, epilog=f"Example: [bold]{escape(example)}[/]")(run)
         return function
 
     return register

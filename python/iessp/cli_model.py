@@ -64,7 +64,7 @@ def resolve(text: str, size: str | None = None, weights: Path | None = None) -> 
         name = f"{path}: {run.recipe.model}, {run.recipe.method}"
         model, given, folder = run.model, run.example, path if path.is_dir() else path.parent.parent
     elif path.is_file() and path.suffix != ".py":
-        model = _file(path)
+        model, given = _file(path)
     elif ":" in text or path.suffix == ".py":
         torch.manual_seed(0)
         model, given = make(text)
@@ -119,11 +119,13 @@ def _guess(model: nn.Module, name: str) -> Tensor:
     return torch.zeros(1, first.in_channels, 32, 32)
 
 
-def _file(path: Path) -> nn.Module:
+def _file(path: Path) -> tuple[nn.Module, Tensor | None]:
+    """The network, and an image of the size it was saved with."""
     try:
-        return stripe_kernels.load(path)
+        model, inputs = stripe_kernels.load(path), stripe_kernels.example_input(path)
     except ValueError as error:
         raise Failure(str(error)) from error
+    return model, inputs[0][:1] if inputs and inputs[0].dim() == 4 else None
 
 
 def _load(model: nn.Module, path: Path) -> None:

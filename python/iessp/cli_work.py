@@ -17,6 +17,7 @@ from iessp.attach import METHODS, attach, freeze, gates, nearest, settle
 from iessp.budget import compacted_macs_kept, macs_kept
 from iessp.cli_frame import Failure
 from iessp.cli_model import Given
+from iessp.cli_options import ONE_SHOT
 from iessp.network import Network, probe
 from iessp.progress import console
 from iessp.recipe import Recipe
@@ -24,7 +25,6 @@ from iessp.report import layer_table, table
 from iessp.report_page import accuracy_points
 from iessp.timing import busy
 
-ONE_SHOT = ("magnitude", "l1-filter", "random")  # methods that rank untrained gates
 TUNE_SECONDS = 0.2  # for the candidates of one layer
 
 
@@ -50,6 +50,7 @@ def prune(
 def _share(model: nn.Module, method: str, budget: str, given: Given) -> float:
     """The budget as a share of what the gates' network counts, which a budget in milliseconds changes to time."""
     number = budget.rstrip("% ")
+    network = next(iter(gates(model).values())).network
     try:
         share = float(number) / (100 if budget.endswith("%") else 1)
     except ValueError:
@@ -57,11 +58,14 @@ def _share(model: nn.Module, method: str, budget: str, given: Given) -> float:
         assert milliseconds is not None
         with working("timing the layers"):
             found = latency.measure(model, given.example)
-        network = next(iter(gates(model).values())).network
         share = found.share(milliseconds, network)
         network = latency.priced(network, found)
         for gate in gates(model).values():
             gate.site, gate.network = network[gate.site.name], network
+    if share == 1:
+        raise ValueError(
+            f"a budget of {budget} needs nothing cut of {network.macs / 1e6:.1f} M multiply-adds"
+        )
     return share
 
 
@@ -77,7 +81,7 @@ def freeze_to(given: Given, output: Path) -> dict[str, Any]:
 
 def _write(given: Given, frozen: nn.Module, output: Path) -> dict[str, Any]:
     """Saves a frozen network; the table and the figures of what it keeps."""
-    _save(frozen, output)
+    _save(frozen, output, given.example)
     network, live = _kept(frozen, given.example)
     console.print(layer_table(network, live))
     kept, compacted = macs_kept(network, live), compacted_macs_kept(network, live)
@@ -100,10 +104,10 @@ def _write(given: Given, frozen: nn.Module, output: Path) -> dict[str, Any]:
     }
 
 
-def _save(model: nn.Module, output: Path) -> None:
+def _save(model: nn.Module, output: Path, example: Tensor) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        stripe_kernels.save(model, output)
+        stripe_kernels.save(model, output, example)
     except ValueError as error:
         raise Failure(f"cannot write {output}: {error}") from error
 
@@ -119,7 +123,7 @@ def optimize(given: Given, batch: int, output: Path) -> dict[str, Any]:
     with working("optimizing: every layer's kernels are timed, then whole networks"):
         network = stripe_kernels.optimize(given.frozen, given.images(batch))
     report = list(getattr(network, "report", []))
-    _save(network, output)
+    _save(network, output, given.example)
     with redirect_stdout(io.StringIO()):
         explanation = stripe_kernels.explain(network, given.images(batch))
     for line in explanation.summary:

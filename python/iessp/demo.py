@@ -47,8 +47,8 @@ def run(out: Path, recipe: Recipe) -> dict[str, Any]:
 
     frozen = runs.load_run(out / "pruned")
     dense_file, frozen_file = out / "dense.safetensors", out / "frozen.safetensors"
-    stripe_kernels.save(runs.load_run(out / "dense").model, dense_file)
-    stripe_kernels.save(frozen.model, frozen_file)
+    stripe_kernels.save(runs.load_run(out / "dense").model, dense_file, frozen.example)
+    stripe_kernels.save(frozen.model, frozen_file, frozen.example)
     times = {batch: runs.contest(frozen.model, batch, frozen.example, SECONDS) for batch in BATCHES}
 
     rows = comparison(found["dense"], found["pruned"], dense_file, frozen_file)

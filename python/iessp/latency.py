@@ -46,16 +46,18 @@ class Latency:
     def share(self, milliseconds: float, network: Network) -> float:
         """The share of all stripes' time that fits, for `StripeLoss`; `network` has these costs (`priced`).
 
-        Raises ValueError when nothing fits, naming the shortest and the longest time there is.
+        Raises ValueError when nothing fits and when everything does, naming the shortest and the longest time there is.
         """
         stripes = priced(network, self).cost
         share = (milliseconds - self.fixed) / stripes
-        if share <= 0:
+        if not 0 < share < 1:
+            verdict = "is out of reach" if share <= 0 else "needs nothing cut"
             raise ValueError(
-                f"a budget of {milliseconds:g} ms is out of reach: batch {self.batch} on {self.threads} threads "
-                f"takes {self.fixed:.3g} ms without any stripe and {self.fixed + stripes:.3g} ms with all"
+                f"a budget of {milliseconds:g} ms {verdict}: batch {self.batch} on {self.threads} "
+                f"thread{'s' if self.threads > 1 else ''} takes {self.fixed:.3g} ms without any stripe and "
+                f"{self.fixed + stripes:.3g} ms with all"
             )
-        return min(share, 1.0)
+        return share
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

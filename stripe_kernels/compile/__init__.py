@@ -5,7 +5,7 @@ from __future__ import annotations
 from stripe_kernels.compile.checkpoints import plain_state
 from stripe_kernels.compile.explain import explain
 from stripe_kernels.compile.export import export_onnx, to_dense
-from stripe_kernels.compile.files import load, save
+from stripe_kernels.compile.files import example_input, load, save
 from stripe_kernels.compile.freeze import freeze
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.optimize import optimize
@@ -13,6 +13,7 @@ from stripe_kernels.compile.tune import tune
 
 __all__ = [
     "Network",
+    "example_input",
     "explain",
     "export_onnx",
     "freeze",

@@ -1,7 +1,8 @@
 """save and load: a network in one safetensors file.
 
-    header   metadata "stripe_kernels": JSON with versions, modules, graph nodes and tuned choices; "sha256"
-    of it all tensors  parameters and buffers under their state_dict names; a skeleton [K, R, S] as ceil(K*R*S
+    header   metadata "stripe_kernels": JSON with versions, modules, graph nodes, tuned choices and, where known, the
+    sizes of the input; "sha256" of it all
+    tensors  parameters and buffers under their state_dict names; a skeleton [K, R, S] as ceil(K*R*S
     / 8) packed bytes
 
 The graph is torch.fx's, written in the words of vocabulary.py. Reading needs none of the classes the network
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -24,25 +26,35 @@ from torch import Tensor, fx, nn
 
 from stripe_kernels.compile import choices, vocabulary
 from stripe_kernels.compile.network import Network
-from stripe_kernels.compile.trace import trace
+from stripe_kernels.compile.trace import WAY_OUT, line_of, trace
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.skeleton import FilterSkeleton
 from stripe_kernels.version import __version__
 
+Inputs = list[tuple[tuple[int, ...], torch.dtype]]  # size and dtype of each
+
 FORMAT = 1  # rises when an older reader would misread a file
 _KEY = "stripe_kernels"
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, SyntaxError)
+_LARGEST = 2**28  # values of an input that a file may ask for
 _DOTTED = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
+) -> None:
     """Writes `model` to one safetensors file that `load` reads without the code that built it.
 
     Live stripes only are stored, so the file shrinks with the density. The network is stored in evaluation
     mode, on the CPU; choices of `tune` go with it. The file appears whole or not at all.
 
-    Raises ValueError where the model has no fixed torch.fx graph or uses an operation that files do not
-    carry.
+    example_input: its sizes and dtypes go into the file, for `example_input` and for the command line; default: what
+    an optimized network was made on.
+
+    Raises ValueError, with the line of the model's code, where it has no fixed torch.fx graph or uses an operation
+    that files do not carry.
     """
     # Imported here: kernels are checked and timed on machines that have torch and nothing else.
     from safetensors.torch import save as serialize
@@ -55,6 +67,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         graph["network"] = {
             name: getattr(model, name) for name in ("report", "resident_from", "lane_vectors")
         }
+    if (inputs := _inputs(model, example_input)) is not None:
+        graph["inputs"] = vocabulary.encode([(list(size), dtype) for size, dtype in inputs])
     text = json.dumps(graph, separators=(",", ":"), sort_keys=True)
     metadata = {_KEY: text, "sha256": _checksum(text, tensors)}
     _write_whole(Path(path), serialize(tensors, metadata))
@@ -71,35 +85,74 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     Raises OSError where the file cannot be read, ValueError where it is corrupt, truncated, foreign, or
     written by a newer version.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    if _KEY not in metadata:
-        raise ValueError(f"{path} was not written by stripe_kernels.save: its header does not say so")
+    metadata, tensors = _read(path)
     text = metadata[_KEY]
-    _check_version(path, text)
     if metadata.get("sha256") != _checksum(text, tensors):
         raise ValueError(f"{path} is corrupt: its contents do not have the checksum it states")
     try:
         graph = json.loads(text)
         network = _network(graph, tensors)
         choices.restore(graph["choices"], network)
-        return _optimized(network, graph["network"]) if "network" in graph else network
+        inputs = _decoded(graph.get("inputs"))
+        return _optimized(network, graph["network"], inputs) if "network" in graph else network
     except _MALFORMED as error:
         # The checksum is no secret: a file made by hand can have any content and a right one.
         raise ValueError(f"{path} describes no network: {type(error).__name__}: {error}") from error
 
 
-def _optimized(body: fx.GraphModule, settings: dict[str, Any]) -> Network:
+def example_input(path: str | os.PathLike[str]) -> tuple[Tensor, ...] | None:
+    """Zeros as large as the example that the network in a file was saved with; None where it was saved without.
+
+    Raises what `load` raises.
+
+    >>> optimize(load("net.safetensors"), example_input("net.safetensors"))  # doctest: +SKIP
+    """
+    metadata, _ = _read(Path(path), values=False)
+    try:
+        inputs = _decoded(json.loads(metadata[_KEY]).get("inputs"))
+        return None if inputs is None else tuple(torch.zeros(size, dtype=dtype) for size, dtype in inputs)
+    except _MALFORMED as error:
+        raise ValueError(f"{path} describes no input: {type(error).__name__}: {error}") from error
+
+
+def _inputs(model: nn.Module, given: Tensor | tuple[Tensor, ...] | None) -> Inputs | None:
+    if given is None:
+        return model.inputs if isinstance(model, Network) else None
+    return [(tuple(x.shape), x.dtype) for x in (given if isinstance(given, tuple) else (given,))]
+
+
+def _decoded(inputs: Any) -> Inputs | None:
+    if inputs is None:
+        return None
+    found = [(tuple(map(int, size)), dtype) for size, dtype in vocabulary.decode(inputs, {})]
+    for size, dtype in found:
+        if min(size, default=0) < 0 or math.prod(size) > _LARGEST or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"an input {list(size)} of {dtype}")
+    return found
+
+
+def _read(path: Path, values: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header, of a version that can be read, and the tensors unless they are not asked for."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {n: file.get_tensor(n) for n in file.keys()} if values else {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if _KEY not in metadata:
+        raise ValueError(f"{path} was not written by stripe_kernels.save: its header does not say so")
+    _check_version(path, metadata[_KEY])
+    return metadata, tensors
+
+
+def _optimized(body: fx.GraphModule, settings: dict[str, Any], inputs: Inputs | None) -> Network:
     network = Network(body)
+    network.inputs = inputs
     network.report = [str(line) for line in settings["report"]]
     start = settings["resident_from"]
     network.resident_from = None if start is None else int(start)
@@ -160,13 +213,14 @@ def _graph_json(network: fx.GraphModule) -> dict[str, Any]:
             target = vocabulary.FUNCTION_NAMES.get(target)
             known = target is not None and (target != "getattr" or node.args[1] in vocabulary.ATTRIBUTES)
             if not known:
-                raise ValueError(f"a file cannot hold the function {node.target} at {node.format_node()}")
+                name = getattr(node.target, "__name__", node.target)
+                raise ValueError(f"a file cannot hold the function {name}{line_of(node)}: {WAY_OUT}")
         elif node.op == "call_method" and target not in vocabulary.METHODS:
-            raise ValueError(f"a file cannot hold the method {target} at {node.format_node()}")
+            raise ValueError(f"a file cannot hold the method {target} of a tensor{line_of(node)}: {WAY_OUT}")
         try:
             arguments = [vocabulary.encode(node.args), vocabulary.encode(dict(node.kwargs))]
         except TypeError as error:
-            raise ValueError(f"at {node.format_node()}: {error}") from error
+            raise ValueError(f"{error}{line_of(node)}: {WAY_OUT}") from error
         nodes.append([node.name, node.op, target, *arguments])
     versions = {"format": FORMAT, "library": __version__, "torch": torch.__version__}
     return {**versions, "modules": modules, "nodes": nodes}

@@ -35,6 +35,9 @@ class Network(nn.Module):
         self.body = body.eval().requires_grad_(False)
         self.report: list[str] = []
         self.resident_from: int | None = 16  # the batch from which activations stay in lanes; None: never
+        self.inputs: list[tuple[tuple[int, ...], torch.dtype]] | None = (
+            None  # sizes and dtypes it was made on
+        )
         self.lane_vectors = 1  # of images in a block that stays in lanes
         self._reset()
         self.training = False

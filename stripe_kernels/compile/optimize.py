@@ -110,6 +110,7 @@ def compact(model: nn.Module, example: tuple[Tensor, ...]) -> Network:
         fused = fuse_epilogues(body)
         finish(body)
     network = Network(body)
+    network.inputs = [(tuple(x.shape), x.dtype) for x in example]
     network.report += [f"{name}: folded into the filter before it" for name in folded]
     network.report += [f"{name}: {kept} of {count} channels kept" for name, (count, kept) in lost.items()]
     network.report += [f"{name}: takes {', '.join(what)} into its epilogue" for name, what in fused.items()]
@@ -186,7 +187,7 @@ def in_channels_last(network: Network) -> Network:
                 node.args = fx.node.map_arg(node.args, contiguous)
     body.recompile()
     other = Network(body)
-    other.report, other.resident_from = list(network.report), None
+    other.report, other.resident_from, other.inputs = list(network.report), None, network.inputs
     return other
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import os
+import re
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,8 +19,17 @@ from stripe_kernels.compile.graph import drop_assertions, norms_as_modules
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.unwrap import clone
 
+_OTHERS = ("<", *(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])))
+_FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n +(.*)')
+WAY_OUT = (
+    "freeze alone takes any network, and torch.save its state_dict; for optimize, save and export keep such lines "
+    "outside of forward"
+)
+
 
 class _Tracer(fx.Tracer):
+    record_stack_traces = True  # which line asked for an operation that a file cannot hold
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in vocabulary.MODULE_NAMES
 
@@ -32,10 +46,10 @@ def _left_out(forward: Callable[..., Any], given: int | None) -> dict[str, Any]:
 def trace(model: nn.Module, given: int | None = None) -> fx.GraphModule:
     """The graph of a copy of `model`, in evaluation mode; the input is not touched.
 
-    given: how many inputs it will be called with; the others have their defaults for good.
     given: how many inputs it will be called with; the others keep their defaults for good.
 
-    Raises ValueError with torch.fx's reason for a model whose Python control flow depends on its input.
+    Raises ValueError with torch.fx's reason and the line of the model's code, where its Python control flow depends on
+    its input.
     """
     copied = clone(model).eval()
     if isinstance(copied, Network):
@@ -48,9 +62,10 @@ def trace(model: nn.Module, given: int | None = None) -> fx.GraphModule:
         try:
             graph = tracer.trace(copied, concrete_args=left_out)
         except (fx.proxy.TraceError, TypeError, AttributeError, RuntimeError) as error:
+            reason = str(error).partition(". ")[0].rstrip(".")
             raise ValueError(
-                f"torch.fx cannot follow {type(copied).__name__}: {error}. Control flow that depends on the "
-                "input has no fixed graph"
+                f"torch.fx cannot follow {type(copied).__name__}{_line_of(error.__traceback__)}: {reason}. What "
+                f"depends on the values or sizes of the input has no fixed graph: {WAY_OUT}"
             ) from error
         for node in graph.nodes:
             node.type = None  # annotations that are still text would keep the graph from being pickled
@@ -62,3 +77,19 @@ def trace(model: nn.Module, given: int | None = None) -> fx.GraphModule:
                 network.graph.erase_node(node)
         network.recompile()
         return network
+
+
+def _line_of(raised: TracebackType | None) -> str:
+    frames = traceback.extract_tb(raised)
+    return _said((f.filename, f.lineno, f.name, f.line) for f in frames)
+
+
+def line_of(node: fx.Node) -> str:
+    """Where the model's code asked for a node, as in " at net.py:12, in forward: `code`"; nothing where unknown."""
+    return _said(_FRAME.findall(node.stack_trace or ""))
+
+
+def _said(frames: Iterable[tuple[object, ...]]) -> str:
+    """The innermost line (file, number, function, code) that is neither torch's nor ours."""
+    own = [frame for frame in frames if not str(frame[0]).startswith(_OTHERS)]
+    return " at {}:{}, in {}: `{}`".format(*own[-1]) if own else ""

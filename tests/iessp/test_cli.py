@@ -23,6 +23,7 @@ from torch import nn
 import stripe_kernels
 from iessp import cli, cli_work, demo, latency, reproduce
 from iessp.latency import Latency
+from iessp.models import MODELS
 from iessp.recipe import Recipe, bundled, parse_changes, read
 from iessp.report_page import accuracy_points
 
@@ -110,7 +111,10 @@ def test_help_suffices(
     said = words(capsys)
     assert f"Usage: iessp {verb}" in said
     assert "--json" in said
+    assert "<bool>" not in said  # a flag takes no value
     command = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
+    if any(parameter.name == "model" for parameter in command.params):
+        assert all(name in said for name in MODELS)
     assert all(parameter.help for parameter in command.params)
     example = re.sub(r"\x1b\[[0-9;]*m|\[/?(bold)?\]", "", command.epilog).removeprefix("Example: ")
     assert example.split()[:2] == ["iessp", verb]
@@ -141,6 +145,14 @@ def test_help_suffices(
             "iem learns while it trains: iessp train RECIPE --set method=iem",
         ),
         (("prune", "resnet20", "--budget", "2"), "budget is a share of MACs in (0, 1], got 2.0"),
+        (
+            ("prune", "resnet20", "--budget", "100%"),
+            "a budget of 100% needs nothing cut of 40.8 M multiply-adds",
+        ),
+        (
+            ("prune", "mobilenetv2", "--input", "3x32x32", "--budget", "0.1"),
+            "which pointwise=True of attach, --pointwise of iessp prune, gates too",
+        ),
         (("prune", "resnet20", "--budget", "fast"), "or a time such as \"2.5 ms\", got 'fast'"),
         (("prune", "resnet20", "--input", "3x20"), '--input "3x20" is not CxHxW, as in 3x32x32'),
         (
@@ -272,19 +284,20 @@ def test_prune_optimize_explain_bench_report_of_a_users_module(
     kept = layers["3"].dense_weight()
     assert torch.equal(kept, torch.where(kept != 0, trained[3].weight, 0))
 
-    size = ("--input", "3x20x14")
-    optimized = answer(monkeypatch, capsys, "optimize", "p.safetensors", "-o", "o.safetensors", *size)
+    optimized = answer(monkeypatch, capsys, "optimize", "p.safetensors", "-o", "o.safetensors")
     assert isinstance(stripe_kernels.load("o.safetensors"), stripe_kernels.Network) == optimized["rewritten"]
     explained = answer(
-        monkeypatch, capsys, "explain", "p.safetensors", "--html", "deep/e.html", "--batch", "2", *size
+        monkeypatch, capsys, "explain", "p.safetensors", "--html", "deep/e.html", "--batch", "2"
     )
     assert [row["layer"] for row in explained["layers"]] == ["0", "3"]
-    assert explained["layers"][0]["input"] == [2, 3, 20, 14]
+    assert explained["layers"][0]["input"] == [2, 3, 20, 14]  # of the factory's example, kept by the files
+    resized = answer(monkeypatch, capsys, "explain", "o.safetensors", "--input", "3x9x8")
+    assert resized["layers"][0]["input"] == [1, 3, 9, 8]
     assert "<svg" in Path("deep/e.html").read_text()
-    timed = answer(monkeypatch, capsys, "bench", "p.safetensors", "--batch", "1", "--seconds", "0", *size)
+    timed = answer(monkeypatch, capsys, "bench", "p.safetensors", "--batch", "1", "--seconds", "0")
     assert {row["network"] for row in timed["times"]} >= {"dense", "frozen"}
     assert all(row["low"] <= row["ms"] <= row["high"] for row in timed["times"])
-    told = answer(monkeypatch, capsys, "report", "p.safetensors", "--seconds", "0", *size)
+    told = answer(monkeypatch, capsys, "report", "p.safetensors", "--seconds", "0")
     assert all(row["measured"] and row["share"] for row in told["layers"])
     page = Path("report.html").read_text()
     assert all(word in page for word in ("Whole network", "Roofline", "iessp train digits"))
@@ -322,6 +335,8 @@ def test_prune_by_milliseconds(
     assert 1.4 < 1.0 + 0.001 * live["0"] + 0.01 * live["3"] <= 1.5
     assert call(monkeypatch, "prune", "factories_of_a_user.py:make", "--budget", "1 ms") == 2
     assert "out of reach" in words(capsys)
+    assert call(monkeypatch, "prune", "factories_of_a_user.py:make", "--budget", "1e9 ms") == 2
+    assert "a budget of 1e+09 ms needs nothing cut: batch 1 on 1 thread takes 1 ms without" in words(capsys)
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,11 +91,14 @@ def test_a_share_of_time_is_cut_to_that_time() -> None:
         skeletons = cut(priced(plain, times), scores, share)
         spare = milliseconds - times.of(skeletons)
         assert -1e-9 <= spare <= min(STRIPE_MS.values()) + 1e-9
-    assert times.share(100.0, plain) == 1.0
-    with pytest.raises(
-        ValueError, match=r"0\.5 ms is out of reach: batch 1 on 1 threads takes 0\.7 ms without"
-    ):
-        times.share(0.5, plain)
+    whole = FIXED_MS + sum(STRIPE_MS[site.name] * site.stripes for site in plain.sites)
+    for milliseconds, verdict in ((0.5, "is out of reach"), (100.0, "needs nothing cut")):
+        with pytest.raises(
+            ValueError,
+            match=rf"{milliseconds:g} ms {verdict}: batch 1 on 1 thread takes 0\.7 ms without any stripe and "
+            rf"{whole:.3g} ms",
+        ):
+            times.share(milliseconds, plain)
 
 
 def test_a_layer_without_gain_keeps_its_place_and_a_price(monkeypatch: pytest.MonkeyPatch) -> None:
