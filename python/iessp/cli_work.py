@@ -86,7 +86,7 @@ def _write(given: Given, frozen: nn.Module, output: Path) -> dict[str, Any]:
     console.print(layer_table(network, live))
     kept, compacted = macs_kept(network, live), compacted_macs_kept(network, live)
     console.print(
-        f"{kept:.2%} of {network.macs / 1e6:.1f} M MACs kept ({compacted:.2%} after compaction)\n"
+        f"{kept:.2%} of the convolutions' {network.macs / 1e6:.1f} M MACs kept ({compacted:.2%} after compaction)\n"
         f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB; stripe_kernels.load reads it",
         highlight=False,
     )
@@ -97,7 +97,8 @@ def _write(given: Given, frozen: nn.Module, output: Path) -> dict[str, Any]:
     return {
         "file": str(output),
         "bytes": output.stat().st_size,
-        "macs": network.macs,
+        "macs": round(kept * network.macs),
+        "dense_macs": network.macs,
         "macs_kept": kept,
         "macs_kept_after_compaction": compacted,
         "layers": layers,
@@ -138,13 +139,13 @@ def bench(given: Given, batches: list[int], seconds: float) -> dict[str, Any]:
     rows, records = [], []
     for batch in batches:
         with working(f"batch {batch}: outputs compared, then {seconds:.0f} s of timing"):
-            times = runs.contest(given.frozen, batch, given.example, seconds)
+            times = runs.contest(given.frozen, batch, given.example, seconds, runtimes=True)
         rows += runs.contest_rows(times, batch)
         records += runs.contest_records(times, batch)
     columns = ["network", "batch", "ms", "format", "speed-up"]
-    console.print(table("Inference, ms: median (quartiles)", columns, rows))
+    console.print(table("Inference, ms: median (quartiles); speed-up over the fastest dense", columns, rows))
     console.print(runs.conditions())
-    return {"times": records, "conditions": runs.conditions()}
+    return {"networks": records, "conditions": runs.conditions()}
 
 
 def explain(given: Given, batch: int, measure: bool, page: Path | None) -> dict[str, Any]:
@@ -164,7 +165,8 @@ def report(
     networks: list[dict[str, Any]] = []
     if measure:
         with working(f"batch {batch}: whole networks, dense and stripes"):
-            networks = runs.contest_records(runs.contest(given.frozen, batch, given.example, seconds), batch)
+            times = runs.contest(given.frozen, batch, given.example, seconds, runtimes=True)
+            networks = runs.contest_records(times, batch)
     own = next((n["ms"] for n in networks if n["network"] in ("frozen", "optimized") and batch == 1), None)
     points = accuracy_points(folders, given.folder, own)
     _write_page(output, explanation.html(given.name, networks, points, busy() or ""))
@@ -182,7 +184,7 @@ def _explained(given: Given, batch: int, measure: bool) -> Any:
             stripe_kernels.tune(model, x, seconds=TUNE_SECONDS)
             roof = stripe_kernels.Roof.probe(x.dtype, torch.get_num_threads())
     with redirect_stdout(io.StringIO()):
-        return stripe_kernels.explain(model, x, roof=roof)
+        return stripe_kernels.explain(model, x, roof=roof, seconds=TUNE_SECONDS if measure else 0.0)
 
 
 def _write_page(path: Path, page: str) -> None:

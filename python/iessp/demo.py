@@ -76,7 +76,7 @@ def run(out: Path, recipe: Recipe) -> dict[str, Any]:
     return {
         **found,
         "files": [str(dense_file), str(frozen_file)],
-        "times": [row for batch, contest in times.items() for row in runs.contest_records(contest, batch)],
+        "networks": [row for batch, contest in times.items() for row in runs.contest_records(contest, batch)],
         "conditions": runs.conditions(),
         "pictures": [str(path) for path in pictures],
     }
@@ -88,7 +88,7 @@ def comparison(
     """Rows of the table: quantity, dense, pruned, change."""
     tested = dense["images"]["test"]
     both = (dense, pruned)
-    macs = [r["macs"] * r["macs_kept"] for r in both]
+    macs = [r["macs"] for r in both]
     parameters = [r["parameters"] for r in both]
     sizes = [file.stat().st_size for file in (dense_file, frozen_file)]
 

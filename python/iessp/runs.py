@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from iessp import checkpoint
+from iessp import checkpoint, dense
 from iessp.attach import freeze, gates, skeletons
 from iessp.network import Network, probe
 from iessp.recipe import Recipe
@@ -84,7 +84,7 @@ def results(trainer: Trainer) -> dict[str, Any]:
     """Figures of a finished run, from its results.json when there is one: the test set is read once."""
     path = trainer.folder / "results.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return in_todays_words(json.loads(path.read_text()))
     kept, compacted = trainer.shares()
     splits, recipe = trainer.splits, trainer.recipe
     found = {
@@ -92,7 +92,8 @@ def results(trainer: Trainer) -> dict[str, Any]:
         "images": {"train": len(splits.train), "held_out": len(splits.held_out), "test": len(splits.test)},
         "held_out_errors": count_errors(trainer.model, splits.held_out, splits),
         "test_errors": count_errors(trainer.model, splits.test, splits),
-        "macs": trainer.network.macs,
+        "macs": round(kept * trainer.network.macs),
+        "dense_macs": trainer.network.macs,
         "macs_kept": kept,
         "macs_kept_after_compaction": compacted,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -103,13 +104,20 @@ def results(trainer: Trainer) -> dict[str, Any]:
     return found
 
 
+def in_todays_words(found: dict[str, Any]) -> dict[str, Any]:
+    """results.json of before `dense_macs`, where `macs` meant it."""
+    if "dense_macs" not in found and "macs" in found:
+        found |= {"dense_macs": found["macs"], "macs": round(found["macs_kept"] * found["macs"])}
+    return found
+
+
 def finish(trainer: Trainer, console: Console) -> None:
     """Print what a finished run reached."""
     found = results(trainer)
     n = found["images"]["test"]
     console.print(
         f"{trainer.recipe.name}: {1 - found['test_errors'] / n:.2%} of {n} test images right "
-        f"({found['test_errors']} errors), {found['macs_kept']:.2%} of {found['macs'] / 1e6:.1f} M MACs kept "
+        f"({found['test_errors']} errors), {found['macs_kept']:.2%} of {found['dense_macs'] / 1e6:.1f} M MACs kept "
         f"({found['macs_kept_after_compaction']:.2%} after compaction)",
         highlight=False,
     )
@@ -128,14 +136,20 @@ def checked(model: nn.Module, x: Tensor, batch: int, name: str = "frozen") -> nn
 
 
 def contest(
-    model: nn.Module, batch: int, example: Tensor, seconds: float, optimize: bool = True
+    model: nn.Module,
+    batch: int,
+    example: Tensor,
+    seconds: float,
+    optimize: bool = True,
+    runtimes: bool = False,
 ) -> dict[str, tuple[Timing, str]]:
     """Dense twin and network, as they are and optimized, in one interleaved run on `batch` images.
 
-    The network is called "frozen", or "optimized" when it is already. `stripe_kernels.optimize` works on the dense
-    network too, so that each pair has the same done to it. Outputs are compared first: the network's with the
-    masked dense one's, RuntimeError when they differ; the optimized ones' with what they were made from, which
-    are left out with a warning when they differ.
+    The network is called "frozen", or "optimized" when it is already; everything that is dense has a name that begins
+    so. With `optimize` the dense network has the same done to it as the frozen one, and competes with its norms folded
+    too; with `runtimes` also in the inference runtimes that are installed. Outputs are compared first: the network's
+    with the masked dense one's, RuntimeError when they differ; the others' with what they were made from, which are
+    left out with a warning when they differ.
     """
     import stripe_kernels
 
@@ -143,36 +157,47 @@ def contest(
     x = torch.randn(batch, *example.shape[1:], generator=generator).to(example.dtype)
     many = torch.randn(EQUALITY_IMAGES, *example.shape[1:], generator=generator).to(example.dtype)
     given = "optimized" if isinstance(model, stripe_kernels.Network) else "frozen"
-    networks = {"dense": thaw(model, fill=True), given: checked(model, many, batch, given)}
-    for name, network in list(networks.items()) if optimize else []:
-        if name == "optimized":
+    twin = thaw(model, fill=True).eval()
+    mine = checked(model, many, batch, given)
+    made = {"dense": (twin, None), given: (mine, None)}
+    if optimize:
+        made["dense, folded"] = (dense.folded(twin), twin)
+        made["dense, optimized"] = (stripe_kernels.optimize(twin, x), twin)
+        if given == "frozen":
+            made["frozen, optimized"] = (stripe_kernels.optimize(mine, x), mine)
+    networks: dict[str, nn.Module] = {}
+    for name, (network, origin) in made.items():
+        if network is None:
             continue
-        made = stripe_kernels.optimize(network, x)
-        equality = compare(made, network, many, batch)
-        if equality.ok:
-            networks[f"{name}, optimized"] = made
+        equality = None if origin is None else compare(network, origin, many, batch)
+        if equality is None or equality.ok:
+            networks[name] = network
         else:
-            warnings.warn(
-                f"{name}, optimized differs from its origin and is left out: {equality}", stacklevel=2
-            )
-    return time_networks(networks, x, seconds)
+            warnings.warn(f"{name} differs from its origin and is left out: {equality}", stacklevel=2)
+    times = time_networks(networks, x, seconds, dense.runtimes(twin, x) if runtimes else {})
+    return dict(sorted(times.items(), key=lambda item: not item[0].startswith("dense")))
+
+
+def fastest_dense(times: dict[str, tuple[Timing, str]]) -> str:
+    """The dense contestant that speed-ups are over."""
+    return min((name for name in times if name.startswith("dense")), key=lambda name: times[name][0].median)
 
 
 def contest_rows(times: dict[str, tuple[Timing, str]], batch: int) -> list[list[str]]:
-    """Rows of the table: name, batch, time, memory format, speed-up over dense."""
-    dense = times["dense"][0].median
+    """Rows of the table: name, batch, time, memory format, speed-up over the fastest dense."""
+    best = times[fastest_dense(times)][0].median
     return [
-        [name, str(batch), str(timing), title, f"{dense / timing.median:.2f}x"]
+        [name, str(batch), str(timing), title, f"{best / timing.median:.2f}x"]
         for name, (timing, title) in times.items()
     ]
 
 
 def contest_records(times: dict[str, tuple[Timing, str]], batch: int) -> list[dict[str, Any]]:
-    """The same as data: network, batch, format, ms, low, high (quartiles), n, speed_up over dense."""
-    dense = times["dense"][0].median
+    """The same as data: network, batch, format, ms, ms_low, ms_high (quartiles), n, speed_up."""
+    best = times[fastest_dense(times)][0].median
     return [
-        {"network": name, "batch": batch, "format": title, "ms": t.median, "low": t.low, "high": t.high, "n": t.n,
-         "speed_up": dense / t.median}
+        {"network": name, "batch": batch, "format": title, "ms": t.median, "ms_low": t.low, "ms_high": t.high,
+         "n": t.n, "speed_up": best / t.median}
         for name, (t, title) in times.items()
     ]  # fmt: skip
 

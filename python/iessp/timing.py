@@ -106,13 +106,16 @@ def _summary(values: list[float]) -> Timing:
 
 
 def time_networks(
-    networks: dict[str, nn.Module], x: Tensor, seconds: float = 8.0
+    networks: dict[str, nn.Module],
+    x: Tensor,
+    seconds: float = 8.0,
+    others: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, tuple[Timing, str]]:
     """Inference time of each network on x [N, C, H, W], in the faster of both memory formats: name -> (time,
-    format).
+    format). `others` are calls that compete as they are, in a format of their own.
     """
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    contestants: dict[str, Callable[[], object]] = {}
+    contestants: dict[str, Callable[[], object]] = dict(others or {})
     for name, network in networks.items():
         for title, fmt in formats.items():
             arranged, given = copy.deepcopy(network).eval(), x.contiguous(memory_format=fmt)
@@ -123,7 +126,8 @@ def time_networks(
     with torch.inference_mode():
         times = interleave(contestants, seconds)
     best = {name: min(formats, key=lambda title: times[f"{name}/{title}"].median) for name in networks}
-    return {name: (times[f"{name}/{title}"], title) for name, title in best.items()}
+    found = {name: (times[f"{name}/{title}"], title) for name, title in best.items()}
+    return found | {name: (times[name], "its own") for name in others or {}}
 
 
 def busy() -> str | None:

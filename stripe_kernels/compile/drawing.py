@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -140,10 +141,12 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, lines: Sequence[Line] = (
         )
     ]
     taken = [(px(p.x) - 4, py(p.y) - 4, px(p.x) + 4, py(p.y) + 4) for p in points]
-    for line, kind, text in lines:
-        shown = " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in line)
+    drawn = [([(px(a), py(b)) for a, b in line], kind, text) for line, kind, text in lines]
+    inked = [box for line, _, _ in drawn for box in _along(line)]
+    for line, kind, _ in drawn:
+        shown = " ".join(f"{a:.1f},{b:.1f}" for a, b in line)
         out.append(f"<polyline class='line {kind}' points='{shown}'/>")
-        out += [_name(text, px(line[-1][0]), py(line[-1][1]), taken)] if text else []
+    tags = [_name(text, line[-2:], taken, inked) for line, _, text in drawn if text]
     for p in points:
         at = f"cx='{px(p.x):.1f}' cy='{py(p.y):.1f}'"
         if p.spread:
@@ -152,7 +155,8 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, lines: Sequence[Line] = (
         out.append(
             f"<circle class='mark {p.kind}' {at} r='3.4'><title>{escape(p.note or p.label)}</title></circle>"
         )
-        out += [_label(p, px(p.x), py(p.y), taken)] if p.label else []
+        tags += [_label(p, px(p.x), py(p.y), taken, inked)] if p.label else []
+    out += tags  # above all marks and lines
     return (
         f"<svg class='plot' viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='{escape(name)}'>"
         f"{''.join(out)}</svg>"
@@ -179,28 +183,62 @@ def _frame(x: Axis, y: Axis, at_x: list[tuple[float, float]], at_y: list[tuple[f
     return "".join(parts)
 
 
-def _name(text: str, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> str:
-    """A line's name at its end (x, y): above it, or below where that is free of marks and above is not."""
-    boxes = {dy: (x - 4 - _LETTER * len(text), y + dy - 9, x - 4, y + dy + 2) for dy in (-5, 13)}
-    dy = next((dy for dy, box in boxes.items() if not any(_overlap(box, other) for other in taken)), -5)
-    taken.append(boxes[dy])
-    return f"<text class='tag' text-anchor='end' x='{x - 4:.1f}' y='{y + dy:.1f}'>{escape(text)}</text>"
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def _label(p: Point, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> str:
+def _along(line: Sequence[tuple[float, float]]) -> Iterator[Box]:
+    """Small boxes that cover a polyline."""
+    for (x, y), (u, v) in pairwise(line):
+        steps = max(1, math.ceil(math.hypot(u - x, v - y) / 3))
+        for i in range(steps + 1):
+            a, b = x + (u - x) * i / steps, y + (v - y) * i / steps
+            yield (a - 1, b - 1, a + 1, b + 1)
+
+
+def _name(text: str, segment: Sequence[tuple[float, float]], taken: list[Box], inked: list[Box]) -> str:
+    """The name of a line along its last segment, as far to the right as it stays free of marks and other lines."""
+    (start, _), (end, y) = segment
+    width = _LETTER * len(text)
+    places = [
+        (end - 4 - back, dy) for back in range(0, max(1, int(end - start - width)), 12) for dy in (-5, 13)
+    ]
+    boxes = [(x - width, y + dy - 9, x, y + dy + 2) for x, dy in places]
+    return _first_free(text, [(x, y + dy, "end") for x, dy in places], boxes, taken, inked, always=True)
+
+
+def _label(p: Point, x: float, y: float, taken: list[Box], inked: list[Box]) -> str:
     """The label beside, above or below its mark, at the first place that is free; nothing where none is."""
     width = _LETTER * len(p.label)
-    places = ((7, 3.5, "start"), (-7, 3.5, "end"), (0, -8, "middle"), (0, 15, "middle"))
-    for dx, dy, anchor in places:
+    places, boxes = [], []
+    for dx, dy, anchor in ((7, 3.5, "start"), (-7, 3.5, "end"), (0, -8, "middle"), (0, 15, "middle")):
         left = x + dx - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
         box = (left, y + dy - 9, left + width, y + dy + 2)
-        inside = (
-            box[0] >= _LEFT and box[2] <= _WIDTH - 2 and box[1] >= _TOP + 12 and box[3] <= _HEIGHT - _BOTTOM
-        )
-        if inside and not any(_overlap(box, other) for other in taken if other[:2] != (x - 4, y - 4)):
-            taken.append(box)
-            at = f"text-anchor='{anchor}' x='{x + dx:.1f}' y='{y + dy:.1f}'"
-            return f"<text class='tag' {at}>{escape(p.label)}</text>"
+        if box[0] >= _LEFT and box[2] <= _WIDTH - 2 and box[1] >= _TOP + 12 and box[3] <= _HEIGHT - _BOTTOM:
+            places.append((x + dx, y + dy, anchor))
+            boxes.append(box)
+    others = [box for box in taken if box[:2] != (x - 4, y - 4)]
+    return _first_free(p.label, places, boxes, taken, inked, others)
+
+
+def _first_free(
+    text: str,
+    places: Sequence[tuple[float, float, str]],
+    boxes: Sequence[Box],
+    taken: list[Box],
+    inked: list[Box],
+    others: list[Box] | None = None,
+    always: bool = False,
+) -> str:
+    """The text at the first place whose box meets no mark, label or line; else none of the first two; else nothing,
+    or, with `always`, the first place. Its box is added to `taken`."""
+    others = taken if others is None else others
+    for obstacles in (others + inked, others, []) if always else (others + inked, others):
+        for (x, y, anchor), box in zip(places, boxes, strict=True):
+            if not any(_overlap(box, other) for other in obstacles):
+                taken.append(box)
+                return (
+                    f"<text class='tag' text-anchor='{anchor}' x='{x:.1f}' y='{y:.1f}'>{escape(text)}</text>"
+                )
     return ""
 
 

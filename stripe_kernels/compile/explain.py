@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stripe_kernels.compile import page
+from stripe_kernels.compile import ordinary, page
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.tune import Site, sites
 from stripe_kernels.plan import PREDICTED_MARGIN, Candidate, Plan
@@ -24,58 +24,79 @@ _COLUMNS = {
     "macs": ("MACs", "{:,}"),
     "dense_macs": ("of dense", "{:,}"),
     "kernel": ("kernel", "{}"),
-    "predicted": ("predicted ms", "{:.3f}"),
-    "measured": ("measured ms", "{:.3f}"),
-    "dense": ("dense ms", "{:.3f}"),
-    "share": ("of peak", "{:.0%}"),
+    "predicted_ms": ("predicted ms", "{:.3f}"),
+    "measured_ms": ("measured ms", "{:.3f}"),
+    "dense_ms": ("dense ms", "{:.3f}"),
+    "share_of_peak": ("of peak", "{:.0%}"),
     "next": ("next best", "{}"),
 }
-_SECONDS = ("predicted", "measured", "dense")
+_TIMES = ("predicted_ms", "measured_ms", "dense_ms")
 _NAMES_SHOWN = 6  # in a note that holds for many layers
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One row a stripe layer, in the order they run, and what `optimize` did to the network.
+    """One row a stripe layer, in the order they run, the network's other layers, and what `optimize` did to it.
 
     rows hold: layer, input [N, C, H, W], filter [K, C/groups, R, S], stride, dtype, threads, live (stripes) of
     stripes, density, taps ([R][S], the share of filters that keep each), macs, dense_macs, bytes, dense_bytes (every
-    tensor moved once), kernel, config, predicted, measured, dense (seconds; None where nothing was measured; dense
-    is predicted where it was not measured), share (of the roof's arithmetic, live stripes alone counted; None
+    tensor moved once), kernel, config, predicted_ms, measured_ms, dense_ms (None where nothing was measured; dense
+    is predicted where it was not measured), share_of_peak (of the roof's arithmetic, live stripes alone counted; None
     without a roof or a measurement), reason (of the choice), next (the best other kernel and its time over the
-    chosen one's), epilogue, candidates (dicts of kernel, config, predicted, measured, refusal).
+    chosen one's), epilogue, candidates (dicts of kernel, config, predicted_ms, measured_ms, refusal).
+    ordinary holds layer, kind ("convolution" or "linear layer"), input, filter, macs, dense_macs, measured_ms,
+    dense_ms of the convolutions and linear layers that are torch's own.
     """
 
     rows: list[dict[str, Any]]
     notes: list[str]
     skeletons: list[Tensor] = field(repr=False)  # bool [K, R, S], one a row
     roof: Roof | None = None
+    ordinary: list[dict[str, Any]] = field(default_factory=list)
+    input: list[int] = field(default_factory=list)  # size of what the network was called with
 
     def __str__(self) -> str:
-        if not self.rows:
-            return "\n".join(["no stripe layer runs in this network", *self.summary])
-        columns = [c for c in _COLUMNS if c != "share" or self.roof is not None]
+        columns = [c for c in _COLUMNS if c != "share_of_peak" or self.roof is not None]
         titles = [_COLUMNS[c][0] for c in columns]
-        cells = [titles, *(cells_of(row, columns) for row in [*self.rows, self.total])]
+        sums = [*(self.parts if self.ordinary else []), self.total]
+        cells = [titles, *(cells_of(row, columns) for row in [*self.rows, *sums])]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         words = ("layer", "input", "filter", "kernel", "next")
         aligned = [str.ljust if c in words else str.rjust for c in columns]
-        lines = ("  ".join(f(c, w) for f, c, w in zip(aligned, line, widths, strict=True)) for line in cells)
+        lines = ["  ".join(f(c, w) for f, c, w in zip(aligned, line, widths, strict=True)) for line in cells]
+        if not self.rows:
+            lines = ["no stripe layer runs in this network", *(lines if self.ordinary else [])]
         roof = [] if self.roof is None else [str(self.roof)]
         return "\n".join([*map(str.rstrip, lines), *roof, *self.summary])
 
     @property
+    def parts(self) -> list[dict[str, Any]]:
+        """Sums as of `total`, of the stripe layers, the ordinary convolutions and the linear layers; `layer` names
+        what is summed up."""
+        groups = [
+            ("stripe layer", self.rows),
+            *(
+                (name, [r for r in self.ordinary if r["kind"] == kind])
+                for name, kind in (("ordinary convolution", "convolution"), ("linear layer", "linear layer"))
+            ),
+        ]
+        return [
+            {**_sum(rows), "layer": f"{len(rows)} {name}{'s' if len(rows) > 1 else ''}"}
+            for name, rows in groups
+            if rows
+        ]
+
+    @property
     def total(self) -> dict[str, Any]:
-        """The rows' sums: macs, dense_macs, and times where every row has them; of dense's, measured and predicted
+        """The network's macs, dense_macs, and times where every layer has them; of dense's, measured and predicted
         ones are not added up."""
-        sums: dict[str, Any] = dict.fromkeys(_COLUMNS)
-        sums["layer"] = "total"
-        for name in ("macs", "dense_macs", *_SECONDS):
-            values = [row[name] for row in self.rows]
-            sums[name] = sum(values) if values and None not in values else None
-        if len({row["measured"] is None for row in self.rows}) > 1:
-            sums["dense"] = None
-        return sums
+        return {**_sum([*self.rows, *self.ordinary]), "layer": "total"}
+
+    @property
+    def macs_kept(self) -> float | None:
+        """Share of the convolutions' multiply-adds that live stripes keep, which is what a budget is about."""
+        found = [*self.rows, *(row for row in self.ordinary if row["kind"] == "convolution")]
+        return sum(r["macs"] for r in found) / sum(r["dense_macs"] for r in found) if found else None
 
     @property
     def summary(self) -> list[str]:
@@ -92,10 +113,22 @@ class Explanation:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the skeletons, ready for JSON: layers, total, notes, roof."""
-        total = {k: v for k, v in self.total.items() if k in ("macs", "dense_macs", *_SECONDS)}
+        """Everything but the skeletons, ready for JSON."""
         roof = None if self.roof is None else self.roof.as_dict()
-        return {"layers": self.rows, "total": total, "notes": self.notes, "roof": roof}
+        shown = ("layer", "macs", "dense_macs", *_TIMES)
+        parts, total = (
+            [{key: row[key] for key in shown} for row in rows] for rows in (self.parts, [self.total])
+        )
+        return {
+            "input": self.input,
+            "layers": self.rows,
+            "ordinary": self.ordinary,
+            "parts": parts,
+            "total": total[0],
+            "macs_kept": self.macs_kept,
+            "notes": self.notes,
+            "roof": roof,
+        }
 
     def html(
         self,
@@ -106,7 +139,7 @@ class Explanation:
     ) -> str:
         """One self-contained page, light or dark as the reader's system: no script, nothing from a network.
 
-        networks: timings of whole networks, dicts of network, batch, ms, low, high (quartiles).
+        networks: timings of whole networks, dicts of network, batch, ms, ms_low, ms_high (quartiles).
         runs: points of accuracy, dicts of name, accuracy (0..1), spread (or None), macs_kept (0..1), ms (or
         None), mine (whether it is the network shown). None leaves the section out, () says how to get some.
         remark: on the conditions, below the title.
@@ -119,23 +152,40 @@ class Explanation:
 
 
 def explain(
-    model: nn.Module, example_input: Tensor | tuple[Tensor, ...], *, roof: Roof | None = None
+    model: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    roof: Roof | None = None,
+    seconds: float = 0.0,
 ) -> Explanation:
     """Prints a table of the model's stripe layers as they run on `example_input`, and returns it.
 
-    Times are the planner's predictions, and measurements where `tune` or `optimize` made some; explain
-    measures nothing. roof: `Roof.probe(dtype, threads)`, to state times as shares of it. Ordinary convolutions are
-    named, not listed, and in no total: in an optimized network every convolution is a stripe layer.
+    Times are the planner's predictions, and measurements where `tune` or `optimize` made some. roof:
+    `Roof.probe(dtype, threads)`, to state times as shares of it. Ordinary convolutions and linear layers are summed
+    up, and part of the total; seconds: time spent on measuring them, which nothing else does.
     """
     found = sites(model, example_input)
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     inside = "body." if isinstance(model, Network) else ""
     rows = [_row(site, site.name.removeprefix(inside), roof) for site in found]
+    others = ordinary.rows(model, inputs, seconds)
+    for row in others:
+        row["layer"] = row["layer"].removeprefix(inside)
     notes = list(getattr(model, "report", []))
-    notes += [f"{name}: an ordinary convolution" for name, m in model.named_modules() if type(m) is nn.Conv2d]
     skeletons = [torch.from_numpy(site.op.skeleton.live.copy()) for site in found]
-    explanation = Explanation(rows, notes, skeletons, roof)
+    explanation = Explanation(rows, notes, skeletons, roof, others, list(inputs[0].shape))
     print(explanation)
     return explanation
+
+
+def _sum(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    sums: dict[str, Any] = dict.fromkeys(_COLUMNS)
+    for name in ("macs", "dense_macs", *_TIMES):
+        values = [row.get(name) for row in rows]
+        sums[name] = sum(values) if values and None not in values else None
+    if len({row["measured_ms"] is None for row in rows}) > 1:
+        sums["dense_ms"] = None
+    return sums
 
 
 def _row(site: Site, name: str, roof: Roof | None) -> dict[str, Any]:
@@ -162,15 +212,19 @@ def _row(site: Site, name: str, roof: Roof | None) -> dict[str, Any]:
         "dense_bytes": dense_moved,
         "kernel": chosen.kernel,
         "config": list(chosen.config),
-        "predicted": chosen.predicted,
-        "measured": chosen.measured,
-        "dense": None if dense is None else dense.measured or dense.predicted,
-        "share": roof.share_of_peak(macs, chosen.measured) if roof and chosen.measured else None,
+        "predicted_ms": _ms(chosen.predicted),
+        "measured_ms": _ms(chosen.measured),
+        "dense_ms": None if dense is None else _ms(dense.measured or dense.predicted),
+        "share_of_peak": roof.share_of_peak(macs, chosen.measured) if roof and chosen.measured else None,
         "reason": _reason(site, plan, following),
         "next": None if following is None else f"{following[0].kernel} {following[1]:.1f}x",
         "epilogue": site.epilogue,
         "candidates": [_candidate(c) for c in plan.candidates],
     }
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
 
 
 def _moved(site: Site, stripes: int) -> int:
@@ -214,17 +268,15 @@ def _candidate(c: Candidate) -> dict[str, Any]:
     return {
         "kernel": c.kernel,
         "config": list(c.config),
-        "predicted": c.predicted,
-        "measured": c.measured,
+        "predicted_ms": _ms(c.predicted),
+        "measured_ms": _ms(c.measured),
         "refusal": c.refusal,
     }
 
 
 def cells_of(row: dict[str, Any], columns: Sequence[str] = tuple(_COLUMNS)) -> list[str]:
-    """A row as text; times in milliseconds, an empty cell for what is not known."""
+    """A row as text, an empty cell for what is not known."""
     values = {name: row[name] for name in columns}
-    for name in _SECONDS:
-        values[name] = None if row[name] is None else row[name] * 1e3
     for name in ("input", "filter"):
         values[name] = None if row[name] is None else "x".join(map(str, row[name]))
     return ["" if v is None else _COLUMNS[name][1].format(v) for name, v in values.items()]

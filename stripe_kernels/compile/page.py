@@ -17,6 +17,7 @@ from stripe_kernels.compile.style import STYLE
 if TYPE_CHECKING:
     from stripe_kernels.compile.explain import Explanation
 
+_TIMES = ("predicted_ms", "measured_ms", "dense_ms")
 _HOW_TO_RUN = (
     "No accuracy is recorded for this network. Runs leave records: <code>iessp train digits --out runs/a</code>, "
     "then <code>iessp report runs/a</code>; or <code>iessp reproduce digits</code>, every method with several seeds, "
@@ -35,7 +36,7 @@ def render(
     e = explanation
     if e.rows:
         parts = [
-            _head(e, title, remark),
+            _head(e, title, networks, remark),
             _networks(networks),
             _skeletons(e),
             _layers(e),
@@ -61,35 +62,44 @@ def _section(title: str, caption: str, body: str) -> str:
     return f"<section><h2>{title}</h2><p class='caption'>{caption}</p>{body}</section>" if body else ""
 
 
-def _head(e: Explanation, title: str, remark: str) -> str:
+def _head(e: Explanation, title: str, networks: Sequence[dict[str, Any]], remark: str) -> str:
     """What was looked at, and the figures that sum it up."""
     first, total = e.rows[0], e.total
+    size = "×".join(map(str, e.input or first["input"]))
     live, stripes = (sum(row[key] for row in e.rows) for key in ("live", "stripes"))
     figures = [
         (
             f"{total['macs'] / total['dense_macs']:.1%}",
-            "of these layers' multiply-adds",
-            f"{total['macs'] / 1e6:,.1f} M a call",
+            "of the multiply-adds",
+            f"{_millions(total['macs'])} of {_millions(total['dense_macs'])} M a call",
         ),
         (f"{live / stripes:.1%}", "of the stripes", f"{live:,} of {stripes:,}"),
     ]
-    if total["measured"] and total["dense"]:
-        ratio, times = total["dense"] / total["measured"], (total["measured"], total["dense"])
-        figures.append(
-            (f"{ratio:.2f}×", "as fast, sum of these layers", "{} of {} ms".format(*map(_ms, times)))
-        )
-    shares = [(row["share"], row["measured"]) for row in e.rows if row["share"] is not None]
+    dense, ours = ([n["ms"] for n in networks if _is_dense(n) == kind] for kind in (True, False))
+    if dense and ours:
+        figures.append(_times("as fast, whole network", min(dense), min(ours), "the fastest of each"))
+    elif total["measured_ms"] and total["dense_ms"]:
+        figures.append(_times("as fast, sum of all layers", total["dense_ms"], total["measured_ms"], "dense"))
+    shares = [
+        (row["share_of_peak"], row["measured_ms"]) for row in e.rows if row["share_of_peak"] is not None
+    ]
     if shares:
         mean = sum(s * t for s, t in shares) / sum(t for _, t in shares)
         trust = "mean of the layers, by time" if mean <= 1 else "the peak was measured while others computed"
         figures.append((f"{mean:.0%}", "of peak arithmetic", trust))
     cards = "".join(f"<div><b>{a}</b><span>{b}</span><small>{c}</small></div>" for a, b, c in figures)
     threads = f"{first['threads']} thread{'s' if first['threads'] > 1 else ''}"
-    line = (
-        f"input {'×'.join(map(str, first['input']))}, {first['dtype']}, {threads}, torch {torch.__version__}"
-    )
+    line = f"input {size}, {first['dtype']}, {threads}, torch {torch.__version__}"
     line += f"<br>{escape(remark)}" if remark else ""
     return f"<header><h1>{escape(title)}</h1><p>{line}</p></header><div class='figures'>{cards}</div>"
+
+
+def _times(what: str, dense: float, ours: float, of: str) -> tuple[str, str, str]:
+    return f"{dense / ours:.2f}×", what, f"{_ms(ours)} for {_ms(dense)} ms, {of}"
+
+
+def _is_dense(network: dict[str, Any]) -> bool:
+    return bool(network["network"].startswith("dense"))
 
 
 def _networks(networks: Sequence[dict[str, Any]]) -> str:
@@ -97,13 +107,8 @@ def _networks(networks: Sequence[dict[str, Any]]) -> str:
     longest = max((n["ms"] for n in networks), default=0.0)
     rows = "".join(
         f"<div class='pair'><span>{escape(n['network'])}</span><div>"
-        + _bar(
-            n["ms"] / longest,
-            "dense" if n["network"].startswith("dense") else "stripes",
-            f"{_ms(n['ms'] / 1e3)} ms",
-            6,
-        )
-        + f"</div><small>{_ms(n['low'] / 1e3)}–{_ms(n['high'] / 1e3)}</small></div>"
+        + _bar(n["ms"] / longest, "dense" if _is_dense(n) else "stripes", f"{_ms(n['ms'])} ms", 6)
+        + f"</div><small>{_ms(n['ms_low'])}–{_ms(n['ms_high'])}</small></div>"
         for n in networks
     )
     caption = "Time of one call, median and quartiles of interleaved runs, after the outputs were compared."
@@ -127,30 +132,51 @@ def _percent(share: float) -> str:
 
 def _layers(e: Explanation) -> str:
     """Density, taps and time, one line a layer; above them the taps of all layers of one filter size."""
-    longest = max(
-        (row[key] or 0.0 for row in e.rows for key in ("dense", "measured", "predicted")), default=0.0
-    )
+    longest = max((row[key] or 0.0 for row in e.rows for key in _TIMES), default=0.0)
     lines = []
     for row in e.rows:
-        seconds = row["measured"] or row["predicted"]
-        pairs = [("dense", row["dense"]), ("stripes", seconds)]
+        time = row["measured_ms"] or row["predicted_ms"]
+        pairs = [("dense", row["dense_ms"]), ("stripes", time)]
         bars = "".join(_bar(t / longest, kind, f"{_ms(t)} ms", 5) for kind, t in pairs if t and longest)
-        ratio = f"{row['dense'] / seconds:.1f}×" if row["dense"] and seconds else ""
+        ratio = f"{row['dense_ms'] / time:.1f}×" if row["dense_ms"] and time else ""
         lines.append(
             f"<div class='layer'><span>{_name(row)}</span>"
             f"<div>{_bar(row['density'], 'kept', escape(_percent(row['density'])), 3)}</div>"
             f"<div>{taps(row['taps'], 9)}</div><div class='times'>{bars}</div><b>{ratio}</b></div>"
         )
+    lines += [_sum(part, longest) for part in ([*e.parts, e.total] if e.ordinary else [e.total])]
     heads = "".join(f"<span>{head}</span>" for head in ("", "stripes kept", "by tap", "time"))
-    measured = all(row["measured"] for row in e.rows)
+    measured = all(row["measured_ms"] for row in e.rows)
     caption = (
-        "Stripes kept, filters that keep each tap, and the time of a call: "
-        "<i class='key dense'></i>dense above <i class='key stripes'></i>stripes, "
-        + ("measured." if measured else "predicted where no kernel was measured.")
+        f"Stripes kept, filters that keep each tap, and the time of a call: {_key('dense bars')}dense, "
+        f"{_key('stripes bars')}stripes, {'measured.' if measured else 'predicted where no kernel was measured.'}"
     )
     return _section(
         "Layers", caption, _all_taps(e) + f"<div class='layer head'>{heads}</div>{''.join(lines)}"
     )
+
+
+def _sum(part: dict[str, Any], longest: float) -> str:
+    """A line for layers taken together: multiply-adds and times, without bars, which would dwarf the layers'."""
+    time, dense = part["measured_ms"] or part["predicted_ms"], part["dense_ms"]
+    of = "" if part["macs"] == part["dense_macs"] else f" of {_millions(part['dense_macs'])}"
+    macs = f"{_millions(part['macs'])}{of} M multiply-adds"
+    words = (
+        ""
+        if not time
+        else f"{_ms(time)} ms"
+        if not dense or dense == time
+        else f"{_ms(time)} for {_ms(dense)} ms"
+    )
+    ratio = f"{dense / time:.1f}×" if time and dense and time != dense else ""
+    return (
+        f"<div class='layer sum'><span class='name'>{escape(part['layer'])}</span><div>{macs}</div><div></div>"
+        f"<div>{words}</div><b>{ratio}</b></div>"
+    )
+
+
+def _key(kind: str) -> str:
+    return f"<i class='key {kind}'></i>"
 
 
 def _all_taps(e: Explanation) -> str:
@@ -172,20 +198,25 @@ def _all_taps(e: Explanation) -> str:
 
 def _roofline(e: Explanation) -> str:
     """Rates against intensity, where a roof and measurements are there."""
-    if e.roof is None or not all(row["measured"] for row in e.rows):
+    if e.roof is None or not all(row["measured_ms"] for row in e.rows):
         return ""
     pairs: list[list[Point]] = []
-    by_share = sorted(e.rows, key=lambda row: row["share"])
+    by_share = sorted(e.rows, key=lambda row: row["share_of_peak"])
     told = {id(by_share[0]): "lowest", id(by_share[-1]): "highest"}
     for row in e.rows:
         pair = []
         for kind, macs, moved, t in (
-            ("dense", row["dense_macs"], row["dense_bytes"], row["dense"]),
-            ("stripes", row["macs"], row["bytes"], row["measured"]),
+            ("dense", row["dense_macs"], row["dense_bytes"], row["dense_ms"]),
+            ("stripes", row["macs"], row["bytes"], row["measured_ms"]),
         ):
             if t and macs:
-                rate, note = 2 * macs / t / 1e9, f"{row['layer']}, {kind}: {2 * macs / t / 1e9:.3g} GFLOP/s"
-                label = f"{told[id(row)]} {row['share']:.0%}" if kind == "stripes" and id(row) in told else ""
+                rate = 2 * macs / t / 1e6
+                note = f"{row['layer']}, {kind}: {rate:.3g} GFLOP/s"
+                label = (
+                    f"{told[id(row)]} {row['share_of_peak']:.0%}"
+                    if kind == "stripes" and id(row) in told
+                    else ""
+                )
                 pair.append(Point(2 * macs / moved, rate, kind, label, note))
         pairs.append(pair)
     points = [p for pair in pairs for p in pair]
@@ -198,18 +229,19 @@ def _roofline(e: Explanation) -> str:
     roof = [(v, min(flops, bandwidth * v)) for v in corners]
     links = [([(p.x, p.y) for p in pair], "link", "") for pair in pairs if len(pair) == 2]
     plot = scatter(points, x, y, [*links, (roof, "roof", f"roof {flops:.0f} GFLOP/s")], "roofline")
+    most = max(1.0, *(row["share_of_peak"] for row in e.rows))
     shares = "".join(
-        f"<div class='pair'><span>{escape(row['layer'])}</span><div>"
-        f"{_bar(min(1.0, row['share']), 'kept', format(row['share'], '.0%'), 3)}</div></div>"
+        f"<div class='pair'><span>{escape(row['layer'])}</span><div class='peak' style='--peak:{1 / most:.4f}'>"
+        f"{_bar(row['share_of_peak'] / most, 'kept', '', 0)}</div><small>{row['share_of_peak']:.0%}</small></div>"
         for row in e.rows
     )
     caption = (
-        f"<i class='key dense'></i>Dense and <i class='key stripes'></i>stripes, one mark a layer, joined: useful "
-        f"arithmetic a second. The roof is measured here: {escape(str(e.roof).partition(': ')[2])}. Operands that stay "
-        "in a cache pass its slope."
+        f"{_key('dense')}Dense and {_key('stripes')}stripes, one mark a layer, joined: useful arithmetic a second. "
+        f"The roof is measured here: {escape(str(e.roof).partition(': ')[2])}. Operands that stay in a cache pass its "
+        "slope."
     )
-    body = f"<div class='two'>{plot}<div><h3>Share of peak arithmetic, stripes</h3>{shares}</div></div>"
-    return _section("Roofline", caption, body)
+    title = "Share of peak arithmetic, stripes; the line is 100%"
+    return _section("Roofline", caption, f"<div class='two'>{plot}<div><h3>{title}</h3>{shares}</div></div>")
 
 
 def _accuracy(runs: Sequence[dict[str, Any]] | None) -> str:
@@ -236,9 +268,7 @@ def _accuracy(runs: Sequence[dict[str, Any]] | None) -> str:
     timed = "" if any(run["ms"] is not None for run in runs) else " No run among them was timed."
     spread = " Lines are a standard deviation over seeds." if any(run["spread"] for run in runs) else ""
     mine = (
-        "<i class='key stripes'></i>This network, <i class='key other'></i>others. "
-        if any(run["mine"] for run in runs)
-        else ""
+        f"{_key('stripes')}This network, {_key('dense')}others. " if any(run["mine"] for run in runs) else ""
     )
     caption = f"{mine}Test accuracy of {len(runs)} recorded runs or methods.{spread}{timed}"
     return _section("Accuracy", caption, f"<div class='two'>{''.join(plots)}</div>")
@@ -249,7 +279,7 @@ def _decisions(e: Explanation) -> str:
     heads = ("layer", "kernel", "predicted, ms", "measured, ms", "dense, ms", "why")
     body = []
     for row in e.rows:
-        times = [_ms(row[key]) if row[key] else "" for key in ("predicted", "measured", "dense")]
+        times = [_ms(row[key]) if row[key] else "" for key in _TIMES]
         race = f"<details><summary>{escape(row['reason'])}</summary>{_race(row['candidates'])}</details>"
         cells = [escape(row["layer"]), f"<code>{escape(row['kernel'])}</code>", *times, race]
         line = "".join(f"<td data-head='{h}'>{c}</td>" for h, c in zip(heads, cells, strict=True))
@@ -263,10 +293,9 @@ def _race(candidates: Iterable[dict[str, Any]]) -> str:
     lines = []
     for c in candidates:
         name = escape(f"{c['kernel']} {c['config'] or ''}".strip())
-        seconds = c["measured"] or c["predicted"]
-        what = escape(c["refusal"]) if c["refusal"] else f"{_ms(seconds)} ms"
+        what = escape(c["refusal"]) if c["refusal"] else f"{_ms(c['measured_ms'] or c['predicted_ms'])} ms"
         lines.append(
-            f"<li><code>{name}</code> {what}{'' if c['measured'] or c['refusal'] else ', predicted'}</li>"
+            f"<li><code>{name}</code> {what}{'' if c['measured_ms'] or c['refusal'] else ', predicted'}</li>"
         )
     return f"<ul>{''.join(lines)}</ul>"
 
@@ -288,6 +317,10 @@ def _bar(share: float, kind: str, label: str, room: int) -> str:
     return f"<div class='bar {kind}' style='--share:{share:.4f};--room:{room}em'><i></i><span>{label}</span></div>"
 
 
-def _ms(seconds: float) -> str:
+def _ms(value: float) -> str:
     """Milliseconds with three digits."""
-    return f"{seconds * 1e3:#.3g}".rstrip(".")
+    return f"{value:#.3g}".rstrip(".")
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:,.1f}" if value >= 1e5 else f"{value / 1e6:.2g}"

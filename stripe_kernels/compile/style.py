@@ -37,23 +37,30 @@ gap:0 18px;align-items:center;padding:5px 0;border-top:1px solid var(--rule);fon
 .layer.head{border:0;color:var(--soft);font-size:12px;padding:0 0 4px}
 .layer>b{text-align:right;font-weight:600}
 .layer>span small{white-space:nowrap}
+.layer.sum{font-weight:500}
+.layer.sum div{font-size:12px;color:var(--soft)}
 .bar{display:flex;align-items:center;gap:6px;font-size:12px;line-height:15px}
 .bar i{display:block;height:6px;width:calc((100% - var(--room))*var(--share));min-width:2px;border-radius:1px;
 background:var(--stripes);flex:none}
 .bar span{white-space:nowrap}
-.bar.dense i,.key.dense{background:var(--dense)}
+.bar.dense i{background:var(--dense)}
 .bar.dense span{color:var(--soft)}
 .pair{display:grid;grid-template-columns:minmax(110px,190px) 1fr auto;gap:0 14px;align-items:center;padding:3px 0;
 font-size:13.5px}
 .pair>span{overflow-wrap:anywhere}
-.key{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:4px;background:var(--stripes)}
-.key.dense,.key.other{background:none;border:1.6px solid var(--dense)}
-.caption .key.dense{background:var(--dense)}
+.key{display:inline-block;width:10px;height:10px;border-radius:50%;margin:0 5px 0 1px;background:var(--stripes)}
+.key.dense{background:none;border:2px solid var(--dense)}
+.key.bars{width:18px;height:6px;border-radius:1px;vertical-align:2px}
+.key.dense.bars{background:var(--dense);border:0}
+.peak{position:relative;align-self:stretch;display:grid;align-items:center}
+.peak::before{content:"";position:absolute;left:calc(100%*var(--peak));top:-1px;bottom:-1px;
+border-left:1px solid var(--ink)}
+.peak+small{min-width:3em;text-align:right;color:var(--ink)}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:24px 44px;align-items:start}
 .two .pair{font-size:12.5px;padding:0;line-height:1.35}
 .plot{width:100%;max-width:500px;height:auto}
 .plot text{font-size:10.5px;fill:var(--soft)}
-.plot .tag{fill:var(--ink)}
+.plot .tag{fill:var(--ink);stroke:var(--paper);stroke-width:3px;stroke-linejoin:round;paint-order:stroke}
 .plot .title{fill:var(--soft);font-weight:600}
 .plot .grid{stroke:var(--rule);stroke-width:.8}
 .plot .line{fill:none;stroke:var(--dense);stroke-width:.7}
@@ -71,13 +78,14 @@ ul{margin:0;padding-left:18px;font-size:13.5px}
 details ul{padding:6px 0 4px 4px;list-style:none;font-size:12.5px;color:var(--soft)}
 @media(max-width:640px){
 main{padding:24px 12px 60px}
-.skeletons{gap:22px 14px}
+.skeletons{gap:22px 8px}
 .layer .kept span::after{content:" kept"}
 .times{margin-top:5px}
 .layer{grid-template-columns:1fr 62px 44px;gap:2px 14px;padding:9px 0}
 .layer>:nth-child(1){grid-area:1/1/2/2}.layer>:nth-child(2){grid-area:2/1/3/2}
 .layer>:nth-child(3){grid-area:1/2/4/3}.layer>:nth-child(4){grid-area:3/1/4/2}.layer>b{grid-area:1/3/4/4}
 .layer.head{display:none}
+.layer.sum>:nth-child(4){padding:0;margin:0}
 .pair{grid-template-columns:minmax(90px,140px) 1fr auto;gap:0 10px}
 thead{display:none}
 tr{display:grid;grid-template-columns:1fr 1fr 1fr;gap:2px 12px;border-top:1px solid var(--rule);padding:8px 0}

@@ -103,7 +103,7 @@ def sites(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> list[
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    with torch.inference_mode(), _evaluating(model), _Watch(model) as watch:
+    with torch.inference_mode(), evaluating(model), _Watch(model) as watch:
         model(*inputs)
     return watch.sites
 
@@ -265,7 +265,7 @@ class _Watch(TorchDispatchMode):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while, every module's own flag restored."""
     training = {m: m.training for m in model.modules() if m.training}
     for module in training:

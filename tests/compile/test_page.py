@@ -27,8 +27,8 @@ RUNS = [
     {"name": "this one", "accuracy": 0.97, "spread": None, "macs_kept": 0.3, "ms": 3.0, "mine": True},
 ]
 NETWORKS = [
-    {"network": "dense", "batch": 2, "ms": 9.0, "low": 8.9, "high": 9.3},
-    {"network": "frozen", "batch": 2, "ms": 3.0, "low": 2.9, "high": 3.3},
+    {"network": "dense", "batch": 2, "ms": 9.0, "ms_low": 8.9, "ms_high": 9.3},
+    {"network": "frozen", "batch": 2, "ms": 3.0, "ms_low": 2.9, "ms_high": 3.3},
 ]
 
 
@@ -44,11 +44,12 @@ def explained(tmp_path_factory: pytest.TempPathFactory) -> Explanation:
     ):
         layers[name] = StripeConv2d(c, k, (r, s), skeleton=live_stripes("random", (k, r, s), 0.4, seed=k))
         c = k
+    layers["ordinary"] = nn.Conv2d(c, 4, 3)
     model, x = nn.Sequential(), torch.randn(2, 3, 9, 8)
     for name, layer in layers.items():
         model.add_module(name, layer)
     tune(model, x, seconds=0.01, folder=tmp_path_factory.mktemp("tune"))
-    return explain(model, x, roof=Roof("float32", 1, 1e11, 1e10))
+    return explain(model, x, roof=Roof("float32", 1, 1e11, 1e10), seconds=0.01)
 
 
 class Tags(HTMLParser):
@@ -79,6 +80,9 @@ def test_it_stands_alone_and_names_everything(explained: Explanation) -> None:
         assert read.text.count(row["layer"]) >= 3
         assert row["reason"] in read.text
     assert "<dense>" in read.text
+    assert "input 2×3×9×8" in read.text
+    assert "3.00×as fast, whole network" in read.text  # of the fastest dense, not of the layers' sum
+    assert "1 ordinary convolution" in read.text
     for section in ("Whole network", "Skeletons", "Layers", "Roofline", "Accuracy", "Decisions"):
         assert section in read.text
 
@@ -86,9 +90,19 @@ def test_it_stands_alone_and_names_everything(explained: Explanation) -> None:
 def test_a_peak_below_what_layers_reach_is_called_disturbed(explained: Explanation) -> None:
     remark = "the peak was measured while others computed"
     for share in (0.9, 1.5):
-        rows = [{**row, "share": share} for row in explained.rows]
+        rows = [{**row, "share_of_peak": share} for row in explained.rows]
         page = Explanation(rows, [], explained.skeletons, explained.roof).html()
         assert (remark in page) == (share > 1)
+
+
+def test_bars_beyond_the_peak_are_longer_than_those_at_it(explained: Explanation) -> None:
+    """The longest bar is the whole width, the line at 100 % stands where a bar of 100 % would end."""
+    rows = [{**row, "share_of_peak": s} for row, s in zip(explained.rows, (0.5, 1.0, 1.25), strict=True)]
+    page = Explanation(rows, [], explained.skeletons, explained.roof).html()
+    peak = re.findall(
+        r"class='peak' style='--peak:([\d.]+)'><div class='bar kept' style='--share:([\d.]+)", page
+    )
+    assert peak == [("0.8000", "0.4000"), ("0.8000", "0.8000"), ("0.8000", "1.0000")]
 
 
 def test_sections_without_records_say_how_to_get_them_or_are_left_out(explained: Explanation) -> None:
@@ -120,14 +134,14 @@ def test_a_skeleton_is_drawn_stripe_by_stripe(size: tuple[int, int, int], patter
 
 def test_measured_and_predicted_times_are_not_added_up() -> None:
     def row(measured: float | None) -> dict[str, float | None]:
-        return {"macs": 1, "dense_macs": 2, "predicted": 1.0, "measured": measured, "dense": 3.0}
+        return {"macs": 1, "dense_macs": 2, "predicted_ms": 1.0, "measured_ms": measured, "dense_ms": 3.0}
 
     totals = {
         len(times): Explanation([row(t) for t in times], [], []).total
         for times in ([2.0, 2.5, None], [2.0, 2.5])
     }
-    assert (totals[2]["measured"], totals[2]["dense"]) == (4.5, 6.0)
-    assert (totals[3]["measured"], totals[3]["dense"], totals[3]["predicted"]) == (None, None, 3.0)
+    assert (totals[2]["measured_ms"], totals[2]["dense_ms"]) == (4.5, 6.0)
+    assert (totals[3]["measured_ms"], totals[3]["dense_ms"], totals[3]["predicted_ms"]) == (None, None, 3.0)
 
 
 def test_notes_that_say_the_same_are_one_line() -> None:

@@ -21,7 +21,7 @@ import typer
 from torch import nn
 
 import stripe_kernels
-from iessp import cli, cli_work, demo, latency, reproduce
+from iessp import cli, cli_work, demo, dense, latency, reproduce
 from iessp.latency import Latency
 from iessp.models import MODELS
 from iessp.recipe import Recipe, bundled, parse_changes, read
@@ -68,7 +68,8 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = importlib.import_module("stripe_kernels.compile.optimize")
     monkeypatch.setattr(optimizer, "_RACE_SECONDS", 0.01)
     monkeypatch.setattr(optimizer, "tune", partial(stripe_kernels.tune, seconds=0.0))
-    monkeypatch.setattr(cli_work, "TUNE_SECONDS", 0.0)
+    monkeypatch.setattr(cli_work, "TUNE_SECONDS", 1e-3)
+    monkeypatch.setattr(dense, "_NEEDS", {})  # exports take seconds; test_dense.py has them
 
 
 @pytest.fixture
@@ -274,7 +275,8 @@ def test_prune_optimize_explain_bench_report_of_a_users_module(
         "p.safetensors",
     )
     assert 0.2 < pruned["macs_kept"] <= 0.3
-    assert pruned["macs"] == 20 * 14 * 12 * 27 + 9 * 6 * 16 * 12 * 9
+    assert pruned["dense_macs"] == 20 * 14 * 12 * 27 + 9 * 6 * 16 * 12 * 9
+    assert pruned["macs"] == round(pruned["macs_kept"] * pruned["dense_macs"])
     assert pruned["bytes"] == Path("p.safetensors").stat().st_size
     loaded = stripe_kernels.load("p.safetensors")
     layers = {n: m for n, m in loaded.named_modules() if isinstance(m, stripe_kernels.StripeConv2d)}
@@ -295,10 +297,20 @@ def test_prune_optimize_explain_bench_report_of_a_users_module(
     assert resized["layers"][0]["input"] == [1, 3, 9, 8]
     assert "<svg" in Path("deep/e.html").read_text()
     timed = answer(monkeypatch, capsys, "bench", "p.safetensors", "--batch", "1", "--seconds", "0")
-    assert {row["network"] for row in timed["times"]} >= {"dense", "frozen"}
-    assert all(row["low"] <= row["ms"] <= row["high"] for row in timed["times"])
+    assert [row["network"] for row in timed["networks"]][:2] == ["dense", "dense, folded"]
+    assert {row["network"] for row in timed["networks"]} >= {"dense, optimized", "frozen"}
+    assert all(row["ms_low"] <= row["ms"] <= row["ms_high"] for row in timed["networks"])
+    best = min(row["ms"] for row in timed["networks"] if row["network"].startswith("dense"))
+    assert all(row["speed_up"] == pytest.approx(best / row["ms"]) for row in timed["networks"])
     told = answer(monkeypatch, capsys, "report", "p.safetensors", "--seconds", "0")
-    assert all(row["measured"] and row["share"] for row in told["layers"])
+    assert all(row["measured_ms"] and row["share_of_peak"] for row in told["layers"])
+    assert told["total"]["measured_ms"] == pytest.approx(sum(part["measured_ms"] for part in told["parts"]))
+    for found in (explained, told):  # one network, one share; the multiply-adds are of one call
+        assert found["macs_kept"] == pytest.approx(pruned["macs_kept"])
+        images = found["input"][0]
+        assert found["total"]["dense_macs"] == images * (pruned["dense_macs"] + 160)
+        assert found["total"]["macs"] == images * (pruned["macs"] + 160)
+        assert [part["layer"] for part in found["parts"]] == ["2 stripe layers", "1 linear layer"]
     page = Path("report.html").read_text()
     assert all(word in page for word in ("Whole network", "Roofline", "iessp train digits"))
 

@@ -1,0 +1,89 @@
+"""ordinary: what a network computes besides its stripe layers, the convolutions and linear layers of torch.
+
+Calls of modules only: arithmetic of functions, such as attention's products, is in no figure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stripe_kernels.compile.tune import evaluating, interleaved
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an ordinary layer: `kind` is "convolution" or "linear layer"."""
+
+    name: str
+    layer: nn.Module
+    x: Tensor
+    macs: int
+
+    @property
+    def kind(self) -> str:
+        return "linear layer" if isinstance(self.layer, nn.Linear) else "convolution"
+
+    def row(self, seconds: float | None) -> dict[str, Any]:
+        """As of a stripe layer, with what there is to say of it."""
+        time = None if seconds is None else seconds * 1e3
+        weight: Any = self.layer.weight
+        return {
+            "layer": self.name,
+            "kind": self.kind,
+            "input": list(self.x.shape),
+            "filter": list(weight.shape),
+            "macs": self.macs,
+            "dense_macs": self.macs,
+            "measured_ms": time,
+            "dense_ms": time,
+        }
+
+
+def calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Call]:
+    """Every such call in one run of the model, in order."""
+    found: list[Call] = []
+
+    def noted(name: str) -> Any:
+        def hook(layer: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
+            # A transposed convolution meets each of its weights once a pixel of the input, others of the output.
+            x = given[0]
+            pixels = x if isinstance(layer, _TRANSPOSED) else y
+            found.append(Call(name, layer, torch.randn_like(x), pixels.numel() * layer.weight[0].numel()))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(noted(name))
+        for name, module in model.named_modules()
+        if isinstance(module, (*_CONVOLUTIONS, nn.Linear))
+    ]
+    try:
+        with torch.inference_mode(), evaluating(model):
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def rows(model: nn.Module, inputs: tuple[Tensor, ...], seconds: float) -> list[dict[str, Any]]:
+    """Rows of `explain`; with `seconds` each call is timed for its share of them."""
+    found = calls(model, inputs)
+    if not seconds:
+        return [call.row(None) for call in found]
+    with torch.inference_mode(), evaluating(model):
+        return [
+            call.row(
+                interleaved(
+                    [lambda call=call: call.layer(call.x)], seconds / len(found), device=call.x.device
+                )[0]
+            )
+            for call in found
+        ]
