@@ -1,6 +1,6 @@
 """Serve a saved network over HTTP with Python's standard library: images in, class scores out.
 
-    python examples/serve.py pruned.safetensors --input 1x32x32 --port 8080
+    python examples/serve.py pruned.safetensors --port 8080
 
 POST / takes a NumPy file (.npy), float32 [N, C, H, W], and answers [N, classes] the same way; GET / says what is
 served. Everything wrong with a request is its answer's text, with status 400 or 413.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stripe_kernels import load
+from stripe_kernels import example_input, load
 
 LARGEST = 64 * 2**20  # bytes of one request
 
@@ -75,10 +75,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a file that stripe_kernels.save wrote")
-    parser.add_argument("--input", default="3x32x32", help="C x H x W of one image, as in 3x32x32")
+    parser.add_argument("--input", help="C x H x W of one image, as in 3x32x32; default: what the file says")
     parser.add_argument("--port", type=int, default=8080)
     chosen = parser.parse_args()
-    shape = tuple(int(n) for n in chosen.input.split("x"))
+    known = example_input(chosen.model)
+    if chosen.input is None and known is None:
+        parser.error(f"{chosen.model} was saved without the size of an image: --input CxHxW")
+    shape = tuple(int(n) for n in chosen.input.split("x")) if chosen.input else tuple(known[0].shape[1:])
     serving = server(load(chosen.model), shape, chosen.port)
     print(f"http://{serving.server_address[0]}:{serving.server_address[1]}", flush=True)
     with serving:

@@ -161,6 +161,7 @@ def report(
     given: Given, batch: int, measure: bool, seconds: float, folders: list[Path], output: Path
 ) -> dict[str, Any]:
     """One page with everything that is known of a network."""
+    accuracy_points(folders, given.folder, None)  # says before all measuring where a folder has no records
     explanation = _explained(given, batch, measure)
     networks: list[dict[str, Any]] = []
     if measure:

@@ -73,6 +73,12 @@ def run(out: Path, recipe: Recipe) -> dict[str, Any]:
     console.print(
         f"Pictures: {', '.join(str(p) for p in pictures)}. {time.monotonic() - start:.0f} s in all."
     )
+    console.print(
+        f"Next: iessp report {out / 'pruned'} -o report.html    one page: what was kept, where the time goes\n"
+        f"      iessp optimize {frozen_file} -o fast.safetensors    the file to deploy; stripe_kernels.load reads it\n"
+        "      iessp prune --help    a network of your own; to train it, docs/prune-your-own.md",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
     return {
         **found,
         "files": [str(dense_file), str(frozen_file)],

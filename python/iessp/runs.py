@@ -47,7 +47,11 @@ def load_run(path: Path) -> Frozen:
     if state is None:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
-        raise FileNotFoundError(f"{path} holds no run: expected {path / 'checkpoints' / 'step-*.pt'}")
+        inside = ", ".join(
+            str(found.parent) for found in sorted(path.glob("*/checkpoints"), reverse=True)[:5]
+        )
+        hint = f"; its runs are {inside}" if inside else ""
+        raise FileNotFoundError(f"{path} holds no run: expected {path / 'checkpoints' / 'step-*.pt'}{hint}")
     recipe, images = Recipe.from_dict(state["recipe"]), state["images"]
     example = torch.zeros(1, images["channels"], images["size"], images["size"])
     model = assemble(recipe, images["classes"], example)

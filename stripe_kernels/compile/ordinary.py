@@ -6,6 +6,7 @@ Calls of modules only: arithmetic of functions, such as attention's products, is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,11 +80,5 @@ def rows(model: nn.Module, inputs: tuple[Tensor, ...], seconds: float) -> list[d
     if not seconds:
         return [call.row(None) for call in found]
     with torch.inference_mode(), evaluating(model):
-        return [
-            call.row(
-                interleaved(
-                    [lambda call=call: call.layer(call.x)], seconds / len(found), device=call.x.device
-                )[0]
-            )
-            for call in found
-        ]
+        times = [interleaved([partial(c.layer, c.x)], seconds / len(found), device=c.x.device) for c in found]
+    return [call.row(time) for call, (time,) in zip(found, times, strict=True)]

@@ -531,6 +531,11 @@ def test_demo_compares_and_draws_and_resumes(
             w in said
             for w in ("test errors", "convolution MACs", "ms, batch 2, optimized", "inside the error budget")
         )
+    following = re.findall(r"iessp (?:report|optimize) \S+", said)
+    assert following == [f"iessp report {tmp_path}/pruned", f"iessp optimize {tmp_path}/frozen.safetensors"]
+    assert call(monkeypatch, *following[0].split()[1:], "--no-measure", "-o", str(tmp_path / "r.html")) == 0
+    assert call(monkeypatch, "explain", str(tmp_path)) == 2
+    assert f"its runs are {tmp_path}/pruned, {tmp_path}/dense" in words(capsys)
     for picture in ("skeletons.png", "time-against-macs.png"):
         assert (tmp_path / picture).stat().st_size > 5000
     assert (tmp_path / "frozen.safetensors").stat().st_size < (tmp_path / "dense.safetensors").stat().st_size
