@@ -41,6 +41,19 @@ def words(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(plain.split())
 
 
+def numbers(found: Any) -> set[str]:
+    """Keys of numbers, however deep."""
+    if isinstance(found, list):
+        return set().union(*map(numbers, found))
+    if not isinstance(found, dict):
+        return set()
+    own = {
+        key for key, value in found.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    return own.union(*map(numbers, found.values()))
+
+
+ROOT = Path(__file__).parents[2]
 VERBS = ("demo", "train", "prune", "freeze", "optimize", "bench", "explain", "report", "reproduce", "doctor")
 SMALL = ["model=resnet20", "width=0.25", "epochs=1", "batch=256", "sizes=[[0.0, 8]]", "budget=0.5"]
 FACTORIES = """
@@ -311,6 +324,9 @@ def test_prune_optimize_explain_bench_report_of_a_users_module(
         assert found["total"]["dense_macs"] == images * (pruned["dense_macs"] + 160)
         assert found["total"]["macs"] == images * (pruned["macs"] + 160)
         assert [part["layer"] for part in found["parts"]] == ["2 stripe layers", "1 linear layer"]
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/cli.md").read_text()))
+    for found in (pruned, optimized, explained, timed, told):
+        assert numbers(found) <= documented, "docs/cli.md lists the words of --json"
     page = Path("report.html").read_text()
     assert all(word in page for word in ("Whole network", "Roofline", "iessp train digits"))
 
