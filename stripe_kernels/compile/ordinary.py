@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe_kernels.compile.tune import evaluating, interleaved
 
@@ -47,6 +48,13 @@ class Call:
         }
 
 
+class _Seen(TorchDispatchMode):
+    """Has optimized networks call their layers, not one native list of them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 def calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Call]:
     """Every such call in one run of the model, in order."""
     found: list[Call] = []
@@ -66,7 +74,7 @@ def calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Call]:
         if isinstance(module, (*_CONVOLUTIONS, nn.Linear))
     ]
     try:
-        with torch.inference_mode(), evaluating(model):
+        with torch.inference_mode(), evaluating(model), _Seen():
             model(*inputs)
     finally:
         for handle in handles:
