@@ -141,7 +141,8 @@ def _read(path: Path, values: bool = True) -> tuple[dict[str, str], dict[str, Te
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {n: file.get_tensor(n) for n in file.keys()} if values else {}  # noqa: SIM118
+            # Copies: get_tensor's are the file's own pages, and the process dies where somebody shortens the file.
+            tensors = {n: file.get_tensor(n).clone() for n in file.keys()} if values else {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if _KEY not in metadata:

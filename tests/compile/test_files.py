@@ -186,6 +186,20 @@ def test_every_truncation_and_every_flipped_byte_is_noticed(path: Path) -> None:
             load(path)
 
 
+def test_a_loaded_network_outlives_its_file(frozen: nn.Module, path: Path) -> None:
+    """Pages of a file that somebody shortened kill the process that reads them: a child loads, it does not test."""
+    program = (
+        "import os, sys, torch; from stripe_kernels import load; network = load(sys.argv[1]); "
+        "os.truncate(sys.argv[1], 0); torch.save(network(torch.ones(2, 3, 8, 8)), sys.argv[2])"
+    )
+    found = path.with_name("found")
+    child = subprocess.run(
+        [sys.executable, "-c", program, str(path), str(found)], capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    torch.testing.assert_close(torch.load(found), frozen(torch.ones(2, 3, 8, 8)))
+
+
 def test_foreign_newer_missing_and_unsealed_files_say_so(path: Path, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="not written by"):
