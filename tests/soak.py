@@ -32,6 +32,7 @@ import random
 import sys
 import tempfile
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ DISTINCT = 300  # problems
 SAMPLE, STORE = 20, 100  # rounds between samples, and between networks
 FILL = 2  # rounds between the networks that fill the caches: each problem comes again before its settings are evicted
 GROWTH = 0.01  # of the size, that the upper end of the interval may reach in the run
-A_ROUND = {  # and a round: one chunk of malloc's smallest; five of Python's blocks for every network
+A_ROUND = {  # and a round: one chunk of malloc's smallest; one of Python's blocks for every network
     "MiB from malloc": 32 / 2**20,
-    "thousand Python blocks": 5 / 1000 / STORE,
+    "thousand Python blocks": 1 / 1000 / STORE,
 }
 BATCHES = 20  # means of so many stretches of samples are nearly independent
 
@@ -215,8 +216,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, help="write what was seen here as JSON")
     arguments = parser.parse_args()
     rng = random.Random(0)
-    at: list[int] = []
-    samples: list[dict[str, float]] = []
+    kept = array("d")  # a list of samples is itself six of Python's blocks each, which grow
     with tempfile.TemporaryDirectory() as folder:
         mix = Mix(Path(folder))
         networks = mix.fill_caches()
@@ -226,13 +226,16 @@ def main() -> int:
             if rounds % SAMPLE == 0:
                 forget_what_others_keep()
                 gc.collect()
-                at.append(rounds)
-                samples.append(sizes())
-                samples[-1]["thousand Python blocks"] -= (mix.stored - networks) * lost / 1000
+                sample = sizes()
+                sample["thousand Python blocks"] -= (mix.stored - networks) * lost / 1000
+                kept.extend((rounds, *sample.values()))
             mix.round(rng.choice(mix.drawn))
             rounds += 1
             if rounds % STORE == 0:
                 mix.network()
+    width = 1 + len(sample)
+    at = [int(r) for r in kept[::width]]
+    samples = [dict(zip(sample, kept[i + 1 : i + width], strict=True)) for i in range(0, len(kept), width)]
     found, flat = judge(at, samples)
     written = {
         "command": " ".join(["python -m tests.soak", *sys.argv[1:]]),

@@ -24,7 +24,7 @@ def run(rounds: int, leak: dict[str, float]) -> bool:
 def test_noise_is_flat_and_leaks_are_not(rounds: int) -> None:
     assert run(rounds, {})
     assert run(rounds, {name: limit / 20 for name, limit in A_ROUND.items()})
-    assert not run(rounds, {"thousand Python blocks": 6 / 1000 / STORE})  # six blocks a network
+    assert not run(rounds, {"thousand Python blocks": 2 / 1000 / STORE})  # two blocks a network
     assert not run(rounds, {"MiB from malloc": 64 / 2**20})  # 64 bytes a round
 
 
