@@ -272,12 +272,12 @@ CORRUPT = {
 }
 
 
-@pytest.mark.parametrize("kind", ["Fprop", "FpropFilters", "Dgrad", "Wgrad"])
+@pytest.mark.parametrize("kind", ["Fprop", "FpropFilters", "FpropTaps", "Dgrad", "Wgrad"])
 @pytest.mark.parametrize("fault", CORRUPT)
 def test_a_corrupt_index_builds_no_kernel(fault: str, kind: str) -> None:
     from stripe_kernels import _cpu
 
-    last = {"Wgrad": 8, "FpropFilters": [1, 1]}.get(kind, [0, 1, 1, 1, 4])
+    last = {"Wgrad": 8, "FpropFilters": [1, 1], "FpropTaps": [1]}.get(kind, [0, 1, 1, 1, 4])
     sound = {"shape": SHAPE, "tap_ptr": TAP_PTR, "filter": FILTER, "row": ROW}
     getattr(_cpu, kind)(*sound.values(), last, "generic")
     with pytest.raises(ValueError, match=r"stripe_kernels\._cpu"):

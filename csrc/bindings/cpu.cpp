@@ -12,6 +12,7 @@
 #include "cpu/dgrad.h"
 #include "cpu/fprop.h"
 #include "cpu/fprop_filters.h"
+#include "cpu/fprop_taps.h"
 #include "cpu/isa/isa.h"
 #include "cpu/lane_network.h"
 #include "cpu/wgrad.h"
@@ -192,6 +193,17 @@ PYBIND11_MODULE(_cpu, m) {
       .def("pack_weight", &pack_weight<FpropFilters>, Release())
       .def("run", &run_fprop<FpropFilters>, Release());
 
+  py::class_<FpropTaps>(m, "FpropTaps")
+      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row,
+                       const Ints& tile, const std::string& name) {
+        const ConvShape s = conv_shape(shape);
+        require(tile.size() == 1 && tile[0] >= 1, "pairs of filters take (rows,)");
+        return new FpropTaps(s, stripes(s, tap_ptr, filter, row), tile[0], isa(name));
+      }))
+      .def_property_readonly("packed_floats", &FpropTaps::packed_floats)
+      .def("pack_weight", &pack_weight<FpropTaps>, Release())
+      .def("run", &run_fprop<FpropTaps>, Release());
+
   py::class_<Dgrad>(m, "Dgrad")
       .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row,
                        const Ints& tile, const std::string& name) {
@@ -284,6 +296,7 @@ PYBIND11_MODULE(_cpu, m) {
                   [](const std::array<int, 5>& v) { return Planes{v[0], v[1], v[2], v[3], v[4]}.floats(); })
       .def("add_fprop", &add_fprop<Fprop>, py::keep_alive<1, 2>())
       .def("add_fprop", &add_fprop<FpropFilters>, py::keep_alive<1, 2>())
+      .def("add_fprop", &add_fprop<FpropTaps>, py::keep_alive<1, 2>())
       .def("add_max_pool",
            [](CallList& l, const std::array<int, 6>& v, const std::array<int, 4>& in,
               const std::array<int, 4>& out, int x, int y) {

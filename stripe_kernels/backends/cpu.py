@@ -20,7 +20,7 @@ except ImportError as error:
         f"the extension stripe_kernels._cpu is not built or does not load ({error}); run: pip install -e ."
     ) from error
 
-if not hasattr(_cpu, "paired"):
+if not hasattr(_cpu, "FpropTaps"):
     raise ImportError("the extension stripe_kernels._cpu is older than this code; run: pip install -e .")
 
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -85,7 +85,7 @@ class _WeightRunner(_Runner):
 class CpuFprop(_WeightRunner):
     def __init__(self, problem: Problem, config: Config, isa: str) -> None:
         super().__init__(problem)
-        make = _cpu.FpropFilters if len(config) == 2 else _cpu.Fprop
+        make = {1: _cpu.FpropTaps, 2: _cpu.FpropFilters}.get(len(config), _cpu.Fprop)
         self.native = make(*self.arguments, list(config), isa)
         self.size = self.shape.output_size
         self.run = self.native.run
@@ -175,8 +175,8 @@ def _candidates_of(mode: int, lanes: int, pairs: bool) -> Callable[[Problem, Pas
     def candidates(problem: Problem, which: Pass) -> Mapping[Config, float]:
         if which == "wgrad":
             return {(): cpu_tiling.predict_wgrad(problem, lanes, _WGRAD_PIXELS)}
-        # Lanes along filters exist for fprop; its name's dgrad runs along pixels.
-        loops = cpu_tiling.PIXELS if which == "dgrad" and mode == cpu_tiling.FILTERS else mode
+        # Lanes along filters and pairs of filters exist for fprop; their names' dgrad runs along pixels.
+        loops = cpu_tiling.PIXELS if which == "dgrad" and mode in cpu_tiling.FPROP_ONLY else mode
         tilings = cpu_tiling.tilings(problem, which, loops, lanes)
         step = 0.5 if pairs and which == "fprop" else 1.0
         return {t: cpu_tiling.predict(problem, which, t, lanes, step) for t in tilings}
@@ -196,8 +196,8 @@ def _builder(isa: str) -> Callable[[Problem, Pass, Config], _Runner]:
 for _isa in _cpu.isas():
     _pairs = _cpu.paired(_isa)
     for _name, _mode in cpu_tiling.MODES.items():
-        if _pairs and _mode == cpu_tiling.FILTERS:
-            continue  # its lanes are filters: no pairs of channels
+        if _pairs and _mode in cpu_tiling.FPROP_ONLY:
+            continue  # no loops over pairs of channels
         register(
             Kernel(
                 f"cpu_{_name}_{_isa}",

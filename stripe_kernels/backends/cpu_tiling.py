@@ -1,8 +1,9 @@
 """Which blocks the CPU kernels cut a problem into, and what each should cost. Torch-free.
 
-A tiling is (mode, images, rows, filter_parts, window), see csrc/cpu/schedule.h, or (images, filter_parts) where
-lanes run along filters, see csrc/cpu/fprop_filters.h. Costs are cycles of one core divided by a
-nominal clock; only their ratios matter, and tune() replaces them by measurements.
+A tiling is (mode, images, rows, filter_parts, window), see csrc/cpu/schedule.h, (images, filter_parts) where
+lanes run along filters, see csrc/cpu/fprop_filters.h, or (rows,) for pairs of filters, see csrc/cpu/fprop_taps.h.
+Costs are cycles of one core divided by a nominal clock; only their ratios matter, and tune() replaces them by
+measurements.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from math import sqrt
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.registry import Config, Pass, Problem
 
-PIXELS, GATHER, BATCH, FILTERS = 0, 1, 2, 3
-MODES = {"pixels": PIXELS, "gather": GATHER, "batch": BATCH, "filters": FILTERS}
+PIXELS, GATHER, BATCH, FILTERS, TAPS = 0, 1, 2, 3, 4
+MODES = {"pixels": PIXELS, "gather": GATHER, "batch": BATCH, "filters": FILTERS, "taps": TAPS}
+FPROP_ONLY = (FILTERS, TAPS)
 CLOCK = 3.5e9
 # Measured on 1 MB of L2: blocks up to this size run as fast as small ones; past it halo rows cost less than misses.
 BLOCK_BYTES = 1_400_000
@@ -26,6 +28,7 @@ SHORT_BYTES = 300_000
 SHORT_ROWS = 7
 SPILL = 1.06  # of the multiply-adds' time, for blocks of more than 2 * SHORT_BYTES
 CHUNK_BYTES = 600_000  # both copies of a chunk of wgrad: where larger ones were slower on Zen 4
+TAPS_BYTES = 300_000  # panel and output of a block of pairs of filters
 WINDOW = 12  # vectors: a common multiple of the register tiles 2, 3, 4, 6, 12
 
 
@@ -47,6 +50,10 @@ class Cycles:
     copy: float  # moving a vector into a pixel-major copy
     ends: tuple[float, float]  # of wgrad: a tile's row of pixels, joining a vector of a chunk's sums
     beyond: float  # factor of wgrad's multiply-adds where a chunk is larger than CHUNK_BYTES
+    pair_fma: float  # a multiply-add in pairs of filters
+    pair_end: float  # of a pair: the end of a sum and its vectors of y
+    pair_row: float  # of an im2col along the width: beginning a row
+    pair_copy: float  # the same: copying a vector
 
 
 # By lanes of a vector: AVX-512 on Zen 4 (one multiply-add a cycle), AVX2 on Zen 3 (two), which stands for the others.
@@ -57,11 +64,13 @@ CYCLES = {
         fma=1.05, gradient=1.05, update=3.0, row=20.0, vector=1.5, apart=4.5, transpose=8.0,
         filters_fma=1.15, scatter=24.0, weights=5.0, wgrad=1.3, copy=6.0,
         ends=(0.0, 0.0), beyond=1.3,  # ends are in the 1.3 of `wgrad`
+        pair_fma=1.2, pair_end=110.0, pair_row=51.0, pair_copy=3.8,  # not measured
     ),
     8: Cycles(
         fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, apart=4.5, transpose=13.0,
         filters_fma=0.9, scatter=14.0, weights=3.7, wgrad=0.95, copy=20.0,
         ends=(30.0, 7.0), beyond=1.0,
+        pair_fma=0.67, pair_end=109.0, pair_row=51.0, pair_copy=3.8,
     ),
 }  # fmt: skip
 
@@ -111,6 +120,9 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Co
             1 if sides.rows * sides.cols >= 16 else max(1, min(s.N, 64 // max(1, sides.rows * sides.cols)))
         )
         yield (images, 1 if blocks >= 4 * problem.threads * images else problem.threads)
+        return
+    if mode == TAPS:
+        yield (_tap_rows(problem),)
         return
     if mode == GATHER:
         pixels = max(1, sides.rows * sides.cols)
@@ -162,6 +174,8 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int, step: flo
     Pixels move in rows, into an im2col plane for every tap; images move in transposes. step: instructions a
     multiply-add; one half where a pair of bfloat16 channels takes one.
     """
+    if len(config) == 1:
+        return _predict_taps(problem, config, lanes)
     if len(config) == 2:
         return _predict_filters(problem, config, lanes)
     s, cost = problem.shape, cycles(lanes)
@@ -226,6 +240,41 @@ def _predict_filters(problem: Problem, config: Config, lanes: int) -> float:
     weights = vectors * s.group_c * cost.weights * -(-s.N // config[0])
     out = 8.0 * s.N * s.K * s.P * s.Q / lanes
     return 4e-6 + (max(tile, weights) + out) / min(problem.threads, parts * max(s.N, 1)) / CLOCK
+
+
+def _tap_rows(problem: Problem) -> int:
+    """Rows of a block of pairs of filters: its panel and output within TAPS_BYTES, enough blocks for the team."""
+    s = problem.shape
+    halo = s.dilation[0] * (s.R - 1) // s.stride[0]
+    phases = min(s.stride[0], s.R)
+    row_bytes = 4 * s.Q * (s.group_c * s.S * phases + s.group_k)
+    most = max(1, TAPS_BYTES // max(1, row_bytes) - halo)
+    blocks = -(-s.P // most)
+    if problem.threads > 1 and s.N * s.groups < 4 * problem.threads:
+        blocks = max(blocks, -(-2 * problem.threads // max(1, s.N * s.groups)))
+    return max(1, -(-s.P // max(1, blocks)))
+
+
+def _predict_taps(problem: Problem, config: Config, lanes: int) -> float:
+    """Pairs of filters: multiply-adds, the ends of their tiles, an im2col along the width."""
+    s, cost = problem.shape, cycles(lanes)
+    (rows,) = config
+    blocks = -(-s.P // rows)
+    halo, phases = s.dilation[0] * (s.R - 1) // s.stride[0], min(s.stride[0], s.R)
+    vectors = -(-rows * s.Q // lanes)  # of a block
+    window = max(4, min(6 if lanes == 8 else 12, 30_000 // (4 * lanes * s.taps * s.group_c)))
+    sums = max(1, -(-problem.skeleton.stripes * s.group_c // (48 * s.K)))  # of a pair
+    work = cost.pair_fma * problem.skeleton.stripes / s.groups * s.group_c * vectors
+    work += cost.pair_end * -(-s.group_k // 2) * sums * -(-vectors // window)
+    if s.group_c > 4:  # where panel and output no longer fit L2; other kernels win from 8 channels on
+        work *= 1.5
+    copied = s.group_c * s.S * phases * (rows + halo)
+    copy = copied * (cost.pair_row + cost.pair_copy * s.Q / lanes)
+    if problem.channels_last:
+        copy += _apart(cost, s.group_c, phases) * copied * s.Q / lanes / s.S
+        work += cost.apart * s.group_k * vectors
+    tasks = blocks * s.N * s.groups
+    return 6e-6 + -(-tasks // problem.threads) * (work + copy) / CLOCK
 
 
 def predict_wgrad(problem: Problem, lanes: int, chunk_pixels: int) -> float:

@@ -78,16 +78,17 @@ def one_input(raw: bytes) -> None:
     )  # what is large and sound takes its memory
     lists = [bent(data, v.tolist(), 2) for v in (index.tap_ptr, index.filter, index.row)]
     isa = ISAS[small(data, 0, len(ISAS) - 1)]
-    kind = small(data, 0, 3)
+    kind = small(data, 0, 4)
     tiling = [small(data, 0, 2), small(data, 1, 4), small(data, 1, 4), small(data, 1, 4), small(data, 1, 12)]
     if tiling[0] == 2:
         tiling[1] *= _cpu.lanes(isa)
-    tiling = bent(data, [1, 2] if kind == 1 else tiling, 1, 64)
+    tiling = bent(data, {1: [1, 2], 4: [3]}.get(kind, tiling), 1, 64)
     try:
         if kind == 3:
             kernel = _cpu.Wgrad(sizes, *lists, tiling[0] if tiling else 0, isa)
         else:
-            kernel = (_cpu.Fprop, _cpu.FpropFilters, _cpu.Dgrad)[kind](sizes, *lists, tiling, isa)
+            make = {0: _cpu.Fprop, 1: _cpu.FpropFilters, 2: _cpu.Dgrad, 4: _cpu.FpropTaps}[kind]
+            kernel = make(sizes, *lists, tiling, isa)
     except (ValueError, TypeError) as error:  # TypeError: beyond 32 bits
         count(type(error).__name__)
         return

@@ -13,6 +13,7 @@
 #include "cpu/dgrad.h"
 #include "cpu/fprop.h"
 #include "cpu/fprop_filters.h"
+#include "cpu/fprop_taps.h"
 #include "cpu/lane_network.h"
 #include "cpu/wgrad.h"
 #include "tensor.h"
@@ -44,6 +45,7 @@ std::vector<Problem> problems() {
       {"small map", {19, 33, 2, 2, 19, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1, 1}, 2},
       {"strided", {7, 4, 8, 5, 10, 3, 3, 0, 0, 2, 2, 1, 1, 1, 1, 1}, 3},
       {"wide padding", {1, 3, 4, 3, 4, 2, 3, 0, 0, 3, 1, 3, 2, 1, 2, 1}, 6},
+      {"stem", {1, 3, 21, 32, 7, 7, 7, 0, 0, 2, 2, 3, 3, 1, 1, 1}, 4},
       {"all live", {2, 3, 6, 6, 8, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1, 1}, 8},
       {"all dead", {2, 3, 4, 4, 5, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1, 1}, 0},
       {"many channels", {2, 128, 6, 7, 5, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1, 1}, 3},
@@ -342,6 +344,9 @@ void check_isa(const Problem& problem, Operands& in, Answers& want, const IsaKer
   for (int parts : {1, 3})
     check_fprop(what + ", filters",
                 FpropFilters(problem.s, stripes_of(problem.s, in.live), parts, parts, isa), in, want, parts);
+  for (int rows : {1, 2, 1000})
+    check_fprop(what + ", taps", FpropTaps(problem.s, stripes_of(problem.s, in.live), rows, isa), in, want,
+                1 + rows % 3);
   for (int threads : {1, 3})
     if (networks) {
       check_lanes(what, in, problem.s, want, threads, isa);
@@ -355,6 +360,8 @@ void check_isa(const Problem& problem, Operands& in, Answers& want, const IsaKer
       check_list(what + ", split filters",
                  Fprop(problem.s, stripes_of(problem.s, in.live), plans[1].tiling, isa), in, want, threads,
                  true);
+      check_list(what + ", taps", FpropTaps(problem.s, stripes_of(problem.s, in.live), threads, isa), in,
+                 want, threads, false);
     }
   for (int chunk_pixels : {1, 10, 1000}) check_wgrad(what, in, problem.s, want, chunk_pixels, isa);
 }

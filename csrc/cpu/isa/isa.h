@@ -41,6 +41,13 @@ using BoxTile = void (*)(const BoxSteps& box, const float* a, const std::int32_t
 // StridedTile on cells of two bfloat16 values: y += sum_i low(a) * low(b) + high(a) * high(b), float sums.
 using PairedTile = StridedTile;
 
+// Adds (or, first: stores) to V vectors of y0 and of y1 the sums over `stripes` of two filters, C channels c_stride apart:
+// shared: y_f[lane] += sum_i,c a[i, c, f] * b[offsets[i] + c * c_stride + lane];  own: with offsets[2 i + f].
+constexpr int kTapChannels = 3;  // numbers of channels that have loops of their own; 0: any number
+using TapTile = void (*)(std::int64_t stripes, std::int64_t channels, const float* a,
+                         const std::int32_t* offsets, const float* b, std::int64_t c_stride, float* y0,
+                         float* y1, bool first);
+
 // Pooling windows of one row of output pixels (isa/pool.h).
 struct Windows {
   std::int64_t count, step;  // output pixels, and how far apart their windows begin
@@ -60,6 +67,9 @@ struct IsaKernels {
   IndexedTile indexed[kMaxTileFilters + 1][kMaxTileVectors + 1];
   StreamTile stream[kMaxTileFilters + 1][kMaxTileVectors + 1];
   BoxTile box[kMaxTileFilters + 1][kMaxTileVectors + 1];
+  int pair_vectors;  // most vectors of the two that follow
+  TapTile shared_taps[kTapChannels + 1][kMaxTileVectors + 1];
+  TapTile own_taps[kTapChannels + 1][kMaxTileVectors + 1];
 
   // dst[i] = float(src[i * step])
   void (*load_row)(float* dst, const void* src, DType type, std::int64_t step, std::int64_t n);

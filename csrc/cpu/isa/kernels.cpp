@@ -2,6 +2,7 @@
 #include "cpu/isa/epilogue.h"
 #include "cpu/isa/layout.h"
 #include "cpu/isa/pool.h"
+#include "cpu/isa/taps.h"
 #include "cpu/isa/tile.h"
 
 #define SK_JOIN_(a, b) a##b
@@ -22,6 +23,7 @@ const IsaKernels* SK_JOIN(isa_table_, SK_ISA)() {
 #endif
   table.tile_filters = kTileFilters;
   fill_tiles<kMaxTileFilters>(table);
+  fill_taps(table);
   table.load_row = load_row;
   table.store_row = store_row;
   table.load_rows = load_rows;
