@@ -281,7 +281,10 @@ Pitches pitches(const Fprop& kernel, int, int q) {
   const int y = std::max(q, kernel.schedule().pitch());
   return {kernel.plane_pitch(), y};
 }
-Pitches pitches(const FpropFilters&, int w, int q) { return {w + 1, q + 2}; }
+template <class Kernel>
+Pitches pitches(const Kernel&, int w, int q) {
+  return {w + 1, q + 2};
+}
 
 // A list of native calls: y into the arena, a second convolution with y as its residual beside it, a max pool to the outside.
 // In planes, x is first moved there by a pool of single pixels.
