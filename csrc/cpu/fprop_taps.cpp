@@ -9,6 +9,7 @@
 #include "cpu/driver.h"
 #include "cpu/lanes.h"
 #include "cpu/parallel.h"
+#include "cpu/planes.h"
 
 namespace sk {
 namespace {
@@ -19,8 +20,6 @@ constexpr int kFewestVectors = 4;    // of a window: with less, multiply-adds wa
 constexpr int kPartners = 256;       // filters looked at for the best partner
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
-// An odd number of cache lines, as in schedule.cpp.
-std::int64_t spread(std::int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
 
 // A filter's live taps, rising, and the bits of the same.
 struct Filter {
