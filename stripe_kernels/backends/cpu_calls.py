@@ -83,7 +83,7 @@ class CallList:
     ) -> None:  # fmt: skip
         """y = activation(conv(x) + bias + residual)."""
         bias = _float(bias)
-        self._held += [t for t in (packed, bias) if t is not None]
+        self._hold(packed, bias)
         self._native.add_fprop(
             runner.native, packed.data_ptr(), 0, 0 if bias is None else bias.data_ptr(), _ACTIVATIONS[activation],
             x, -1 if residual is None else residual, y,
@@ -105,11 +105,15 @@ class CallList:
 
     def linear(self, weight: Tensor, bias: Tensor | None, images: int, x: int, y: int) -> None:
         """y [N, K] = x [N, C] weight^T + bias; contiguous float32, read where they lie."""
-        self._held += [t for t in (weight, bias) if t is not None]
+        self._hold(weight, bias)
         outputs, features = weight.shape
         self._native.add_linear(
             weight.data_ptr(), 0 if bias is None else bias.data_ptr(), (images, features, outputs), x, y
         )
+
+    def _hold(self, *tensors: Tensor | None) -> None:
+        """Keeps their memory, whatever becomes of a parameter: its `data` may be put elsewhere."""
+        self._held += [t.detach() for t in tensors if t is not None]
 
     def finish(self) -> Callable[..., list[Tensor]]:
         """run(*inputs) -> outputs."""

@@ -167,6 +167,21 @@ def test_a_classifiers_head_joins_the_list(head: str, images: int) -> None:
             assert bool(((y.double() - expected).abs() <= 4 * 2**-24 * terms).all())
 
 
+def test_a_list_keeps_the_memory_of_parameters_put_elsewhere() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    x = torch.randn(1, 3, 9, 9)
+    network = layer_by_layer(compact(freeze(model.eval()), (x,)))
+    with torch.inference_mode():
+        before = network(x)
+        for p in network.parameters():
+            p.data = torch.full_like(p, float("nan"))
+        assert torch.equal(network(x), before)  # as documented, until forget()
+        network.forget()
+        assert network(x).isnan().all()
+
+
 def test_a_residual_network_is_one_list() -> None:
     _cpu = pytest.importorskip("stripe_kernels._cpu")
     _, frozen, x = masked("resnet20", 0.5)
