@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080)
     chosen = parser.parse_args()
     known = example_input(chosen.model)
-    if chosen.input is None and known is None:
+    if chosen.input is None and not known:
         parser.error(f"{chosen.model} was saved without the size of an image: --input CxHxW")
     shape = tuple(int(n) for n in chosen.input.split("x")) if chosen.input else tuple(known[0].shape[1:])
     serving = server(load(chosen.model), shape, chosen.port)

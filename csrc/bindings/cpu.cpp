@@ -317,10 +317,9 @@ PYBIND11_MODULE(_cpu, m) {
       .def("add_flatten", [](CallList& l, const std::array<int, 4>& size, int x,
                              int y) { l.add_flatten(map_size(size), x, y); })
       .def("add_linear",
-           [](CallList& l, std::uintptr_t weight, std::uintptr_t bias, const std::array<int, 3>& v, int x,
-              int y) {
+           [](CallList& l, int weight, int bias, const std::array<int, 3>& v, int x, int y) {
              for (int i : v) require(i >= 0, "sizes are not negative");
-             l.add_linear(floats(weight), floats(bias), v[0], v[1], v[2], x, y);
+             l.add_linear(weight, bias, v[0], v[1], v[2], x, y);
            })
       .def(
           "run",

@@ -203,11 +203,13 @@ void CallList::add_flatten(const MapSize& size, int x, int y) {
   calls_.push_back([this, size, x, y](const Frame& f) { flatten(view(f, x), size, view(f, y)); });
 }
 
-void CallList::add_linear(const float* weight, const float* bias, int images, int features, int outputs,
-                          int x, int y) {
-  check_dense(x, 1), check_dense(y, 1);
+void CallList::add_linear(int weight, int bias, int images, int features, int outputs, int x, int y) {
+  check_dense(weight, 1), check_dense(x, 1), check_dense(y, 1);
+  if (bias >= 0) check_dense(bias, 1);
   calls_.push_back([=](const Frame& f) {
-    linear(view(f, x), weight, bias, images, features, outputs, view(f, y), f.threads);
+    const auto* const b = bias < 0 ? nullptr : static_cast<const float*>(view(f, bias).data);
+    linear(view(f, x), static_cast<const float*>(view(f, weight).data), b, images, features, outputs,
+           view(f, y), f.threads);
   });
 }
 

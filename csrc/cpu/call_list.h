@@ -52,8 +52,8 @@ class CallList {
   // Those of head.h.
   void add_average(const MapSize& size, int x, int y);
   void add_flatten(const MapSize& size, int x, int y);
-  void add_linear(const float* weight, const float* bias, int images, int features, int outputs, int x,
-                  int y);
+  // weight and bias are tensors of this list too, bias < 0: none.
+  void add_linear(int weight, int bias, int images, int features, int outputs, int x, int y);
 
   void run(std::uintptr_t arena, const std::vector<std::uintptr_t>& slots, int threads) const;
 

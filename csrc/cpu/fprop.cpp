@@ -152,7 +152,7 @@ void Fprop::run(const TensorView& x, const float* packed, const TensorView& y, c
     throw std::invalid_argument("pairs of bfloat16 are read from bfloat16");
   // A block's last vector writes into the rows of the next one: their order is kept only by one thread, or by a team that
   // shares every block.
-  const bool ordered = threads == 1 || part_count_ > 1 || schedule_.alone();
+  const bool ordered = threads == 1 || part_count_ > 1 || schedule_.single_row_block();
   const InPlace here{planes.x && x.stride[2] == plane_pitch(),
                      planes.y && schedule_.writes_planes() && y.stride[2] == schedule_.pitch() && ordered};
   drive(

@@ -1,9 +1,9 @@
-// fprop for few channels: two filters at a time through all their taps, sums in registers, y written once or twice.
+// fprop for few channels: two filters at a time through all their taps, sums in registers, y written every 48 products.
 //
-//   y[filter, pixels] = sum over its live taps (r, s), sum over c of  w[row(filter, r, s), c] * panel[c, s, r's phase][pixels + dr * Q]
+//   y[filter, pixels] = sum over its live taps (r, s), sum over c of  w[row(filter, r, s), c] * panel[c, s, r's phase][pixels + dr * pitch]
 //
 // The panel is an im2col along the width: one plane for every kernel column (and phase of its rows under a stride), rows of Q
-// pixels without padding between them. A tap is a pointer offset and its loads are aligned where vectors divide Q.
+// pixels, to whole vectors where that costs at most a tenth. A tap is a pointer offset and its loads are aligned where vectors divide Q.
 // Two filters that keep a tap share its loads; filters are paired so that they share many. Taps that only one of a pair
 // keeps run beside one that only the other keeps, and what is left over beside a row of zeros with weights of zero: exact at
 // one filter.

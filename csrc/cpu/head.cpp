@@ -34,16 +34,18 @@ float dot(const float* __restrict a, const float* __restrict b, int n) {
 void average_pixels(const TensorView& x, const MapSize& size, const TensorView& y) {
   for (int n = 0; n < size.n; ++n)
     for (int c = 0; c < size.c; ++c) {
-      float sums[kSums] = {};
+      double all = 0;  // rows may be many, and narrow
       for (int h = 0; h < size.h; ++h) {
         const float* __restrict row = at(x, n, c, h);
+        float sums[kSums] = {};
         int i = 0;
         for (; i + kSums <= size.w; i += kSums)
           for (int j = 0; j < kSums; ++j) sums[j] += row[i + j];
         for (; i < size.w; ++i) sums[i % kSums] += row[i];
+        all += total(sums);
       }
       *reinterpret_cast<float*>(y.at(n, c, 0, 0)) =
-          total(sums) / static_cast<float>(static_cast<std::int64_t>(size.h) * size.w);
+          static_cast<float>(all / static_cast<double>(static_cast<std::int64_t>(size.h) * size.w));
     }
 }
 

@@ -69,7 +69,8 @@ class Schedule {
   // Pixel lanes of planes (planes.h): whether x can stand for every block's panel, and y for its lanes.
   bool reads_planes() const;
   bool writes_planes() const { return tiling_.mode == LaneMode::pixels; }
-  bool alone() const { return row_blocks_ == 1; }  // no block's last vector reaches into another block's rows
+  // Then no block's last vector reaches into another block's rows.
+  bool single_row_block() const { return row_blocks_ == 1; }
   const float* panel_in(const TensorView& x, int block, int channel) const;
   float* lanes_in(const TensorView& y, int block, int channel) const;
 

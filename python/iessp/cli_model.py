@@ -125,7 +125,7 @@ def _file(path: Path) -> tuple[nn.Module, Tensor | None]:
         model, inputs = stripe_kernels.load(path), stripe_kernels.example_input(path)
     except ValueError as error:
         raise Failure(str(error)) from error
-    return model, inputs[0][:1] if inputs and inputs[0].dim() == 4 else None
+    return model, inputs[0][:1] if inputs and inputs[0].dim() == 4 and len(inputs[0]) else None
 
 
 def _load(model: nn.Module, path: Path) -> None:

@@ -28,6 +28,7 @@ class CallList:
         self._arena = Arena()
         self._taken: dict[int, tuple[int, int]] = {}  # number -> offset and size in floats
         self._held: list[Tensor] = []  # packed weights and biases: the native list has their addresses
+        self._parameters: list[Tensor] = []  # read at each run; their slots come after those of the outputs
         self._slots = 0
         self._returned: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = []
 
@@ -83,7 +84,8 @@ class CallList:
     ) -> None:  # fmt: skip
         """y = activation(conv(x) + bias + residual)."""
         bias = _float(bias)
-        self._hold(packed, bias)
+        bias = None if bias is None else bias.detach().clone()  # a parameter's memory may move
+        self._held += [t for t in (packed, bias) if t is not None]
         self._native.add_fprop(
             runner.native, packed.data_ptr(), 0, 0 if bias is None else bias.data_ptr(), _ACTIVATIONS[activation],
             x, -1 if residual is None else residual, y,
@@ -104,29 +106,28 @@ class CallList:
         self._native.add_flatten(size, x, y)
 
     def linear(self, weight: Tensor, bias: Tensor | None, images: int, x: int, y: int) -> None:
-        """y [N, K] = x [N, C] weight^T + bias; contiguous float32, read where they lie."""
-        self._hold(weight, bias)
+        """y [N, K] = x [N, C] weight^T + bias [K]; contiguous float32, read where they lie at each run."""
         outputs, features = weight.shape
-        self._native.add_linear(
-            weight.data_ptr(), 0 if bias is None else bias.data_ptr(), (images, features, outputs), x, y
-        )
-
-    def _hold(self, *tensors: Tensor | None) -> None:
-        """Keeps their memory, whatever becomes of a parameter: its `data` may be put elsewhere."""
-        self._held += [t.detach() for t in tensors if t is not None]
+        at = self._parameter(weight), -1 if bias is None else self._parameter(bias[None])
+        self._native.add_linear(*at, (images, features, outputs), x, y)
 
     def finish(self) -> Callable[..., list[Tensor]]:
         """run(*inputs) -> outputs."""
         native, threads, layouts, size = self._native, self.threads, self._returned, self.arena_bytes
-        held = self._held
+        held, parameters = self._held, self._parameters
 
         def run(*inputs: Tensor, held: list[Tensor] = held) -> list[Tensor]:
             outputs = [torch.empty_strided(*sizes, dtype=dtype) for *sizes, dtype in layouts]
             arena = torch.empty(size, dtype=torch.uint8)
-            native.run(threads, arena.data_ptr(), [t.data_ptr() for t in (*inputs, *outputs)])
+            native.run(threads, arena.data_ptr(), [t.data_ptr() for t in (*inputs, *outputs, *parameters)])
             return outputs
 
         return run
+
+    def _parameter(self, t: Tensor) -> int:
+        """A slot for memory that may move, as into another process's reach; `data` put elsewhere is not followed."""
+        self._parameters.append(t.detach())
+        return self._slot(t)
 
     def _slot(self, t: Tensor) -> int:
         self._slots += 1

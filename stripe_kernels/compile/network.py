@@ -154,6 +154,7 @@ class Network(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("inputs", None)  # of networks pickled before they knew it
         self._reset()
 
 

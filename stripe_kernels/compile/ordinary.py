@@ -60,16 +60,16 @@ def calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Call]:
     found: list[Call] = []
 
     def noted(name: str) -> Any:
-        def hook(layer: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
+        def hook(layer: Any, given: tuple[Tensor, ...], named: dict[str, Tensor], y: Tensor) -> None:
             # A transposed convolution meets each of its weights once a pixel of the input, others of the output.
-            x = given[0]
+            x = given[0] if given else named["input"]
             pixels = x if isinstance(layer, _TRANSPOSED) else y
             found.append(Call(name, layer, torch.randn_like(x), pixels.numel() * layer.weight[0].numel()))
 
         return hook
 
     handles = [
-        module.register_forward_hook(noted(name))
+        module.register_forward_hook(noted(name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, (*_CONVOLUTIONS, nn.Linear))
     ]

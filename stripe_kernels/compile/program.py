@@ -25,7 +25,7 @@ from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.snapshots import packed_weight
 
 Program = Callable[..., Any]
-_LINEAR_IMAGES = 8  # up to which a linear layer's time is that of reading its weight
+_LINEAR_IMAGES = 4  # up to which a linear layer's time is that of reading its weight
 
 
 def write_program(body: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Program:
@@ -58,6 +58,12 @@ def _pitch(call: _Call, calls: list[_Call]) -> int:
         return 0
     wanted = [c.pitch for c in calls if c.node.args[0] is call.node]  # as a residual, any layout will do
     return 0 if None in wanted else max((p for p in wanted if p), default=0)
+
+
+def _dense(t: Tensor, *shape: int) -> bool:
+    """Whether native code may read it as float32 [shape] where it lies."""
+    plain = ops._plain(t) and t.is_cpu and t.layout == torch.strided and t.dtype == torch.float32
+    return plain and t.shape == shape and t.is_contiguous()
 
 
 class _Writer(OneLineInterpreter):
@@ -206,8 +212,14 @@ class _Writer(OneLineInterpreter):
         size = (*x.shape, 1, 1)[:4]
         if type(module) is nn.Linear:
             weight, bias = module.weight, module.bias
-            small = len(x) <= _LINEAR_IMAGES and all(t is None or t.is_contiguous() for t in (weight, bias))
-            if x.dim() != 2 or x.stride(1) != 1 or not small:
+            if (
+                x.dim() != 2
+                or x.stride(1) != 1
+                or len(x) > _LINEAR_IMAGES
+                or not _dense(weight, len(weight), x.shape[1])
+            ):
+                return None
+            if bias is not None and not _dense(bias, len(weight)):
                 return None
             return _Call(
                 n, {source: x}, value, 0, lambda c, at, y: c.linear(weight, bias, len(x), at[source], y)

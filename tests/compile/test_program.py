@@ -139,7 +139,7 @@ HEADS: dict[str, Callable[[], list[nn.Module]]] = {
 }
 
 
-@pytest.mark.parametrize("images", [1, 3, 8])
+@pytest.mark.parametrize("images", [1, 3, 4])
 @pytest.mark.parametrize("head", HEADS)
 def test_a_classifiers_head_joins_the_list(head: str, images: int) -> None:
     """Against float64: no further than four roundings of the sum of all terms' sizes."""
@@ -180,6 +180,49 @@ def test_a_list_keeps_the_memory_of_parameters_put_elsewhere() -> None:
         assert torch.equal(network(x), before)  # as documented, until forget()
         network.forget()
         assert network(x).isnan().all()
+
+
+def test_a_list_follows_parameters_into_shared_memory() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 50_000)
+    )
+    x = torch.randn(1, 3, 9, 9)
+    network = layer_by_layer(compact(freeze(model.eval()), (x,)))
+    with torch.inference_mode():
+        before = network(x)
+        for p in network.parameters():
+            p.share_memory_()
+        assert torch.equal(network(x), before)
+
+
+@pytest.mark.parametrize("odd", ["bias of one", "half", "transposed"])
+def test_odd_linear_layers_stay_torchs(odd: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6)
+    )
+    linear: nn.Linear = model[-1]  # type: ignore[assignment]
+    if odd == "bias of one":
+        linear.bias = nn.Parameter(torch.tensor([3.0]))
+    if odd == "transposed":
+        linear.weight = nn.Parameter(torch.randn(8, 6).T)
+    x = torch.randn(2, 3, 9, 9)
+    network = layer_by_layer(compact(freeze(model.eval()), (x,)))
+    if odd == "half":  # torch refuses it, and so do we
+        network.body.get_submodule("4").half()
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="dtype"):
+            network(x)
+        return
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), model(x))
+        assert len(lines_of(network, x)) > 3
+
+
+def test_the_mean_of_a_tall_map() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), Mean()).eval()
+    x = torch.rand(1, 1, 20_000, 3)
+    network = layer_by_layer(compact(freeze(model), (x,)))
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), model.double()(x.double()).float(), rtol=3e-7, atol=0)
 
 
 def test_a_residual_network_is_one_list() -> None:

@@ -277,9 +277,9 @@ void check_lanes(const std::string& what, Operands& in, const ConvShape& s, Answ
 struct Pitches {
   int x, y;
 };
-Pitches pitches(const Fprop& kernel, int, int q) {
+Pitches pitches(const Fprop& kernel, int w, int q) {
   const int y = std::max(q, kernel.schedule().pitch());
-  return {kernel.plane_pitch(), y};
+  return {std::max(w, kernel.plane_pitch()), y};
 }
 template <class Kernel>
 Pitches pitches(const Kernel&, int w, int q) {
@@ -299,7 +299,7 @@ void check_list(const std::string& what, const Kernel& kernel, Operands& in, Ans
   const MapSize map = size(in.dy), from = size(in.x);
   const Pitches pitch = pitches(kernel, from.w, map.w);
   const bool none = std::min({from.n, from.c, from.h, from.w, map.c}) == 0;
-  if (in_planes && (in.x.channels_last() || pitch.x < from.w || none)) return;
+  if (in_planes && (in.x.channels_last() || none)) return;
   const Planes px{from.n, from.c, from.h, from.w, pitch.x}, py{map.n, map.c, map.h, map.w, pitch.y};
   for (const Windowing& k : kWindowings) {
     if (k.mean || std::min(map.h, map.w) + 2 * k.pad < k.size) continue;
