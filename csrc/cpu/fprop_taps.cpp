@@ -19,8 +19,6 @@ constexpr int kWindowBytes = 30000;  // of the lanes all taps read for a window:
 constexpr int kFewestVectors = 4;    // of a window: with less, multiply-adds wait for each other
 constexpr int kPartners = 256;       // filters looked at for the best partner
 
-std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
-
 // A filter's live taps, rising, and the bits of the same.
 struct Filter {
   std::vector<int> taps, rows;

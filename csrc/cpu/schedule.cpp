@@ -5,12 +5,6 @@
 #include "cpu/planes.h"
 
 namespace sk {
-namespace {
-
-std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
-
-}  // namespace
-
 Schedule::Schedule(Lattice lattice, const Tiling& tiling, int lanes, int batch_size, bool one_tap_per_run)
     : lattice_(std::move(lattice)), tiling_(tiling), lanes_(lanes), batch_size_(batch_size) {
   const Lattice& l = lattice_;

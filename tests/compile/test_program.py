@@ -167,12 +167,16 @@ def test_a_classifiers_head_joins_the_list(head: str, images: int) -> None:
             assert bool(((y.double() - expected).abs() <= 4 * 2**-24 * terms).all())
 
 
-def test_a_list_keeps_the_memory_of_parameters_put_elsewhere() -> None:
+def classifier(outputs: int) -> tuple[Network, Tensor]:
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, outputs)
     )
     x = torch.randn(1, 3, 9, 9)
-    network = layer_by_layer(compact(freeze(model.eval()), (x,)))
+    return layer_by_layer(compact(freeze(model.eval()), (x,))), x
+
+
+def test_a_list_keeps_the_memory_of_parameters_put_elsewhere() -> None:
+    network, x = classifier(4)
     with torch.inference_mode():
         before = network(x)
         for p in network.parameters():
@@ -183,11 +187,7 @@ def test_a_list_keeps_the_memory_of_parameters_put_elsewhere() -> None:
 
 
 def test_a_list_follows_parameters_into_shared_memory() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 50_000)
-    )
-    x = torch.randn(1, 3, 9, 9)
-    network = layer_by_layer(compact(freeze(model.eval()), (x,)))
+    network, x = classifier(50_000)
     with torch.inference_mode():
         before = network(x)
         for p in network.parameters():
