@@ -113,8 +113,9 @@ class StripeOp:
         if runner is None:
             problem = self.problem(size, like.dtype, like.device, is_channels_last(like))
             runner = self.plan(which, problem).build()
-            if len(self._runners) >= _RUNNERS_KEPT:
-                self._runners.pop(next(iter(self._runners)))
+            # Other threads may be doing the same: a list of the keys is made in one step, an iteration would not be.
+            for oldest in list(self._runners)[: 1 - _RUNNERS_KEPT]:
+                self._runners.pop(oldest, None)
             self._runners[key] = runner
         return runner
 

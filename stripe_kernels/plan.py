@@ -72,12 +72,16 @@ class Plan:
         return "\n".join(lines)
 
 
-# Measured choices: key -> candidates with their times. Filled by tune() and by loaded files.
+# Measured choices: key -> candidates with their times, the oldest first. Filled by tune() and by loaded files.
+_TUNED_KEPT = 4096
 _tuned: dict[tuple[Problem, Pass], tuple[Candidate, ...]] = {}
 
 
 def record(problem: Problem, which: Pass, measured: Iterable[Candidate]) -> None:
     """Keeps measured candidates; from now on "auto" takes the fastest of them for this problem."""
+    _tuned.pop((problem, which), None)
+    for oldest in list(_tuned)[: 1 - _TUNED_KEPT]:
+        _tuned.pop(oldest, None)
     _tuned[problem, which] = tuple(measured)
     make_plan.cache_clear()
 

@@ -199,6 +199,18 @@ def test_a_sparse_or_quantized_input_is_a_typed_error() -> None:
             call(x=x)
 
 
+def test_negative_strides_are_refused() -> None:
+    """No tensor has them: torch refuses to make one, whichever way memory that runs backwards comes."""
+    backwards = X.numpy()[:, :, ::-1]
+    assert backwards.strides[2] < 0
+    for x in (lambda: backwards, lambda: torch.from_numpy(backwards)):
+        with pytest.raises(TYPED):
+            call(x=x())
+    with pytest.raises(RuntimeError, match="Negative strides"):
+        call(x=X.as_strided(X.shape, (210, 42, -7, 1), 35))
+    torch.testing.assert_close(call(x=torch.from_numpy(backwards.copy())), call(x=X.flip(2)))
+
+
 def test_what_is_no_tensor_is_a_typed_error() -> None:
     for name, value in itertools.product(("x", "weight"), (None, 3, [[1.0]], X.numpy())):
         with pytest.raises((*TYPED, AttributeError)):

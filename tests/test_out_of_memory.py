@@ -76,6 +76,27 @@ FILE = """
     small()
 """
 
+# Maps of 128 MiB between two layers, in a list's arena or in a thread's lanes.
+NETWORK = """
+    from torch import nn
+    from stripe_kernels import freeze
+    from stripe_kernels.compile.optimize import compact
+    body = nn.Sequential(nn.Conv2d(1, 32, 1), nn.ReLU(), nn.Conv2d(32, 1, 1)).eval()
+    network = compact(freeze(body, {"0": torch.ones(32, 1, 1, dtype=torch.bool)}), (torch.ones(1, 1, 8, 8),))
+    for layer in network.modules():
+        if hasattr(layer, "_op"):
+            layer.kernel = "cpu_pixels_generic"
+    lanes = sys.argv[1] == "lanes"
+    network.resident_from = 16 if lanes else None
+    few, many = (torch.ones(16, 1, n, n) for n in (8, 256))
+    with torch.inference_mode():
+        network.forget()
+        before = network(few)
+        limit()
+        refused(lambda: network(many))
+        assert torch.equal(network(few), before)
+"""
+
 
 def run(program: str, *arguments: str) -> None:
     command = [sys.executable, "-c", textwrap.dedent(BEGIN + program), *arguments]
@@ -86,6 +107,11 @@ def run(program: str, *arguments: str) -> None:
 @pytest.mark.parametrize("name", [*NATIVE, "stripe_gemm"])
 def test_no_memory_for_a_kernels_scratch_and_packed_weight(name: str) -> None:
     run(KERNEL, name)
+
+
+@pytest.mark.parametrize("how", ["list", "lanes"])
+def test_no_memory_for_a_whole_network(how: str) -> None:
+    run(NETWORK, how)
 
 
 def test_no_memory_for_a_file(tmp_path) -> None:

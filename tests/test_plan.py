@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +141,28 @@ def test_runners_are_kept_for_as_many_shapes_as_promised() -> None:
         operands = CASE.batch(n % 90 + 1).operands()
         op.runner("fprop", tuple(operands.x.shape), operands.x)
     assert len(op._runners) <= 64
+
+
+def test_every_cache_of_the_library_is_bounded() -> None:
+    """Of those that a decorator makes; the others have tests of their own."""
+    for path in Path(registry.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            for made in getattr(node, "decorator_list", ()):
+                text = ast.unparse(made)
+                assert text not in ("cache", "functools.cache"), f"{path.name}: {node.name}"
+                bounded = re.fullmatch(r"(functools\.)?lru_cache\(maxsize=(\d+|_[A-Z_]+)\)", text)
+                assert "lru_cache" not in text or bounded, f"{path.name}: {node.name}"
+
+
+def test_measured_choices_are_bounded_and_the_latest_stay(no_measurements, monkeypatch) -> None:
+    monkeypatch.setattr(plan, "_TUNED_KEPT", 8)
+    problems = [dataclasses.replace(problem(), threads=n) for n in range(1, 21)]
+    for p in problems:
+        plan.record(p, "fprop", [Candidate("dense", measured=1.0)])
+    plan.record(problems[15], "fprop", [Candidate("dense", measured=2.0)])  # again: now the latest
+    kept = [key[0].threads for key in plan.records()]
+    assert kept == [13, 14, 15, 17, 18, 19, 20, 16]
+    assert plan.recorded(problems[15], "fprop")[0].measured == 2.0
 
 
 def test_the_number_of_threads_is_part_of_the_problem() -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from stripe_kernels import StripeConv2d, ops, registry
+from stripe_kernels import StripeConv2d, freeze, ops, registry
+from stripe_kernels.compile.optimize import compact
+from stripe_kernels.compile.resident import resident
 from stripe_kernels.ops import StripeOp
 from stripe_kernels.registry import PASSES
-from stripe_kernels.testing import CASES, Case, case, live_stripes
+from stripe_kernels.testing import CASES, Case, case, list_and_calls, live_stripes
 from tests.passes import KERNELS, NATIVE, operands_of, problem_of, run
 
 BUSY = case("busy", N=5, C=24, H=23, W=19, K=40, density=0.3)
@@ -115,6 +120,33 @@ def test_a_forked_child_computes_after_its_parent_did(kernel: str) -> None:
     assert torch.equal(compute(BUSY, kernel, "fprop", 2)[0], expected[0])
 
 
+def whole_network(lanes: bool, threads: int = 1) -> Callable[[], Tensor]:
+    model = nn.Sequential(nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)).eval()
+    live = {"0": torch.rand(64, 3, 3) < 0.5, "2": torch.rand(64, 3, 3) < 0.5}
+    x = torch.randn(16, 16, 40, 40)
+    frozen = freeze(model, live)
+    if lanes:
+        return partial(resident(compact(frozen, (x,)).body, (x,), threads), x)
+    return partial(list_and_calls(frozen, x, "cpu_pixels_generic")["list"], x)
+
+
+@pytest.mark.parametrize("lanes", [False, True], ids=["list of calls", "batch lanes"])
+def test_a_forked_child_runs_a_network_that_its_parent_ran(lanes: bool) -> None:
+    with torch.inference_mode():
+        torch.set_num_threads(2)
+        network = whole_network(lanes, threads=2)
+        expected = network().clone()
+
+        def child() -> bool:
+            with torch.inference_mode():
+                y = network()
+                torch.set_num_threads(1)
+                return torch.equal(y, expected)
+
+        assert in_child(child) is True
+        assert torch.equal(network(), expected)
+
+
 class Convolved(torch.utils.data.Dataset):
     def __init__(self, module: StripeConv2d) -> None:
         self.module = module
@@ -166,15 +198,42 @@ def test_many_threads_train_their_own_copies() -> None:
             assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("which", PASSES)
-def test_the_gil_is_released(which) -> None:
-    """A second Python thread goes on counting while a kernel runs."""
-    large = case("large", N=8, C=64, H=40, W=40, K=128, density=0.5)
-    operands = operands_of(large, torch.float32, "contiguous")
-    torch.set_num_threads(1)
-    kernel = registry.find("cpu_pixels_generic")
+LARGE = case("large", N=8, C=64, H=40, W=40, K=128, density=0.5)
+
+
+def named_kernel(name: str, which: str, large: Case = LARGE) -> Callable[[], Tensor]:
+    operands, kernel = operands_of(large, torch.float32, "contiguous"), registry.find(name)
     problem = problem_of(large, operands, which)
     runner = kernel.build(problem, which, next(iter(kernel.candidates(problem, which))))
+    return lambda: run(runner, which, operands)
+
+
+def packing(name: str) -> Callable[[], Tensor]:
+    """Of 40 MB, which takes longer than a call of small kernels."""
+    wide = case("wide", N=1, C=1024, H=3, W=3, K=1024, pattern="full")
+    weight = torch.ones(wide.skeleton.stripes, 1024)
+    op, x = StripeOp.of(*wide.arguments, name), torch.ones(1, 1024, 3, 3)
+    return lambda: op.runner("fprop", tuple(x.shape), x).pack(weight)
+
+
+ENTRIES: dict[str, Callable[[], Callable[[], Tensor]]] = {
+    **{f"pixels {which}": partial(named_kernel, "cpu_pixels_generic", which) for which in PASSES},
+    "filters": partial(named_kernel, "cpu_filters_generic", "fprop"),
+    "taps": partial(named_kernel, "cpu_taps_generic", "fprop"),
+    **{
+        f"packing for {name}": partial(packing, f"cpu_{name}_generic")
+        for name in ("pixels", "filters", "taps")
+    },
+    "list of calls": partial(whole_network, False),
+    "batch lanes": partial(whole_network, True),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_the_gil_is_released(entry: str) -> None:
+    """A second Python thread goes on counting while native code runs: in every function of the extension that takes
+    time."""
+    torch.set_num_threads(1)
     stamps: list[float] = []
     stop = threading.Event()
 
@@ -183,15 +242,18 @@ def test_the_gil_is_released(which) -> None:
             stamps.append(time.perf_counter())
             time.sleep(1e-4)
 
-    thread = threading.Thread(target=count)
-    thread.start()
-    try:
-        begin = time.perf_counter()
-        run(runner, which, operands)
-        end = time.perf_counter()
-    finally:
-        stop.set()
-        thread.join()
+    with torch.inference_mode():
+        call = ENTRIES[entry]()
+        call()
+        thread = threading.Thread(target=count)
+        thread.start()
+        try:
+            begin = time.perf_counter()
+            call()
+            end = time.perf_counter()
+        finally:
+            stop.set()
+            thread.join()
     assert sum(begin < t < end for t in stamps) > 3, f"held for {end - begin:.3f} s"
 
 
@@ -209,6 +271,27 @@ def test_a_call_within_a_parallel_region_of_torch() -> None:
     for future in futures:
         assert torch.equal(torch.jit.wait(future), module(x).detach())
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_many_threads_with_more_shapes_than_a_layer_remembers() -> None:
+    """The oldest runners go while others are looked up and go too."""
+    op = StripeOp(*CASES["pointwise"].arguments, "reference")
+    torch.set_num_threads(1)
+    before = sys.getswitchinterval()
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(300):
+            size = (1, CASES["pointwise"].shape.C, rng.randrange(1, 30), rng.randrange(1, 30))
+            op.runner("fprop", size, torch.empty(size))
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(before)
+    assert len(op._runners) < 64 + 8
 
 
 def test_threads_may_be_first_to_use_the_library() -> None:

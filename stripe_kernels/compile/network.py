@@ -76,7 +76,8 @@ class Network(nn.Module):
 
     def _bind(self, key: Any, inputs: tuple[Tensor, ...]) -> Program:
         with self._lock:
-            program = self._programs.get(key)
+            programs = self._programs  # where forget() puts others in their place, this one is not kept
+            program = programs.get(key)
             if program is None:
                 if inputs and capturing(inputs[0].device):
                     raise RuntimeError(
@@ -87,9 +88,9 @@ class Network(nn.Module):
                 if inputs and inputs[0].is_cuda:
                     # The next call may come on another stream, and the packed weights have to be there.
                     torch.cuda.current_stream(inputs[0].device).synchronize()
-                if len(self._programs) >= _PROGRAMS_KEPT:
-                    self._programs.pop(next(iter(self._programs)))
-                self._programs[key] = program
+                if len(programs) >= _PROGRAMS_KEPT:
+                    programs.pop(next(iter(programs)))
+                programs[key] = program
             return program
 
     def _resident(self, inputs: tuple[Tensor, ...]) -> Program | None:
@@ -111,7 +112,7 @@ class Network(nn.Module):
 
     def forget(self) -> None:
         """Drops programs and packed weights: the next call plans and packs anew."""
-        self._programs.clear()
+        self._programs = {}
         for module in self.modules():
             if isinstance(module, StripeConv2d):
                 module.repack()

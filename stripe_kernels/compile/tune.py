@@ -280,4 +280,4 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _forget_programs(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "_programs"):
-            module._programs.clear()  # type: ignore[operator, union-attr]
+            module._programs = {}  # type: ignore[assignment]  # another thread may be writing into the old one

@@ -200,6 +200,24 @@ def test_a_loaded_network_outlives_its_file(frozen: nn.Module, path: Path) -> No
     torch.testing.assert_close(torch.load(found), frozen(torch.ones(2, 3, 8, 8)))
 
 
+def test_nothing_in_the_load_path_unpickles_or_reaches_out(frozen: nn.Module, path: Path) -> None:
+    """CPython says so itself, to a hook that nobody can take off again: a child loads."""
+    program = (
+        "import sys, torch; from stripe_kernels import load\n"
+        "seen = []\n"
+        "def hook(event, arguments):\n"
+        "    if event.startswith(('pickle.', 'marshal.loads', 'subprocess.', 'socket.', 'os.system', 'os.exec')):\n"
+        "        seen.append(event)\n"
+        "load(sys.argv[1])  # imports what it needs, and those read .pyc files with marshal\n"
+        "sys.addaudithook(hook); load(sys.argv[1]); print(seen)\n"
+        "torch.load(sys.argv[2], weights_only=False); print('pickle.find_class' in seen)\n"
+    )
+    torch.save(nn.ReLU(), path.with_name("pickled"))
+    command = [sys.executable, "-c", program, str(path), str(path.with_name("pickled"))]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.stdout.splitlines() == ["[]", "True"], child.stderr
+
+
 def test_foreign_newer_missing_and_unsealed_files_say_so(path: Path, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="not written by"):

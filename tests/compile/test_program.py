@@ -83,6 +83,25 @@ def test_lists_give_the_bits_of_single_calls(name: str) -> None:
             assert all(map(torch.equal, y, expected))
 
 
+@pytest.mark.parametrize("kernel", ["pixels", "filters", "taps"])
+@pytest.mark.parametrize("name", ["resnet20", "vgg16"])
+def test_bits_of_a_list_depend_on_neither_run_nor_threads(name: str, kernel: str) -> None:
+    """Heads included; with one thread, maps in planes are written by one block after the other where they lie."""
+    _cpu = pytest.importorskip("stripe_kernels._cpu")
+    _, frozen, x = masked(name, 0.24)
+    network = layer_by_layer(compact(frozen, (x,)))
+    for layer in network.modules():
+        if hasattr(layer, "_op"):  # by name: "auto" may take another kernel for another number of threads
+            layer.kernel = f"cpu_{kernel}_{_cpu.isas()[0]}"
+    x = torch.randn(2, *x.shape[1:])
+    with torch.inference_mode(), poisoned_memory():
+        first = network(x)
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            assert lists_of(network, x)
+            assert all(torch.equal(network(x), first) for _ in range(3)), threads
+
+
 @pytest.mark.parametrize(
     "view",
     [

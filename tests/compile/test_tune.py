@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import random
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ from stripe_kernels.compile import cache
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.race import Ratio, race
 from stripe_kernels.compile.tune import interleaved, sites
+from stripe_kernels.plan import Candidate
 from tests.compile.test_compact import assert_same
 from tests.compile.zoo import masked
 
@@ -124,6 +129,62 @@ def test_other_problems_have_other_keys() -> None:
         cache.key(other.problem, "fprop", site.epilogue, candidates),
     }
     assert len(keys) == 4
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"threads": 77},
+        {"dtype": "bfloat16"},
+        {"channels_last": True},
+        {"shape": {"padding": (0, 0, 0, 0)}},
+        {"shape": {"dilation": (2, 1)}},
+    ],
+    ids=str,
+)
+def test_all_that_a_measurement_depends_on_is_in_its_key(changed: dict[str, object]) -> None:
+    problem = sites(*small())[0].problem
+    if "shape" in changed:
+        changed = {"shape": replace(problem.shape, **changed["shape"])}  # type: ignore[arg-type]
+    other = replace(problem, **changed)  # type: ignore[arg-type]
+    assert cache.key(problem, "fprop", "none", ()) != cache.key(other, "fprop", "none", ())
+    assert cache.key(problem, "fprop", "none", ()) != cache.key(problem, "dgrad", "none", ())
+
+
+@pytest.mark.parametrize("name", ["__version__", "torch.__version__", "processor"])
+def test_another_library_or_machine_measures_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = sites(*small())[0].problem
+    here = cache.key(problem, "fprop", "none", ())
+    monkeypatch.setattr(
+        f"stripe_kernels.compile.cache.{name}", (lambda _: "other") if name == "processor" else "other"
+    )
+    assert cache.key(problem, "fprop", "none", ()) != here
+
+
+def test_a_reader_sees_whole_files_only(tmp_path: Path) -> None:
+    """One thread writes while another reads: what it finds is one version or the other."""
+    problem = sites(*small())[0].problem
+    versions = [
+        tuple(Candidate("dense", (i,), measured=seconds) for i in range(300)) for seconds in (1.0, 2.0)
+    ]
+    cache.write(tmp_path, "name", problem, "fprop", versions[0])
+    stop = threading.Event()
+
+    def write() -> None:
+        for n in itertools.count():
+            if stop.is_set():
+                return
+            cache.write(tmp_path, "name", problem, "fprop", versions[n % 2])
+
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(write)
+        try:
+            for _ in range(50):
+                assert cache.read(tmp_path, "name") in versions
+        finally:
+            stop.set()
+        writer.result()
+    assert [p.name for p in tmp_path.iterdir()] == ["name.json"]
 
 
 def test_an_unwritable_cache_warns_and_still_tunes(tmp_path: Path) -> None:
