@@ -217,14 +217,9 @@ def _inference(job: NetworkJob, compiled: bool) -> tuple[Makers, Makers]:
         return runtimes.network(model, x)
 
     def runtime(name: str, model: nn.Module, kind: Kind, check: Check, share: float) -> Entrant:
-        if name in runtimes.absent():
-            raise Refused(runtimes.absent()[name])
-        exported = export(model)
-        if name == "onnxruntime":
-            call, result = runtimes.onnxruntime_runner(exported, x, job.threads)
-        else:
-            call, result = runtimes.openvino_runner(exported, x, job.threads, "f32")
-        return Entrant(kind, call, lambda: check(result(), strict=False), share)
+        runtimes.require(name)
+        call = runtimes.network_call(name, export(model), x, job.threads)
+        return Entrant(kind, call, lambda: check(torch.as_tensor(call()), strict=False), share)
 
     names: Makers = {}
     for fmt in FORMATS:

@@ -17,6 +17,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
@@ -43,7 +44,11 @@ def runtimes(model: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
         if x.dtype != torch.float32 or any(importlib.util.find_spec(package) is None for package in needed):
             continue
         with left_out(f"dense, {name}"):
-            call = {"onnxruntime": _onnxruntime, "openvino": _openvino}[name](model, x)
+            threads = torch.get_num_threads()
+            if name == "onnxruntime":
+                call = onnxruntime_call(_exported(model, x), x, threads)
+            else:
+                call = openvino_call(model, x, threads)
             with torch.inference_mode():
                 expected = model(x)
             error = float((torch.as_tensor(call()) - expected).abs().max() / expected.abs().max())
@@ -69,45 +74,64 @@ def left_out(name: str) -> Iterator[None]:
         logging.disable(before)
 
 
-def _onnxruntime(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+def onnxruntime_call(model: bytes, x: Tensor, threads: int) -> Callable[[], np.ndarray]:
+    """A call of an ONNX model on x, with a session and a pool of `threads` of its own; its output."""
     import onnxruntime
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "dense.onnx"
-        stripe_kernels.export_onnx(model, x, path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
     return lambda: session.run(None, feed)[0]
 
 
 @cache
-def _core() -> Any:
-    """One for the process: the second of two to go takes the thread's signal stack from under it (2026.4)."""
+def openvino_core() -> Any:
+    """The process's one Core, kept to its end.
+
+    A Core's CPU plugin gives the thread a signal stack and takes it away when it goes. Of two that overlap the second
+    to go leaves the thread on the first one's, which is unmapped by then: the next signal with a handler in Python
+    ends the process, without a word from faulthandler (2026.4).
+    """
     import openvino
 
     return openvino.Core()
 
 
-def _openvino(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+def openvino_call(
+    model: bytes | nn.Module, x: Tensor, threads: int, precision: str = "f32"
+) -> Callable[[], np.ndarray]:
+    """A call on x of a module, or of an ONNX model, in one stream; its output, which the next call overwrites.
+
+    precision: f32 or bf16; left alone it takes bf16 where the CPU has it.
+    """
     import openvino
 
     settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # it takes bfloat16 where the processor has it
+        "INFERENCE_PRECISION_HINT": precision,
     }
-    converted = openvino.convert_model(model, example_input=x, input=[list(x.shape)])
-    request = _core().compile_model(converted, "CPU", settings).create_infer_request()
+    if isinstance(model, bytes):
+        read = openvino_core().read_model(model, b"")
+    else:
+        read = openvino.convert_model(model, example_input=x, input=[list(x.shape)])
+    request = openvino_core().compile_model(read, "CPU", settings).create_infer_request()
     images = x.contiguous()
     request.set_input_tensor(openvino.Tensor(images.numpy(), shared_memory=True))
 
-    def call() -> Any:
+    def call() -> np.ndarray:
         request.infer()
         return request.get_output_tensor(0).data
 
     call.images = images  # type: ignore[attr-defined]  # which the shared tensor does not keep alive
     return call
+
+
+def _exported(model: nn.Module, x: Tensor) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dense.onnx"
+        stripe_kernels.export_onnx(model, x, path)
+        return path.read_bytes()

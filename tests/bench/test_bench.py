@@ -243,10 +243,11 @@ def test_a_kernel_that_cannot_run_is_refused_with_its_reason() -> None:
 
 SIGNALLED = """
 import signal, torch
-from bench.runtimes import convolution, openvino_runner
+from bench.runtimes import convolution
+from iessp.dense import openvino_call
 x = torch.zeros(1, 2, 3, 3)
 model = convolution(torch.zeros(2, 2, 1, 1), tuple(x.shape), 1, (0, 0), 1)
-first, second = (openvino_runner(model, x, 1, "f32") for _ in range(2))
+first, second = (openvino_call(model, x, 1) for _ in range(2))
 del first, second  # in the order of their making
 signal.signal(signal.SIGUSR1, lambda *_: print("alive"))
 signal.raise_signal(signal.SIGUSR1)
