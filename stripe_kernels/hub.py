@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from stripe_kernels.compile import example_input as input_of
 from stripe_kernels.compile import load, save
 
 try:
@@ -30,23 +31,26 @@ class HubModel(
     """`network`, with save_pretrained, from_pretrained and push_to_hub of huggingface_hub.ModelHubMixin.
 
     A repository holds one model.safetensors, the file of `stripe_kernels.save`. A folder is read without a
-    network; a name goes through the Hub's cache. Raises what `save` and `load` raise.
+    network; a name goes through the Hub's cache. `example_input` are the tensors that `network` is called with, whose
+    sizes go into the file; `from_pretrained` gives zeros of these sizes, or (). Raises what `save` and `load` raise.
 
     >>> from stripe_kernels.hub import HubModel
-    >>> HubModel(frozen).save_pretrained("my-model")  # doctest: +SKIP
+    >>> HubModel(frozen, example).save_pretrained("my-model")  # doctest: +SKIP
     >>> network = HubModel.from_pretrained("my-model").network  # doctest: +SKIP
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    # Variadic: what arguments default to, the mixin would write into a config.json.
+    def __init__(self, network: nn.Module, *example_input: Tensor) -> None:
         super().__init__()
         self.network = network
+        self.example_input = example_input
         self.train(network.training)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         return self.network(*inputs, **named)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save(self.network, save_directory / constants.SAFETENSORS_SINGLE_FILE)
+        save(self.network, save_directory / constants.SAFETENSORS_SINGLE_FILE, self.example_input or None)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> HubModel:
@@ -54,4 +58,5 @@ class HubModel(
         path = Path(model_id)
         if not path.is_dir():
             path = Path(hf_hub_download(model_id, constants.SAFETENSORS_SINGLE_FILE, **options))
-        return cls(load(path if path.is_file() else path / constants.SAFETENSORS_SINGLE_FILE))
+        file = path if path.is_file() else path / constants.SAFETENSORS_SINGLE_FILE
+        return cls(load(file), *(input_of(file) or ()))

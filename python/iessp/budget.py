@@ -95,8 +95,8 @@ def out_of_reach(
     why += f", as {len(fixed)} convolutions without a gate are {sum(s.cost for s in fixed) / network.cost:.4f} of it"
     if pointwise:
         share = sum(site.cost for site in pointwise) / network.cost
-        why += f"; {len(pointwise)} are 1x1 ({share:.4f}), which pointwise=True of attach, --pointwise of iessp prune, "
-        why += "gates too"
+        why += f"; {len(pointwise)} are 1x1 ({share:.4f}), which attach(..., pointwise=True), iessp prune --pointwise "
+        why += "and iessp train --set pointwise=true gate too"
     return why
 
 

@@ -21,6 +21,7 @@ R_target. The logarithm keeps lambda positive and lets it cross the orders of ma
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from typing import Any
@@ -58,6 +59,14 @@ def _share(model: nn.Module, kept: list[Tensor]) -> Tensor:
     fixed = sum(site.cost for site in network.sites if site.name not in found) / network.cost
     parts = [n * (gate.site.stripe_cost / network.cost) for n, gate in zip(kept, found.values(), strict=True)]
     return torch.stack(parts).sum() + fixed
+
+
+def _mark(model: nn.Module) -> str:
+    """Tells whether any parameter of the gates has changed since."""
+    digest = hashlib.sha256()
+    for p in gate_parameters(model):
+        digest.update(p.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class LiveEnergy(torch.autograd.Function):
@@ -140,7 +149,7 @@ class StripeLoss(nn.Module):
             self.register_buffer(name, torch.zeros((), device=device))
         self.share_hard.fill_(1.0)
         self.aimed.fill_(1.0)
-        self._untrained = [p.detach().clone() for p in gate_parameters(model)]
+        self._untrained = _mark(model)
         self._enter()
 
     def phase(self) -> Phase:
@@ -237,10 +246,7 @@ class StripeLoss(nn.Module):
 
     def _warn_of_still_gates(self) -> None:
         """The commonest mistake in a loop of one's own costs a whole training: an optimiser without the gates."""
-        now = gate_parameters(self.model)
-        if now and all(
-            torch.equal(p.detach(), old.to(p)) for p, old in zip(now, self._untrained, strict=True)
-        ):
+        if gate_parameters(self.model) and _mark(self.model) == self._untrained:
             warnings.warn(
                 "no gate has moved in training, so which stripes are kept was not learned: build the optimiser after "
                 "attach(), from iessp.param_groups(model, lr=...)",

@@ -43,6 +43,7 @@ class Recipe:
         0.2412  # share of the convolutions' MACs to keep (the paper's cut is 75.88 %), or "2.5 ms"
     )
     timed_batch: int = 1  # images that a budget in milliseconds is for
+    pointwise: bool = False  # prune 1x1 convolutions too, where a stripe is a whole filter
 
     images: int = 0  # train on about so many of the training images; 0: on all
     resolution: int = 0  # the size that all images are brought to, whatever they are used for; 0: as they are

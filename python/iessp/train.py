@@ -326,7 +326,9 @@ def assemble(
     if weights is not None:
         model.load_state_dict(weights)
     model = model.to(memory_format=image_format(recipe, model, example.device))  # type: ignore[call-overload]
-    return attach(model, recipe.method, example_input=example, **recipe.options) if recipe.pruned else model
+    if not recipe.pruned:
+        return model
+    return attach(model, recipe.method, example_input=example, pointwise=recipe.pointwise, **recipe.options)
 
 
 def image_format(recipe: Recipe, model: nn.Module, device: torch.device) -> torch.memory_format:

@@ -44,8 +44,9 @@ class Explanation:
     is predicted where it was not measured), share_of_peak (of the roof's arithmetic, live stripes alone counted; None
     without a roof or a measurement), reason (of the choice), next (the best other kernel and its time over the
     chosen one's), epilogue, candidates (dicts of kernel, config, predicted_ms, measured_ms, refusal).
-    ordinary holds layer, kind ("convolution" or "linear layer"), input, filter, macs, dense_macs, measured_ms,
-    dense_ms of the convolutions and linear layers that are torch's own.
+    ordinary holds layer, kind ("convolution" or "linear layer"), input, filter, macs, dense_macs, predicted_ms (None of
+    1-D, 3-D and transposed convolutions), measured_ms, dense_ms of the convolutions and linear layers that are torch's
+    own.
     """
 
     rows: list[dict[str, Any]]

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stripe_kernels import ops, plan
 from stripe_kernels.compile.tune import evaluating, interleaved
+from stripe_kernels.geometry import IntPair, pair, resolve_padding
+from stripe_kernels.skeleton import FilterSkeleton
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
@@ -32,8 +35,28 @@ class Call:
     def kind(self) -> str:
         return "linear layer" if isinstance(self.layer, nn.Linear) else "convolution"
 
+    def predicted(self) -> float | None:
+        """Seconds by the model of dense convolutions, in which a linear layer is one of 1x1; None where it has no word
+        for the layer. The padding's values cost nothing, so its mode does not matter."""
+        layer, x = self.layer, self.x
+        size = tuple(x.shape)
+        if isinstance(layer, nn.Linear):
+            size = (max(x.numel() // layer.in_features, 1), layer.in_features, 1, 1)
+            op = _dense(layer.out_features, (1, 1), (1, 1), (0, 0), (1, 1), 1)
+        elif isinstance(layer, nn.Conv2d) and x.dim() == 4:
+            kernel = pair(layer.kernel_size, "kernel_size", 1)
+            stride, dilation = pair(layer.stride, "stride", 1), pair(layer.dilation, "dilation", 1)
+            op = _dense(layer.out_channels, kernel, stride, layer.padding, dilation, layer.groups)
+        else:
+            return None
+        problem = op.problem(size, x.dtype, x.device, ops.is_channels_last(x))
+        ops.backends.load()
+        return plan.candidates(problem, "fprop", ["dense"])[0].predicted
+
     def row(self, seconds: float | None) -> dict[str, Any]:
         """As of a stripe layer, with what there is to say of it."""
+        predicted = self.predicted()
+        expected = None if predicted is None else predicted * 1e3
         time = None if seconds is None else seconds * 1e3
         weight: Any = self.layer.weight
         return {
@@ -43,9 +66,19 @@ class Call:
             "filter": list(weight.shape),
             "macs": self.macs,
             "dense_macs": self.macs,
+            "predicted_ms": expected,
             "measured_ms": time,
-            "dense_ms": time,
+            "dense_ms": expected if time is None else time,
         }
+
+
+def _dense(
+    k: int, kernel: IntPair, stride: IntPair, padding: Any, dilation: IntPair, groups: int
+) -> ops.StripeOp:
+    live = FilterSkeleton.full(k, *kernel).text
+    return ops.StripeOp.of(
+        live, stride, resolve_padding(padding, kernel, stride, dilation), dilation, groups, "dense"
+    )
 
 
 class _Seen(TorchDispatchMode):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import stripe_kernels
-from stripe_kernels import explain, freeze, optimize, plan, tune
+from stripe_kernels import StripeConv2d, explain, freeze, optimize, plan, tune
 from stripe_kernels.compile import cache
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.race import Ratio, race
@@ -402,7 +402,16 @@ def test_totals_are_the_networks(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.total["dense_macs"] == dense + convolutions + linear
     assert found.macs_kept == (live + convolutions) / (dense + convolutions)
     assert found.total["measured_ms"] is None
+    assert found.total["predicted_ms"] is None  # a transposed convolution has no prediction
+    without = explain(nn.Sequential(*frozen[:4], nn.Flatten(), nn.Linear(6 * 6 * 5, 5)), x)
+    times = [row["predicted_ms"] for row in [*without.rows, *without.ordinary]]
+    assert len(times) == 5
+    assert without.total["predicted_ms"] == pytest.approx(sum(times))
     assert "4 ordinary convolutions" in capsys.readouterr().out
+    same = explain(StripeConv2d.from_conv2d(layers[0]), x)
+    assert found.ordinary[0]["predicted_ms"] == pytest.approx(
+        next(c["predicted_ms"] for c in same.rows[0]["candidates"] if c["kernel"] == "dense")
+    )
     tune(frozen, x, seconds=0.01)
     timed = explain(frozen, x, seconds=0.01)
     assert timed.total["measured_ms"] == pytest.approx(

@@ -71,8 +71,8 @@ def test_a_budget_out_of_reach_names_the_pointwise_convolutions() -> None:
     reason = out_of_reach(NETWORK, "abd", least - 1e-9)
     assert f"at least {least:.4f}" in reason
     assert (
-        f"1 are 1x1 ({share:.4f}), which pointwise=True of attach, --pointwise of iessp prune, gates too"
-        in reason
+        f"1 are 1x1 ({share:.4f}), which attach(..., pointwise=True), iessp prune --pointwise and iessp train "
+        "--set pointwise=true gate too" in reason
     )
     assert "pointwise" not in out_of_reach(NETWORK, "abc", 1e-3)
 

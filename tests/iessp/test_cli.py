@@ -165,7 +165,7 @@ def test_help_suffices(
         ),
         (
             ("prune", "mobilenetv2", "--input", "3x32x32", "--budget", "0.1"),
-            "which pointwise=True of attach, --pointwise of iessp prune, gates too",
+            "which attach(..., pointwise=True), iessp prune --pointwise and iessp train --set pointwise=true gate too",
         ),
         (("prune", "resnet20", "--budget", "fast"), "or a time such as \"2.5 ms\", got 'fast'"),
         (("prune", "resnet20", "--input", "3x20"), '--input "3x20" is not CxHxW, as in 3x32x32'),

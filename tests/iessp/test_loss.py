@@ -245,7 +245,8 @@ def test_a_budget_that_no_cut_can_meet_is_refused_before_any_training() -> None:
     """A depthwise 3x3 and a 1x1, which holds nearly all multiply-adds and has no gate unless asked for."""
     net = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 64, 1))
     with pytest.raises(
-        ValueError, match=r"1 are 1x1 \(0\.8767\), which pointwise=True of attach, --pointwise of iessp"
+        ValueError,
+        match=r"1 are 1x1 \(0\.8767\), which attach\(..., pointwise=True\), iessp prune --pointwise",
     ):
         iessp.StripeLoss(iessp.attach(net), budget=0.5, steps=10)
     iessp.StripeLoss(iessp.attach(iessp.detach(net), pointwise=True), budget=0.5, steps=10)

@@ -173,7 +173,13 @@ def test_kill_at_ten_random_moments_and_resume(splits: Splits, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "changes", [{"bfloat16": True}, {"channels_last": True}, {"options": {"module": False}}]
+    "changes",
+    [
+        {"bfloat16": True},
+        {"channels_last": True},
+        {"options": {"module": False}},
+        {"model": "mobilenetv2", "pointwise": True},
+    ],
 )
 def test_the_loop_takes_every_setting(splits: Splits, tmp_path: Path, changes: dict[str, object]) -> None:
     trainer = Trainer(TINY.but(**changes), splits, tmp_path)

@@ -53,12 +53,14 @@ class TestHub:
 
         frozen, x = pruned(), torch.randn(2, 3, 8, 8)
         network = compact(frozen, (x,)) if optimized else frozen
-        HubModel(network).save_pretrained(tmp_path / "model")
+        HubModel(network, x).save_pretrained(tmp_path / "model")
+        assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["README.md", "model.safetensors"]
         assert "library_name: stripe-kernels" in (tmp_path / "model/README.md").read_text()
         again = HubModel.from_pretrained(tmp_path / "model")
         assert isinstance(again, HubModel)
         with torch.inference_mode():
             assert torch.equal(again(x), network(x))
+        assert torch.equal(again.example_input[0], torch.zeros_like(x))
         load(tmp_path / "model/model.safetensors")
 
     def test_what_is_pushed_is_the_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
