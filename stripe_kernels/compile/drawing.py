@@ -146,7 +146,7 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, lines: Sequence[Line] = (
     for line, kind, _ in drawn:
         shown = " ".join(f"{a:.1f},{b:.1f}" for a, b in line)
         out.append(f"<polyline class='line {kind}' points='{shown}'/>")
-    tags = [_name(text, line[-2:], taken, inked) for line, _, text in drawn if text]
+    tags = [_name(text, line, taken, inked) for line, _, text in drawn if text]
     for p in points:
         at = f"cx='{px(p.x):.1f}' cy='{py(p.y):.1f}'"
         if p.spread:
@@ -195,15 +195,18 @@ def _along(line: Sequence[tuple[float, float]]) -> Iterator[Box]:
             yield (a - 1, b - 1, a + 1, b + 1)
 
 
-def _name(text: str, segment: Sequence[tuple[float, float]], taken: list[Box], inked: list[Box]) -> str:
-    """The name of a line along its last segment, as far to the right as it stays free of marks and other lines."""
-    (start, _), (end, y) = segment
+def _name(text: str, line: Sequence[tuple[float, float]], taken: list[Box], inked: list[Box]) -> str:
+    """The name of a line along its level last segment, as far to the right as it stays free of marks and other lines;
+    else to the left of what rises to there."""
+    (start, _), (end, y) = line[-2:]
     width = _LETTER * len(text)
     places = [
-        (end - 4 - back, dy) for back in range(0, max(1, int(end - start - width)), 12) for dy in (-5, 13)
+        (end - 4 - back, y + dy) for back in range(0, max(1, int(end - start - width)), 12) for dy in (-5, 13)
     ]
-    boxes = [(x - width, y + dy - 9, x, y + dy + 2) for x, dy in places]
-    return _first_free(text, [(x, y + dy, "end") for x, dy in places], boxes, taken, inked, always=True)
+    rising = [(right - 5, top + 3) for _, top, right, _ in [*_along(line[:-1])][::-4]]
+    places += [(a, b) for a, b in rising if a - width >= _LEFT and b >= _TOP + 24]
+    boxes = [(a - width, b - 9, a, b + 2) for a, b in places]
+    return _first_free(text, [(a, b, "end") for a, b in places], boxes, taken, inked, always=True)
 
 
 def _label(p: Point, x: float, y: float, taken: list[Box], inked: list[Box]) -> str:

@@ -31,6 +31,9 @@ _COLUMNS = {
     "next": ("next best", "{}"),
 }
 _TIMES = ("predicted_ms", "measured_ms", "dense_ms")
+_HOW_TO_TIME = (
+    "no measured total: ordinary layers are timed by explain(..., seconds=1), iessp explain --measure"
+)
 _NAMES_SHOWN = 6  # in a note that holds for many layers
 
 
@@ -68,7 +71,11 @@ class Explanation:
         if not self.rows:
             lines = ["no stripe layer runs in this network", *(lines if self.ordinary else [])]
         roof = [] if self.roof is None else [str(self.roof)]
-        return "\n".join([*map(str.rstrip, lines), *roof, *self.summary])
+        untimed = all(r["measured_ms"] for r in self.rows) and any(
+            not r["measured_ms"] for r in self.ordinary
+        )
+        hint = [_HOW_TO_TIME] if self.rows and untimed else []
+        return "\n".join([*map(str.rstrip, lines), *hint, *roof, *self.summary])
 
     @property
     def parts(self) -> list[dict[str, Any]]:

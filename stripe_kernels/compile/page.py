@@ -116,13 +116,17 @@ def _networks(networks: Sequence[dict[str, Any]]) -> str:
 
 
 def _skeletons(e: Explanation) -> str:
+    """Those with something to see."""
+    cut = [(row, live) for row, live in zip(e.rows, e.skeletons, strict=True) if row["live"] < row["stripes"]]
     cards = "".join(
         f"<figure>{skeleton(live)}<figcaption>{_name(row)}<small>{escape(_percent(row['density']))} "
         f"of {row['stripes']:,}</small></figcaption></figure>"
-        for row, live in zip(e.rows, e.skeletons, strict=True)
+        for row, live in cut
     )
     caption = "A tile is a filter, a cell one of its taps; filled cells are stripes that live."
-    return _section("Skeletons", caption, f"<div class='skeletons'>{cards}</div>")
+    if whole := len(e.rows) - len(cut):
+        caption += f" Not drawn: {whole} layer{'s that keep' if whole > 1 else ' that keeps'} every stripe."
+    return _section("Skeletons", caption, f"<div class='skeletons'>{cards}</div>" if cut else "")
 
 
 def _percent(share: float) -> str:
@@ -212,11 +216,8 @@ def _roofline(e: Explanation) -> str:
             if t and macs:
                 rate = 2 * macs / t / 1e6
                 note = f"{row['layer']}, {kind}: {rate:.3g} GFLOP/s"
-                label = (
-                    f"{told[id(row)]} {row['share_of_peak']:.0%}"
-                    if kind == "stripes" and id(row) in told
-                    else ""
-                )
+                extreme = told.get(id(row)) if kind == "stripes" else None
+                label = f"{extreme} {_of_peak(row)}" if extreme else ""
                 pair.append(Point(2 * macs / moved, rate, kind, label, note))
         pairs.append(pair)
     points = [p for pair in pairs for p in pair]
@@ -232,7 +233,7 @@ def _roofline(e: Explanation) -> str:
     most = max(1.0, *(row["share_of_peak"] for row in e.rows))
     shares = "".join(
         f"<div class='pair'><span>{escape(row['layer'])}</span><div class='peak' style='--peak:{1 / most:.4f}'>"
-        f"{_bar(row['share_of_peak'] / most, 'kept', '', 0)}</div><small>{row['share_of_peak']:.0%}</small></div>"
+        f"{_bar(row['share_of_peak'] / most, 'kept', '', 0)}</div><small>{escape(_of_peak(row))}</small></div>"
         for row in e.rows
     )
     caption = (
@@ -242,6 +243,11 @@ def _roofline(e: Explanation) -> str:
     )
     title = "Share of peak arithmetic, stripes; the line is 100%"
     return _section("Roofline", caption, f"<div class='two'>{plot}<div><h3>{title}</h3>{shares}</div></div>")
+
+
+def _of_peak(row: dict[str, Any]) -> str:
+    share: float = row["share_of_peak"]
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def _accuracy(runs: Sequence[dict[str, Any]] | None) -> str:

@@ -80,6 +80,7 @@ details ul{padding:6px 0 4px 4px;list-style:none;font-size:12.5px;color:var(--so
 main{padding:24px 12px 60px}
 .skeletons{gap:22px 8px}
 .layer .kept span::after{content:" kept"}
+.layer .kept{--room:6em!important}
 .times{margin-top:5px}
 .layer{grid-template-columns:1fr 62px 44px;gap:2px 14px;padding:9px 0}
 .layer>:nth-child(1){grid-area:1/1/2/2}.layer>:nth-child(2){grid-area:2/1/3/2}

@@ -155,13 +155,19 @@ def test_notes_that_say_the_same_are_one_line() -> None:
 
 @pytest.mark.parametrize("intensity", [20.0, 50.0, 90.0, 150.0])
 @pytest.mark.parametrize("rate", [40.0, 52.0, 60.0, 70.0])
-def test_labels_keep_off_each_other(intensity: float, rate: float) -> None:
-    """A mark about the end of a line that has a name, wherever it is."""
+@pytest.mark.parametrize("crowd", [[], [16.0, 22.0, 31.0, 43.0, 59.0, 81.0, 110.0, 150.0, 205.0]])
+def test_labels_keep_off_each_other(crowd: list[float], intensity: float, rate: float) -> None:
+    """A mark about the end of a line that has a name, wherever it is, and a line full of marks."""
     marks = [
         drawing.Point(intensity, rate, "stripes", "highest 112%"),
         drawing.Point(5.0, 19.0, "stripes", "lowest"),
     ]
-    line = ([(3.0, 40.0), (4.0, 54.0), (240.0, 54.0)], "roof", "roof 54 GFLOP/s")
+    marks += [drawing.Point(x, y, "dense") for x in crowd for y in (50.0, 58.0)]
+    line = (
+        [(3.0, 12.0), (13.0, 54.0), (240.0, 54.0)] if crowd else [(3.0, 40.0), (4.0, 54.0), (240.0, 54.0)],
+        "roof",
+        "roof 54 GFLOP/s",
+    )
     axes = drawing.Axis("x", log=True), drawing.Axis("y", log=True)
     svg = drawing.scatter(marks, *axes, [line])
     boxes = []
@@ -173,6 +179,11 @@ def test_labels_keep_off_each_other(intensity: float, rate: float) -> None:
         boxes.append((left, float(y) - 8, left + width, float(y)))
     assert len(boxes) >= 2
     assert not any(drawing._overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    dots = [
+        (float(x) - 3.4, float(y) - 3.4, float(x) + 3.4, float(y) + 3.4)
+        for x, y in re.findall(r"cx='([\d.]+)' cy='([\d.]+)'", svg)
+    ]
+    assert not any(drawing._overlap(box, dot) for box in boxes for dot in dots)
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -208,7 +219,9 @@ def browse(page: Path, *arguments: str) -> str:
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH: apt-get install chromium")
 def test_a_browser_shows_it_without_overflow(explained: Explanation, tmp_path: Path) -> None:
     """Asks the browser itself, in frames of both widths, whether anything is wider than the window."""
-    page = explained.html("Report", NETWORKS, RUNS)
+    rows = [{**row, "density": 1.0} for row in explained.rows]  # labels at the end of their longest bars
+    everything = Explanation(rows, explained.notes, explained.skeletons, explained.roof, explained.ordinary)
+    page = everything.html("Report", NETWORKS, RUNS)
     frames = "".join(
         f"<iframe width='{w}' height='600' srcdoc='{escape(page)}'></iframe>" for w in (1200, 400)
     )
@@ -216,7 +229,10 @@ def test_a_browser_shows_it_without_overflow(explained: Explanation, tmp_path: P
         "onload=()=>{const found=[...document.querySelectorAll('iframe')].map(f=>{const d=f.contentDocument,"
         "e=d.documentElement;return{window:f.contentWindow.innerWidth,content:e.scrollWidth,height:e.scrollHeight,"
         "outside:[...d.querySelectorAll('main *')].filter(n=>n.getBoundingClientRect().right>e.clientWidth+1)"
-        ".map(n=>n.tagName+'.'+n.getAttribute('class'))}});document.body.textContent=JSON.stringify(found)}"
+        ".map(n=>n.tagName+'.'+n.getAttribute('class')),touching:[...d.querySelectorAll('.layer:not(.head,.sum)')]"
+        ".filter(n=>{const a=n.querySelector('.kept span').getBoundingClientRect(),"
+        "b=n.querySelector('.taps').getBoundingClientRect();return a.right>b.left&&a.bottom>b.top}).length}});"
+        "document.body.textContent=JSON.stringify(found)}"
     )
     framed = tmp_path / "framed.html"
     framed.write_text(f"<!doctype html><body>{frames}<script>{measure}</script></body>")
@@ -228,6 +244,7 @@ def test_a_browser_shows_it_without_overflow(explained: Explanation, tmp_path: P
     assert narrow["content"] <= 400
     assert narrow["height"] > wide["height"] > 600
     assert wide["outside"] == narrow["outside"] == []
+    assert wide["touching"] == narrow["touching"] == 0
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH: apt-get install chromium")
