@@ -87,7 +87,7 @@ def _write(given: Given, frozen: nn.Module, output: Path) -> dict[str, Any]:
     kept, compacted = macs_kept(network, live), compacted_macs_kept(network, live)
     console.print(
         f"{kept:.2%} of the convolutions' {network.macs / 1e6:.1f} M MACs kept ({compacted:.2%} after compaction)\n"
-        f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB; stripe_kernels.load reads it",
+        f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB; stripe_kernels.load reads it, iessp bench times it",
         highlight=False,
     )
     layers = [
@@ -130,7 +130,10 @@ def optimize(given: Given, batch: int, output: Path) -> dict[str, Any]:
     for line in explanation.summary:
         console.print(line, highlight=False, soft_wrap=True)
     kept = not isinstance(network, stripe_kernels.Network)
-    console.print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB; stripe_kernels.load reads it")
+    console.print(
+        f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB; stripe_kernels.load reads it, iessp bench times it",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
     return {"file": str(output), "bytes": output.stat().st_size, "rewritten": not kept, "notes": report}
 
 

@@ -8,8 +8,12 @@ export `to_dense(network)` instead: dense convolutions, but already compacted an
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +66,25 @@ def export_onnx(
     except ImportError as error:
         raise ImportError(f"export_onnx needs the packages onnx and onnxscript: {error}") from error
     batch = torch.export.Dim("batch")
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         torch.onnx.export(
             to_dense(model).eval(), inputs, Path(path), dynamo=True, external_data=False, verbose=False,
             dynamic_shapes=tuple({0: batch} for _ in inputs),
         )  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages that it could also export from, and on torch's own future."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def _dense(layer: StripeConv2d) -> nn.Conv2d:

@@ -90,12 +90,13 @@ def test_a_state_dict_goes_both_ways() -> None:
 
 
 @pytest.mark.parametrize("name", ["squeeze_excite", "unet", "yolo_neck"])
-def test_onnx_runtime_agrees(name: str, tmp_path: Path) -> None:
+def test_onnx_runtime_agrees(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     runtime = pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     model, frozen, x = masked(name, 0.24)
     export_onnx(compact(frozen, (x,)), x, tmp_path / "net.onnx")
+    assert capfd.readouterr() == ("", ""), "an export that went well says nothing"
     written = onnx.load(tmp_path / "net.onnx")
     assert {node.domain for node in written.graph.node} <= {"", "ai.onnx"}
     session = runtime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
