@@ -124,6 +124,10 @@ def _file(path: Path) -> tuple[nn.Module, Tensor | None]:
     try:
         model, inputs = stripe_kernels.load(path), stripe_kernels.example_input(path)
     except ValueError as error:
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"{path} is none of what MODEL can be: {FORMS}; weights go with --weights"
+            ) from error
         raise Failure(str(error)) from error
     return model, inputs[0][:1] if inputs and inputs[0].dim() == 4 and len(inputs[0]) else None
 

@@ -194,6 +194,10 @@ def test_help_suffices(
         (("bench", "resnet20", "--weights", "gone.pt"), "gone.pt does not exist"),
         (("train", "notes.toml"), "notes.toml is not TOML: "),
         (("freeze", "notes.pt"), "notes.pt cannot be read: it is no file of torch.save"),
+        (
+            ("explain", "notes.toml"),
+            "notes.toml is none of what MODEL can be: a file that stripe_kernels.save wrote, ",
+        ),
         (("prune", "resnet20", "-o", "pruned.onnx"), '"pruned.onnx" does not end in .safetensors'),
         (("optimize", "resnet20", "-o", "."), '"." is a folder'),
         (("report", "resnet20", "-o", "page.pdf"), '"page.pdf" does not end in .html'),
