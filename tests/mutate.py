@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.generate import sources
 
 ROOT = Path(__file__).parents[1]
 IGNORED = shutil.ignore_patterns(
@@ -33,42 +36,220 @@ class Fault:
 
 
 PYTEST = ("-m", "pytest", "-q", "-x", "-n", "0", "--no-header", "-p", "no:cacheprovider")
+RACES = ("-m", "tests.sanitized", "thread")
+
+
+def suite(*files: str, only: str = "") -> tuple[str, ...]:
+    return (*PYTEST, *(f"tests/{name}.py" for name in files), *(("-k", only) if only else ()))
+
+
+# "class: where": Fault
 FAULTS = {
-    "off by one in a border tap": Fault(
+    "off by one in a border tap: wgrad": Fault(
         "csrc/cpu/wgrad.cpp",
         "floor_div(s.W - 1 - off_w, s.stride_w) + 1}",
         "floor_div(s.W - 1 - off_w, s.stride_w)}",
-        (*PYTEST, "tests/test_wgrad.py", "tests/test_generated.py"),
+        suite("test_wgrad", "test_generated"),
     ),
-    "race in a shared accumulation": Fault(
+    "off by one in a border tap: dgrad of a stride": Fault(
+        "csrc/cpu/lattice.cpp",
+        "l.cols = ceil_div(s.W - w0, s.stride_w);",
+        "l.cols = (s.W - w0) / s.stride_w;",
+        suite("test_dgrad", only="cpu_pixels"),
+    ),
+    "off by one in a border tap: rows and columns inside the image": Fault(
+        "csrc/cpu/lanes.cpp",
+        "floor_div(extent - 1 - origin, step) + 1 - first}",
+        "floor_div(extent - 1 - origin, step) - first}",
+        suite("test_fprop", only="cpu_pixels"),
+    ),
+    "off by one in a border tap: the panel of cpu_taps": Fault(
+        "csrc/cpu/fprop_taps.cpp",
+        "Range{std::min(r.lo, to), std::max(r.hi, to + 1)}",
+        "Range{std::min(r.lo, to), std::max(r.hi, to)}",
+        suite("test_taps"),
+    ),
+    "off by one in a border tap: zeros right of a plane's last row": Fault(
+        "csrc/cpu/planes.h",
+        "for (int row = 0; row < h; ++row) at[static_cast<std::int64_t>(row) * pitch + w] = 0.f;",
+        "for (int row = 0; row + 1 < h; ++row) at[static_cast<std::int64_t>(row) * pitch + w] = 0.f;",
+        suite("compile/test_program", only="lists_give or bits_of_a_list"),
+    ),
+    "off by one in a border tap: zeros behind a plane": Fault(
+        "csrc/cpu/planes.h",
+        "      std::fill(at + size, at + channel_floats(), 0.f);\n",
+        "",
+        suite("compile/test_program", only="lists_give or bits_of_a_list"),
+    ),
+    "off by one in a border tap: planes read in place": Fault(
+        "csrc/cpu/schedule.cpp",
+        "blocks_[block_kind(block)].i0 + row_min_;\n  return",
+        "blocks_[block_kind(block)].i0 + row_min_ + 1;\n  return",
+        suite("compile/test_program", only="lists_give or bits_of_a_list"),
+    ),
+    "off by one in a border tap: pool of a list": Fault(
+        "csrc/cpu/call_list.cpp",
+        "std::min(count, (size - 1 - shift) / stride + 1);",
+        "std::min(count, (size - 1 - shift) / stride);",
+        suite("compile/test_program", only="max_pools"),
+    ),
+    "off by one in a border tap: pool in lanes": Fault(
+        "csrc/cpu/lane_network.cpp",
+        "floor_div(x.w + s.pad_w - s.kernel_w, s.stride_w) + 1}",
+        "floor_div(x.w + s.pad_w - s.kernel_w, s.stride_w) + 2}",
+        suite("compile/test_resident"),
+    ),
+    "race: wgrad's sums": Fault(
         "csrc/cpu/wgrad.cpp",
         "      team.barrier();\n    }\n    if (whole) return;",
         "    }\n    if (whole) return;",
-        ("-m", "tests.sanitized", "thread"),
+        RACES,
     ),
-    "wrong permutation": Fault(
+    "race: blocks that share rows of a plane": Fault(
+        "csrc/cpu/fprop.cpp",
+        "const bool ordered = threads == 1 || part_count_ > 1 || schedule_.single_row_block();",
+        "const bool ordered = true;",
+        RACES,
+    ),
+    "race: a panel packed while others read it": Fault(
+        "csrc/cpu/driver.h",
+        "        if (task) team.barrier();\n",
+        "",
+        RACES,
+    ),
+    "race: threads of cpu_taps in one memory": Fault(
+        "csrc/cpu/fprop_taps.cpp",
+        "float* const panel = memory + team.thread * each;",
+        "float* const panel = memory;",
+        RACES,
+    ),
+    "race: phases read before they are split": Fault(
+        "csrc/cpu/lane_network.cpp",
+        "      team.barrier();\n      in = staging;",
+        "      in = staging;",
+        RACES,
+    ),
+    "wrong permutation: stripes of a tap": Fault(
         "stripe_kernels/packed.py",
         "order = np.lexsort((k, tap, group))",
         "order = np.argsort(np.lexsort((k, tap, group)))",
-        (*PYTEST, "tests/test_packed.py", "tests/test_fprop.py"),
+        suite("test_packed", "test_fprop"),
     ),
-    "stale cache": Fault(
+    "wrong permutation: filters of a pair": Fault(
+        "csrc/cpu/fprop_taps.cpp",
+        "packed + s.weight + i / 2 * c * 2 + i % 2;",
+        "packed + s.weight + i / 2 * c * 2 + (1 - i % 2);",
+        suite("test_taps"),
+    ),
+    "wrong permutation: a flattened map": Fault(
+        "csrc/cpu/head.cpp",
+        "(c * size.h + h) * size.w, 0, 0)",
+        "(h * size.c + c) * size.w, 0, 0)",
+        suite("compile/test_program", only="head"),
+    ),
+    "wrong permutation: sums of filters in lanes": Fault(
+        "csrc/cpu/fprop_filters.cpp",
+        "&stripes_.filter[t->first + at * isa_.lanes];",
+        "&stripes_.filter[t->first];",
+        suite("test_fprop", only="cpu_filters"),
+    ),
+    "stale cache: packed weights": Fault(
         "stripe_kernels/snapshots.py",
         "self.version == weight._version and ",
         "",
-        (*PYTEST, "tests/test_snapshots.py"),
+        suite("test_snapshots"),
     ),
-    "unchecked index": Fault(
+    "stale cache: programs after forget": Fault(
+        "stripe_kernels/compile/network.py",
+        "        self._programs = {}\n        for module",
+        "        for module",
+        suite("compile/test_program", "compile/test_compact", only="elsewhere or new_weights"),
+    ),
+    "stale cache: plans after a measurement": Fault(
+        "stripe_kernels/plan.py",
+        "    _tuned[problem, which] = tuple(measured)\n    make_plan.cache_clear()\n",
+        "    _tuned[problem, which] = tuple(measured)\n",
+        suite("test_plan"),
+    ),
+    "stale cache: runners of another number of threads": Fault(
+        "stripe_kernels/ops.py",
+        "return t.shape, t.stride(), dtype, device, torch.get_num_threads(), tf32",
+        "return t.shape, t.stride(), dtype, device, tf32",
+        suite("test_threads", only="governs"),
+    ),
+    "stale cache: measurements of another problem": Fault(
+        "stripe_kernels/compile/cache.py",
+        '        "problem": choices.entry(problem, which, ()),\n',
+        "",
+        suite("compile/test_tune", only="key"),
+    ),
+    "unchecked index: rows of a weight": Fault(
         "csrc/bindings/cpu.cpp",
         'require(row[j] >= 0 && row[j] < static_cast<int>(a) && !seen[row[j]], "rows are a permutation");',
         "",
-        (*PYTEST, "tests/test_malformed.py", "-k", "corrupt"),
+        suite("test_malformed", only="corrupt"),
+    ),
+    "unchecked index: tensors of a list": Fault(
+        "csrc/cpu/call_list.cpp",
+        "tensor < 0 || tensor >= static_cast<int>(places_.size())",
+        "tensor < 0 || tensor > static_cast<int>(places_.size())",
+        suite("test_boundary"),
+    ),
+    "memory read before it is written: zeros beside a pair": Fault(
+        "csrc/cpu/fprop_taps.cpp",
+        "      std::fill(panel + c * c_stride_ + zeros_, panel + (c + 1) * c_stride_, 0.f);\n",
+        "      ;\n",
+        suite("test_fprop", "test_taps", only="taps"),
+    ),
+    "threads: a forked child waits for its parent's": Fault(
+        "csrc/cpu/parallel.cpp",
+        "at_fork != 0 || forked.load() || omp_in_parallel()",
+        "omp_in_parallel()",
+        suite("test_threads", only="forked_child_computes"),
+    ),
+    "threads: the GIL held": Fault(
+        "csrc/bindings/cpu.cpp",
+        '.def("run", &run_fprop<FpropTaps>, Release());',
+        '.def("run", &run_fprop<FpropTaps>);',
+        suite("test_threads", only="gil"),
+    ),
+    "threads: exit inside a kernel": Fault(
+        "csrc/bindings/gil.h",
+        "for (;;) pause();",
+        "throw;",
+        suite("test_interpreters", only="daemon"),
+    ),
+    "threads: the oldest runner gone twice": Fault(
+        "stripe_kernels/ops.py",
+        "self._runners.pop(oldest, None)",
+        "self._runners.pop(oldest)",
+        suite("test_threads", only="more_shapes"),
+    ),
+    "resources: no memory": Fault(
+        "csrc/cpu/parallel.cpp",
+        "    if (!p) throw NoMemory(bytes);\n",
+        "",
+        suite("test_out_of_memory"),
+    ),
+    "resources: a cache file written in place": Fault(
+        "stripe_kernels/compile/cache.py",
+        '    temporary = folder / f".{name}.{secrets.token_hex(4)}"\n',
+        '    temporary = folder / f"{name}.json"\n',
+        suite("compile/test_tune", only="whole_files"),
+    ),
+    "resources: a network in the pages of its file": Fault(
+        "stripe_kernels/compile/files.py",
+        "file.get_tensor(n).clone()",
+        "file.get_tensor(n)",
+        suite("compile/test_files", only="outlives"),
     ),
 }
 
 
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "python")])}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def build(folder: Path) -> None:
@@ -91,29 +272,34 @@ def main() -> int:
     parser.add_argument("--record", type=Path, help="write what noticed each fault here as JSON")
     arguments = parser.parse_args()
     caught: dict[str, str | None] = {}
+    sound: set[tuple[str, ...]] = set()  # tests that pass without a fault
+    chosen = {name: FAULTS[name] for name in arguments.fault or FAULTS}
+    for name, fault in chosen.items():
+        if (ROOT / fault.file).read_text().count(fault.right) != 1:
+            sys.exit(f"{fault.file} no longer has once what {name!r} replaces: {fault.right!r}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "tree"
         shutil.copytree(ROOT, folder, ignore=IGNORED)
         build(folder)
-        for name in arguments.fault or FAULTS:
-            fault = FAULTS[name]
+        for fault in chosen.values():
+            if fault.tests not in sound:
+                before = python(folder, *fault.tests)
+                if before.returncode:
+                    sys.exit(f"without a fault: {before.stdout}{before.stderr}")
+                sound.add(fault.tests)
+        for name, fault in chosen.items():
             path = folder / fault.file
-            sound = path.read_text()
-            if sound.count(fault.right) != 1:
-                sys.exit(f"{fault.file} no longer has what {name!r} replaces: {fault.right!r}")
-            before = python(folder, *fault.tests)
-            if before.returncode:
-                sys.exit(f"without a fault: {before.stdout}{before.stderr}")
-            path.write_text(sound.replace(fault.right, fault.wrong))
-            build(folder)
+            text = path.read_text()
+            path.write_text(text.replace(fault.right, fault.wrong))
+            build(folder)  # the file of the fault before too, which is sound again
             after = python(folder, *fault.tests)
             said = noticed(after.stdout + after.stderr)
             caught[name] = said or f"exit status {after.returncode}" if after.returncode else None
-            print(f"{name:32s} {fault.file:32s} {caught[name] or 'NOT NOTICED'}", flush=True)
-            path.write_text(sound)
-            build(folder)
-        if arguments.record:
-            arguments.record.write_text(json.dumps(caught, indent=1) + "\n")
+            print(f"{name:64s} {caught[name] or 'NOT NOTICED'}", flush=True)
+            path.write_text(text)
+            if arguments.record:
+                written = {"kernels": sources(), "noticed by": caught}
+                arguments.record.write_text(json.dumps(written, indent=1) + "\n")
     return 0 if all(caught.values()) else 1
 
 
