@@ -69,7 +69,7 @@ mutate: $(VENV)/.installed-test ## plants a fault of each class in a copy and sh
 
 audit: $(VENV)/.installed-dev ## known vulnerabilities and licences of what development installs
 	$(PYTHON) -m venv build/audit && build/audit/bin/pip install -q pip-audit pip-licenses
-	build/audit/bin/pip-licenses --python $(BIN)/python --format=markdown --order=license
+	build/audit/bin/pip-licenses --python $(BIN)/python --with-system --format=markdown --order=license
 	PIPAPI_PYTHON_LOCATION=$(BIN)/python build/audit/bin/pip-audit
 
 clean: ## remove what was built, and .venv

@@ -212,3 +212,16 @@ def test_hashed_pins_are_the_constraints() -> None:
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     wanted = {name.lower().replace("_", "-"): version for name, version in wanted.items()}
     assert {name: pins.get(name) for name in wanted} == wanted
+
+
+def test_the_list_of_licences_is_of_what_is_pinned() -> None:
+    pins = re.findall(r"^([A-Za-z0-9._-]+)==([^ ;\n]+)", (ROOT / "requirements-dev.txt").read_text(), re.M)
+    listed = re.findall(r"^\| (\S+) \| (\S+) \| (.+) \|$", (ROOT / "docs/licences.md").read_text(), re.M)[1:]
+
+    def plain(name: str) -> str:
+        return re.sub(r"[._]", "-", name.lower())
+
+    versions = {plain(name): version for name, version, _ in listed}
+    assert versions.pop("torch")  # chosen by tools/install
+    assert versions == {plain(name): version for name, version in pins}
+    assert not [name for name, _, licence in listed if licence == "UNKNOWN"]
