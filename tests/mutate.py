@@ -247,7 +247,8 @@ FAULTS = {
 
 
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "python")])}
+    path = os.pathsep.join([str(folder), str(folder / "python")])
+    environment = {**os.environ, "PYTHONPATH": path, "NVCC": ""}  # the CUDA half has tests/cuda/mutate.py
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
