@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from iessp.attach import nearest
@@ -39,6 +40,24 @@ def make(text: str) -> tuple[nn.Module, Tensor | None]:
         kind = type(made).__name__
         raise ValueError(f"{text} returned {kind} {made!r}: expected nn.Module, or (nn.Module, Tensor)")
     return model, example
+
+
+@torch.no_grad()
+def check_fit(name: str, model: nn.Module, data: str, classes: int, example: Tensor) -> None:
+    """Raises ValueError where a model of one's own does not take the data's images [1, C, H, W], or has other
+    classes."""
+    size, training = "x".join(map(str, example.shape[1:])), model.training
+    try:
+        scores = model.eval()(example)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name} does not take images of {data}, which are {size}: {reason}") from error
+    model.train(training)
+    if not isinstance(scores, Tensor) or scores.shape != (1, classes):
+        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"{name} gives {got} for one image of {data}: expected [1, {classes}], a score a class"
+        )
 
 
 def absent(path: Path) -> FileNotFoundError:

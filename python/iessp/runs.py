@@ -128,6 +128,8 @@ def finish(trainer: Trainer, console: Console) -> None:
     if trainer.skeletons:
         console.print(layer_table(trainer.network, trainer.skeletons))
     console.print(f"checkpoints, log.csv and results.json are in {trainer.folder}")
+    if trainer.skeletons:
+        console.print(f"next: iessp freeze {trainer.folder}, iessp report {trainer.folder}", soft_wrap=True)
 
 
 def checked(model: nn.Module, x: Tensor, batch: int, name: str = "frozen") -> nn.Module:

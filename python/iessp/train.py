@@ -23,6 +23,7 @@ from iessp.attach import attach, freeze, gate_parameters, gates, param_groups, s
 from iessp.budget import compacted_macs_kept, macs_kept
 from iessp.data.images import Images, Splits, augment, normalise, reduced, shuffled
 from iessp.data.stream import Stream
+from iessp.factory import check_fit
 from iessp.latency import Latency, measure, priced
 from iessp.loss import StripeLoss
 from iessp.models import build
@@ -323,6 +324,8 @@ def assemble(
     torch.manual_seed(recipe.seed)
     width = slim_width(recipe, classes, example) if recipe.method == "slim" else recipe.width
     model = build(recipe.model, classes, example.shape[1], width).to(example.device)
+    if ":" in recipe.model:
+        check_fit(recipe.model, model, recipe.data, classes, example)
     if weights is not None:
         model.load_state_dict(weights)
     model = model.to(memory_format=image_format(recipe, model, example.device))  # type: ignore[call-overload]

@@ -18,7 +18,7 @@ from iessp import checkpoint
 from iessp.data import load
 from iessp.data.images import Images, Splits
 from iessp.recipe import Recipe
-from iessp.train import Interrupted, Trainer, count_errors, learning_rate
+from iessp.train import Interrupted, Trainer, assemble, count_errors, learning_rate
 
 TINY = Recipe(name="tiny", model="resnet20", width=0.25, epochs=4, batch=16, budget=0.4, crop=1, gate_lr=0.2)
 
@@ -187,6 +187,32 @@ def test_the_loop_takes_every_setting(splits: Splits, tmp_path: Path, changes: d
     assert trainer.phase == "packed"
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert trainer.shares()[0] == pytest.approx(0.4, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (
+            "nn.Conv2d(1, 10, 3)",
+            "net.py:make does not take images of digits, which are 3x8x8: Given groups=1",
+        ),
+        (
+            "nn.Conv2d(3, 10, 3)",
+            r"net.py:make gives \[1, 10, 6, 6\] for one image of digits: expected \[1, 10\]",
+        ),
+        (
+            "nn.Sequential(nn.Conv2d(3, 7, 8), nn.Flatten())",
+            r"gives \[1, 7\] .* expected \[1, 10\], a score a class",
+        ),
+    ],
+)
+def test_a_model_of_ones_own_that_does_not_fit_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(f"from torch import nn\n\ndef make():\n    return {factory}\n")
+    with pytest.raises(ValueError, match=message):
+        assemble(TINY.but(model="net.py:make", width=1.0), 10, torch.zeros(1, 3, 8, 8))
 
 
 def test_dense_and_slim_train_without_gates(splits: Splits, tmp_path: Path) -> None:
