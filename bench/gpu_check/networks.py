@@ -24,7 +24,8 @@ from stripe_kernels.testing import Budget
 DENSITY = 0.24
 _SECONDS = 0.05  # of measuring one layer
 # name, classes, side, batches
-NETWORKS = (("resnet18", 1000, 224, (64, 1)), ("vgg16", 10, 32, (256, 1)))
+NETWORKS = (("vgg16", 10, 32, (1024, 1)), ("resnet18", 1000, 224, (64, 1)))
+_CHECKED = 64  # images of a batch whose result is compared with float64 on the CPU
 DRY = (("resnet20", 10, 8, (2,)),)
 
 
@@ -71,12 +72,12 @@ def network_row(
         for _ in range(4)
     ]
     with torch.inference_mode():
-        exact = copy.deepcopy(network).double()(sets[0].cpu().double())
+        exact = copy.deepcopy(network).double()(sets[0][:_CHECKED].cpu().double())
         contestants = _contestants(network, skeletons, sets[0])
-        budget = Budget.of(exact, contestants["dense"](sets[0]).cpu())
+        budget = Budget.of(exact, contestants["dense"](sets[0])[:_CHECKED].cpu())
         wrong, ready = {}, {}
         for which, module in contestants.items():
-            failure = budget.failure(module(sets[0]).cpu())
+            failure = budget.failure(module(sets[0])[:_CHECKED].cpu())
             if failure:
                 wrong[which] = failure
             else:

@@ -115,22 +115,23 @@ class TableCheck {
     }
   }
 
-  // A tile of filters: segments, their end, group; a segment: origin, phase, blocks, their end; a block: first and last
-  // of its bundle, slot, filters of y, and where the starts of their places are.
+  // A tile of filters: segments, their end, group; a segment: origin, phase, blocks, their end, taps, their count; a block:
+  // first and last of its bundle, filters of y, and its octets.
   void fprop_sm90() const {
     const Walk& w = l_.walk;
-    const int n = l_.width, phases = w.in_step_h * w.in_step_w, slots = l_.pitch;
+    const int n = l_.width, phases = w.in_step_h * w.in_step_w;
     require(l_.dtype != DType::f32, "16-bit values");
-    require(n == 64 || n == 96 || n == 128, "width is 64, 96 or 128 columns");
-    require(rows_ <= (n == 64 ? 256 : n == 96 ? 128 : 64), "a patch has accumulators");
+    require(n == 64 || n == 96 || n == 128 || n == 192, "width is 64, 96, 128 or 192 columns");
+    require(l_.pitch == 128 || (l_.pitch == 256 && n == 64), "a block has 128 rows, or 256 of 64 columns");
+    require(rows_ <= l_.pitch && w.tile_n * w.tile_h * w.tile_w <= l_.pitch, "a patch and a tile have rows");
     require(w.in_step_h <= 4 && w.in_step_w <= 4 && phases <= 4, "at most four phases of the stride");
     require(w.patch_h <= 256 && w.patch_w <= 256 && w.tile_n <= 256, "a patch fits a box");
-    require(w.classes == 1 && l_.splits == 1 && l_.slab >= 2, "one class, no splits, two stages");
-    require(slots <= 4, "a bundle has at most four slots");
+    require(w.classes == 1 && l_.splits == 1 && l_.slab >= 2 && l_.chunk >= 1,
+            "one class, no splits, two stages");
     const int filter_tiles = l_.groups * l_.tiles_out;
-    const int segments = (l_.entries - l_.steps) / 8, blocks = (l_.lists - l_.entries) / 8;
+    const int record = 8 + n / 4;  // a block and its octets
+    const int segments = (l_.entries - l_.steps) / 8, blocks = (l_.lists - l_.entries) / record;
     require((l_.steps - l_.items) / 4 >= filter_tiles, "a tile of filters has four integers");
-    const int pitch = rows_of_products() + 8;
     for (int i = 0; i < filter_tiles; ++i) {
       const int* f = &t_[l_.items + 4 * i];
       require(0 <= f[2] && f[2] < l_.groups, "a group exists");
@@ -141,8 +142,14 @@ class TableCheck {
         require(0 <= s[2] && s[2] < phases && s[2] / w.in_step_w < w.in_h && s[2] % w.in_step_w < w.in_w,
                 "a phase has pixels");
         require(0 <= s[3] && s[3] < s[4] && s[4] <= blocks, "blocks exist");
-        for (int b = s[3]; b < s[4]; ++b) open = bundled(&t_[l_.entries + 8 * b], f[2], open, pitch);
-        require(!open || s[4] - s[3] == 1, "a bundle's block is alone in its segment");
+        require(s[5] % 2 == 0 && 0 <= s[6] && s[6] <= 32, "a phase has at most 32 taps, aligned");
+        for (int t = 0; t < s[6]; ++t) {
+          stays(list(s[5] + 2 * t), s[0], w.in_h, w.in_step_h, s[2] / w.in_step_w, w.out_h, w.tile_h,
+                w.patch_h);
+          stays(list(s[5] + 2 * t + 1), s[1], w.in_w, w.in_step_w, s[2] % w.in_step_w, w.out_w, w.tile_w,
+                w.patch_w);
+        }
+        for (int b = s[3]; b < s[4]; ++b) open = bundled(&t_[l_.entries + record * b], s, f[2], open);
       }
       require(!open, "a bundle ends in its tile");
     }
@@ -223,34 +230,34 @@ class TableCheck {
   }
 
  private:
-  int rows_of_products() const {
-    if (l_.width != 64) return l_.width == 96 ? 128 : 64;
-    return rows_ <= 64 ? 64 : rows_ <= 128 ? 128 : 256;
+  // Along one axis: whatever pixel of the image a tap reads lies in its tile's patch; the kernel does not look.
+  static void stays(int tap, int origin, int in, int step, int phase, int out, int tile, int patch) {
+    const int size = (in - phase + step - 1) / step;
+    bool stays = true;
+    for (int p = 0; p < out; ++p) {
+      const long long read = static_cast<long long>(p) + tap, at = read - p / tile * tile - origin;
+      stays = stays && (read < 0 || read >= size || (0 <= at && at < patch));
+    }
+    require(stays, "a tap stays in its patch");
   }
 
   // One block of a bundle, and whether the bundle goes on behind it.
-  bool bundled(const int* b, int group, bool open, int pitch) const {
+  bool bundled(const int* b, const int* segment, int group, bool open) const {
     require(b[0] == (open ? 0 : 1) && (b[1] == 0 || b[1] == 1), "bundles follow each other");
-    require(0 <= b[2] && b[2] < l_.pitch, "a slot exists");
-    if (b[1] == 0) return true;
-    require(b[4] > 0 && b[4] <= 128, "a bundle has 1 to 128 filters");
-    require(b[3] >= group * l_.group_out && b[3] + b[4] <= (group + 1) * l_.group_out,
+    require(b[3] > 0 && b[3] <= 64, "a bundle has 1 to 64 filters");
+    require(b[2] >= group * l_.group_out && b[2] + b[3] <= (group + 1) * l_.group_out,
             "filters lie in their group");
-    for (int f = 0; f <= b[4]; ++f) {
-      const int start = list(b[5] + f);
-      require(start >= 0 && (f == 0 || start >= list(b[5] + f - 1)), "places of a filter exist");
+    for (int o = 0; o < l_.width / 8; ++o) {  // a bit of no tap is never met
+      const unsigned bit = static_cast<unsigned>(b[8 + 2 * o]);
+      const int row = b[8 + 2 * o + 1];
+      int t = 0;
+      while (t < segment[6] && bit != 1u << t) ++t;
+      require(
+          bit == 0 || (t < segment[6] && row == (list(segment[5] + 2 * t) - segment[0]) * l_.walk.patch_w +
+                                                    list(segment[5] + 2 * t + 1) - segment[1]),
+          "an octet's tap is the phase's");
     }
-    require(b[6] == list(b[5]) && b[7] == list(b[5] + b[4]) - b[6] && b[7] <= l_.pitch * l_.width,
-            "places are counted and have room");
-    for (int p = list(b[5]); p < list(b[5] + b[4]); ++p) {
-      const int away = list(2 * p + 1);
-      // Without comparisons what lies beside a column has to be its zeros, or a column's width further at most.
-      const bool near = l_.chunk > 1 ? -(1 << 20) < away && away < 1 << 20 : -64 <= away && away < pitch;
-      require(near, "a tap is near");
-      const int column = list(2 * p) - away;
-      require(column >= 0 && column % pitch == 0 && column / pitch < l_.pitch * l_.width, "a column exists");
-    }
-    return false;
+    return b[1] == 0;
   }
 
   int size() const { return static_cast<int>(t_.size()); }

@@ -273,10 +273,10 @@ __device__ __forceinline__ void multiply(const unsigned char* weights, int accum
   const std::uint64_t w = column_descriptor(shared_address(weights), kStripes);
   constexpr int kNext = 16 * 128 / 16;  // 16 rows further in units of 16 bytes
   wgmma_fence();
-  wgmma_registers<T, N>(acc, a[0], w, accumulate);
-  wgmma_registers<T, N>(acc, a[1], w + kNext, 1);
-  wgmma_registers<T, N>(acc, a[2], w + 2 * kNext, 1);
-  wgmma_registers<T, N>(acc, a[3], w + 3 * kNext, 1);
+  wgmma_registers<T, N, true>(acc, a[0], w, accumulate);
+  wgmma_registers<T, N, true>(acc, a[1], w + kNext, 1);
+  wgmma_registers<T, N, true>(acc, a[2], w + 2 * kNext, 1);
+  wgmma_registers<T, N, true>(acc, a[3], w + 3 * kNext, 1);
   wgmma_commit();
 }
 

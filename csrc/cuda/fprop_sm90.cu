@@ -1,197 +1,220 @@
 // y[n,k,p,q] = finish( sum over the live stripes (k,(r,s)) of filter k, over c:  w[k,c,r,s] * x[n, c, p + r, q + s] )
 //
-// Hopper's own instructions: one GEMM of a patch of input pixels with all stripes of a tile of filters,
-// z[pixel][stripe] = sum over c of x[pixel][c] * w[stripe][c], kept in x's type in shared memory, where every pixel of
-// y adds up what its filter's stripes left for it. Executed work is exact at one stripe, but for the pixels of the
-// halo and unused columns of a block.
+// Hopper's own instructions, and two products. z[pixel][column] = sum over c of x[pixel][c] * w[column][c] multiplies a
+// patch of input pixels, halo included, with all stripes of a tile of filters, eight columns a tap; z is kept in x's type in
+// shared memory. y[pixel][k] = sum over columns of z[pixel + tap of the column][column] * (the column is filter k's) then
+// moves every column to its filter and its pixel: the left operand is read row by row from wherever the tap is, taps that
+// read beside the image read a row of zeros, and the right one is a matrix of zeros and ones, which arrives with the
+// weights. Executed work is exact at eight stripes of a tap, and the second product costs 64 / C of the first.
 //
-// One warpgroup loads (the copy engine does: x with its halo once for all blocks of a segment, weights through a ring),
-// two compute in turn: while one multiplies a block of columns, the other sums up its filters and stores them. No two
-// write the same pixel of a filter, and sums have one order, so bits repeat. backends/cuda_wgmma.py lays out patch and
-// columns.
+// One warpgroup loads (the copy engine does: x with its halo once for all blocks of a segment, weights through a ring), two
+// compute, half of the pixels each. While the first product of a block is under way the second one of the block before is
+// prepared and queued behind it. Sums of y stay in registers from a bundle's first block to its last, in one order, so bits
+// repeat. backends/cuda_stripes.py lays out patch and columns.
 #include "cuda/fprop_sm90.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/sum_sm90.h"
+#include "cuda/scatter_sm90.h"
 #include "cuda/tensor_map.h"
 #include "cuda/tma.h"
-#include "cuda/wgmma.h"
 
 namespace sk::cuda {
 namespace {
 
 constexpr int kLoader = 40, kComputer = 232;  // registers a thread; (40 + 2 * 232) * 128 of 65536
-static_assert(kLoader + 2 * kComputer <= kTradedRegisters);
+static_assert(kLoader + kComputers * kComputer <= kTradedRegisters);
 
 struct Launch {
   CUtensorMap phase[kMaxPhases];
   Params params;
 };
 
-// One thread loads everything, in the order in which it is multiplied.
+// One thread loads everything, in the order in which it is multiplied: a block's weights, then what the columns of the block
+// before add to.
 template <int Tiles, int N>
-__device__ inline void load(const Launch& launch, const Shared& s) {
+__device__ inline void load(const Launch& launch, const Shared<N>& s, const Tables& tables) {
   const Layout& l = launch.params.layout;
   const Call& call = launch.params.call;
-  const auto* segments = reinterpret_cast<const Segment*>(call.tables + l.steps);
+  const auto* records = reinterpret_cast<const Record<N>*>(call.tables + l.entries);
   const auto* weights = static_cast<const unsigned char*>(call.weights);
+  constexpr int kBytes = kStageBytes<N>, kRecord = sizeof(Record<N>);
   const int chunks = chunks_of(l), patch_bytes = patch_rows(l.walk) * kRowBytes;
-  Cursor ring;
-  int turn = 0;  // of x
-  for_each_item(l, call.tables, [&](const FilterTile& filters, const Tile& tile) {
-    for (int g = filters.segments; g < filters.segments_end; ++g, turn ^= 1) {
-      const Segment segment = segments[g];
-      for (int block = segment.blocks; block < segment.blocks_end; ++block)
-        for (int c = 0; c < chunks; ++c, ring.advance(1, l.slab)) {
-          if (block == segment.blocks) {
-            mbarrier_wait(s.x_empty + c, turn ^ 1);
-            mbarrier_expect(s.x_full + c, patch_bytes);
-            copy_box(
-                s.x + c * Tiles * 64 * kRowBytes, &launch.phase[segment.phase],
-                {{c * kChunk, filters.group, tile.j + segment.origin_w, tile.i + segment.origin_h, tile.n}},
-                s.x_full + c);
-          }
-          mbarrier_wait(s.empty + ring.stage, ring.parity ^ 1);
-          mbarrier_expect(s.full + ring.stage, N * kRowBytes);
-          copy_bulk(s.weights + ring.stage * N * kRowBytes,
-                    weights + (static_cast<long long>(block) * chunks + c) * N * kRowBytes, N * kRowBytes,
-                    s.full + ring.stage);
-        }
+  Cursor ring, patch;
+  const auto load_piece = [&](int block, int piece) {
+    const bool last = piece == chunks;
+    Mbarrier* full = s.full + ring.stage;
+    mbarrier_wait(s.empty + ring.stage, ring.parity ^ 1);
+    mbarrier_expect(full, kBytes + (last ? kRecord : 0));
+    copy_bulk(s.ring + ring.stage * kBytes,
+              weights + (static_cast<long long>(block) * (chunks + 1) + piece) * kBytes, kBytes, full);
+    if (last) copy_bulk(s.records + ring.stage, records + block, kRecord, full);
+    ring.advance(l.slab);
+  };
+  int before = -1;
+  for (Stream at(l, tables); at.more(); at.next()) {
+    for (int c = 0; c < chunks; ++c) {
+      if (at.fresh) {
+        const int chunk = patch.stage * chunks + c;
+        mbarrier_wait(s.x_empty + chunk, patch.parity ^ 1);
+        mbarrier_expect(s.x_full + chunk, patch_bytes);
+        copy_box(s.x + chunk * kRows<Tiles> * kRowBytes, &launch.phase[at.segment.phase],
+                 {{c * kChunk, at.group, at.tile.j + at.segment.origin_w, at.tile.i + at.segment.origin_h,
+                   at.tile.n}},
+                 s.x_full + chunk);
+      }
+      load_piece(at.block, c);
     }
-  });
+    if (at.last()) patch.advance(patches_of(l));
+    if (before >= 0) load_piece(before, chunks);
+    before = at.block;
+  }
+  if (before >= 0) load_piece(before, chunks);
 }
 
-// acc = the patch times one block of columns. A stage is given back when the products that read it are done, and so is
-// x where this is the last that the warpgroup wants of it.
+// acc = the patch times one block of columns; `chunks` is 0 where there is none. A stage is given back when the products that
+// read it are done, and so is x where this is the last that is wanted of it; the last chunk stays under way, its stage is
+// `ring` afterwards.
 // Always whole chunks: behind the last channel both operands are zeros, and a branch between these instructions has the
 // assembler run them one by one (its remark C7520, which a test looks for).
 template <class T, int Tiles, int N>
-__device__ inline void multiply(const Layout& l, const Shared& s, Cursor& ring, int turn, bool last,
-                                float (&acc)[Tiles][N / 2]) {
-  const int chunks = chunks_of(l), lane = threadIdx.x % 32;
-  int before = 0;
+__device__ __forceinline__ void multiply(const Layout& l, const Shared<N>& s, int chunks, const Cursor& patch,
+                                         bool last, Cursor& ring, float (&acc)[Tiles][N / 2]) {
+  // While products are under way, which the warp has to wait for anyhow: 10 % of the time with two tiles; with one it loses.
+  constexpr bool kAhead = Tiles > 1;
+  const int lane = threadIdx.x % 32;
+  const unsigned char* rows = s.x + uniform(threadIdx.x / kWarpgroup) * Tiles * 64 * kRowBytes;
 #pragma unroll
   for (int t = 0; t < Tiles; ++t) wgmma_keep(acc[t]);
-  for (int c = 0; c < chunks; ++c) {
-    mbarrier_wait(s.x_full + c, turn);
+  const auto arrived = [&](int chunk) {
+    mbarrier_wait(s.x_full + chunk, patch.parity);
     mbarrier_wait(s.full + ring.stage, ring.parity);
-    const std::uint64_t x = matrix_descriptor(shared_address(s.x + c * Tiles * 64 * kRowBytes));
-    const std::uint64_t w = matrix_descriptor(shared_address(s.weights + ring.stage * N * kRowBytes));
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kChunk / 16; ++k)
+  };
+  if (chunks > 0) arrived(patch.stage * chunks);
+  for (int c = 0; c < chunks; ++c) {
+    const int chunk = patch.stage * chunks + c, stage = ring.stage;
+    const std::uint64_t x = matrix_descriptor(shared_address(rows + chunk * kRows<Tiles> * kRowBytes));
+    const std::uint64_t w = matrix_descriptor(shared_address(s.ring + stage * kStageBytes<N>));
+    const auto start = [&](int k) {
 #pragma unroll
       for (int t = 0; t < Tiles; ++t)  // 64 rows, or 16 channels, further in units of 16 bytes
         wgmma<T, N>(acc[t], x + t * (64 * kRowBytes / 16) + 2 * k, w + 2 * k, c + k);
+    };
+    // Gives the last chunk back and awaits the next one.
+    const auto turn = [&] {
+      if (c > 0) {
+        wgmma_wait<kAhead ? 0 : 1>();
+        if (lane == 0) mbarrier_arrive(s.empty + (stage > 0 ? stage : l.slab) - 1);
+        if (lane == 0 && last) mbarrier_arrive(s.x_empty + chunk - 1);
+      }
+      if (c + 1 < chunks) ring.advance(l.slab);
+      arrived(patch.stage * chunks + min(c + 1, chunks - 1));
+    };
+    wgmma_fence();
+    start(0), start(1), start(2);
+    if constexpr (kAhead) turn();
+    start(3);
     wgmma_commit();
-    if (c > 0) {
-      wgmma_wait<1>();
-      if (lane == 0) mbarrier_arrive(s.empty + before);
-      if (lane == 0 && last) mbarrier_arrive(s.x_empty + c - 1);
-    }
-    before = ring.stage;
-    ring.advance(1, l.slab);
+    if constexpr (!kAhead) turn();
   }
 }
 
-template <int Tiles, int N>
-__device__ inline void finish_products_of(const Layout& l, const Shared& s, int stage, bool last,
-                                          float (&acc)[Tiles][N / 2]) {
-  wgmma_wait<0>();
-#pragma unroll
-  for (int t = 0; t < Tiles; ++t) wgmma_keep(acc[t]);
-  if (threadIdx.x % 32 == 0) {
-    mbarrier_arrive(s.empty + stage);
-    if (last) mbarrier_arrive(s.x_empty + chunks_of(l) - 1);
-  }
-}
-
-// Bundles go to the two warpgroups alternately, over all items, and so do their turns to multiply: whoever waits for a
-// phase of a barrier has to have seen the one before it end, or it takes that phase's parity for its own. A segment
-// with one block has nothing for the other warpgroup, which gives x back for its part.
+// A block's first product, then the second one of the block before, queued behind it. There is none of it at first: then it
+// is one of zeros, whose y nobody uses, since a branch around these instructions would have the assembler run them one by one.
 template <class T, int Tiles, int N>
-__device__ inline void compute(const Launch& launch, const Shared& s, int group) {
+__device__ inline void compute(const Launch& launch, const Shared<N>& s, const Tables& tables) {
   const Layout& l = launch.params.layout;
   const Call& call = launch.params.call;
-  const auto* segments = reinterpret_cast<const Segment*>(call.tables + l.steps);
-  const auto* blocks = reinterpret_cast<const Block*>(call.tables + l.entries);
   const int chunks = chunks_of(l), lane = threadIdx.x % 32;
-  Cursor ring;
-  Turns start{s.start, group};
-  const Places<Tiles> places(l.walk);
   const Strides& strides = call.out_strides;
-  const bool aligned =
-      reinterpret_cast<std::uintptr_t>(call.out) % 16 == 0 && (strides.n | strides.h | strides.w) % 8 == 0;
-  const bool single = slots_of(l) == 1;  // then every block is a bundle
-  int number = 0, turn = 0;
-  for_each_item(l, call.tables, [&](const FilterTile& filters, const Tile& tile) {
-    places.list(l.walk, tile, strides, s.offsets);
-    for (int g = filters.segments; g < filters.segments_end; ++g, turn ^= 1) {
-      const Segment segment = segments[g];
-      bool mine = false;
-      Block next = blocks[min(segment.blocks + ((number & 1) != group), segment.blocks_end - 1)];
-      for (int i = segment.blocks; i < segment.blocks_end; ++i) {
-        if ((number & 1) != group) {
-          ring.advance(chunks, l.slab);
-          number += single || blocks[i].last;
-          continue;
-        }
-        const Block block = next;
-        if (i + 2 < segment.blocks_end) next = blocks[i + 2];
-        mine = true;
-        number += block.last;
-        const bool last = i + 2 >= segment.blocks_end;
-        float acc[Tiles][N / 2];
-        if (block.first) start.take();
-        multiply<T, Tiles, N>(l, s, ring, turn, last, acc);
-        if (block.last) {
-          start.pass();
-          load_table(l, call, block, *s.table);
-        }
-        finish_products_of<Tiles, N>(l, s, ring.before(l.slab), last, acc);
-        put_products<T, Tiles, N>(acc,
-                                  reinterpret_cast<T*>(s.products) + block.slot * N * kProductPitch<Tiles>);
-        if (!block.last) continue;
-        warpgroup_barrier(group);
-        for (int first = -(block.channel % 8); first < block.count; first += kFilters) {
-          if (checked(l))
-            sum_filters<T, Tiles, true>(l, call, block, s, first);
-          else
-            sum_filters<T, Tiles, false>(l, call, block, s, first);
-          warpgroup_barrier(group);
-          store_filters<T, Tiles>(call, block, s, first, aligned);
-          warpgroup_barrier(group);
-        }
-      }
-      if (mine) continue;
-      for (int c = 0; c < chunks; ++c) mbarrier_wait(s.x_full + c, turn);
-      warp_barrier();  // every lane has seen the phase that the first one lets end
-      if (lane == 0)
-        for (int c = 0; c < chunks; ++c) mbarrier_arrive(s.x_empty + c);
+  const bool aligned = reinterpret_cast<std::uintptr_t>(call.out) % 16 == 0 &&
+                       (strides.n | strides.h | strides.w | l.group_out) % 8 == 0;
+  Cursor ring, patch;
+  Pixels<Tiles> pixels(l.walk);
+  float acc[Tiles][N / 2], y[Tiles][32];
+  std::uint32_t a[Tiles][N / 16][4];
+#pragma unroll
+  for (int t = 0; t < Tiles; ++t) wgmma_keep(y[t]);
+  bool any = false;  // block before
+  int listed = -1;
+  for (Stream at(l, tables);; at.next()) {
+    const bool more = uniform(at.more()), last = uniform(at.last());
+    multiply<T, Tiles, N>(l, s, more ? chunks : 0, patch, last, ring, acc);
+    const int stage = ring.stage;
+    if (more) ring.advance(l.slab);
+    if (any) mbarrier_wait(s.full + ring.stage, ring.parity);
+    const Record<N>& record = s.records[ring.stage];
+    gather<Tiles, N>(s.products, pixels, record, a);
+    const Block before = record.block;
+    const int accumulate = uniform(!before.first);
+    const bool finished = any && uniform(before.last);
+    wgmma_wait<0>();
+#pragma unroll
+    for (int t = 0; t < Tiles; ++t) wgmma_keep(acc[t]);
+    scatter<T, Tiles, N>(a, s.ring + ring.stage * kStageBytes<N>, accumulate, y);
+    if (lane == 0 && more) {
+      mbarrier_arrive(s.empty + stage);
+      if (last) mbarrier_arrive(s.x_empty + patch.stage * chunks + chunks - 1);
     }
-  });
+    computers_barrier();  // nobody reads the products of the block before any more
+    if (finished) {
+      wgmma_wait<0>();
+#pragma unroll
+      for (int t = 0; t < Tiles; ++t) wgmma_keep(y[t]);
+      finish_sums<T, Tiles>(call.finish, before, s.offsets, y);
+      store<T, Tiles>(call, before, s.offsets, aligned, s.products, y);
+    }
+    if (!more) break;
+    put_products<T, Tiles, N>(acc, s.products);
+    wgmma_wait<0>();
+#pragma unroll
+    for (int t = 0; t < Tiles; ++t) wgmma_keep(y[t]);
+    if (any) {
+      if (lane == 0) mbarrier_arrive(s.empty + ring.stage);
+      ring.advance(l.slab);
+    }
+    if (at.fresh)
+      pixels.meet(l.walk, at.tile, at.segment, reinterpret_cast<const int2*>(tables.lists + at.segment.taps));
+    if (listed != at.item) pixels.list(l.walk, at.tile, strides, s.offsets);
+    listed = at.item, any = true;
+    if (last) patch.advance(patches_of(l));
+    computers_barrier();  // all rows of the products are there
+  }
+}
+
+// Zeros for what nobody writes: the row behind every plane of the products, and the rows of x behind the patch.
+template <int Tiles, int N>
+__device__ inline void clear(const Layout& l, const Shared<N>& s) {
+  for (int i = threadIdx.x; i < kPlanes<N> * kRowBytes / 16; i += kThreads)
+    *reinterpret_cast<uint4*>(s.products + i / 8 * kPlaneBytes<Tiles> + kRows<Tiles> * kRowBytes +
+                              i % 8 * 16) = {0, 0, 0, 0};
+  const int behind = patch_rows(l.walk) * kRowBytes, rows = kRows<Tiles> * kRowBytes;
+  for (int c = 0; c < patches_of(l) * chunks_of(l); ++c)
+    for (int i = behind + threadIdx.x * 16; i < rows; i += kThreads * 16)
+      *reinterpret_cast<uint4*>(s.x + c * rows + i) = {0, 0, 0, 0};
 }
 
 template <class T, int Tiles, int N>
 __global__ void __launch_bounds__(kThreads, 1) fprop_sm90_kernel(const __grid_constant__ Launch launch) {
   const Layout& l = launch.params.layout;
-  const int group = threadIdx.x / kWarpgroup;
-  const Shared s = shared_of<Tiles, N>(l, group % 2);
-  clear<Tiles>(l, s.x, s.products - kGuard * 2 - group % 2 * product_bytes<Tiles>(l));
+  const Shared<N> s = shared_of<Tiles, N>(l);
+  const Tables tables = tables_of(l, launch.params.call.tables, s.tables);
+  copy_tables(l, launch.params.call.tables, s.tables);
+  clear<Tiles, N>(l, s);
   if (threadIdx.x == 0) {
-    for (int c = 0; c < chunks_of(l); ++c) mbarrier_init(s.x_full + c, 1), mbarrier_init(s.x_empty + c, 8);
-    for (int i = 0; i < l.slab; ++i) mbarrier_init(s.full + i, 1), mbarrier_init(s.empty + i, 4);
-    for (int g = 0; g < 2; ++g) mbarrier_init(s.start + g, 4);
+    constexpr int kWarps = kComputers * 4;
+    for (int c = 0; c < patches_of(l) * chunks_of(l); ++c)
+      mbarrier_init(s.x_full + c, 1), mbarrier_init(s.x_empty + c, kWarps);
+    for (int i = 0; i < l.slab; ++i) mbarrier_init(s.full + i, 1), mbarrier_init(s.empty + i, kWarps);
     mbarriers_ready();
   }
   stores_ready();
   barrier();
-  if (group == 2) {
+  if (threadIdx.x / kWarpgroup == kComputers) {
     give_registers<kLoader>();
-    if (threadIdx.x == 2 * kWarpgroup) load<Tiles, N>(launch, s);
+    if (threadIdx.x % kWarpgroup == 0) load<Tiles, N>(launch, s, tables);
   } else {
     take_registers<kComputer>();
-    compute<T, Tiles, N>(launch, s, group);
+    compute<T, Tiles, N>(launch, s, tables);
   }
 }
 
@@ -202,19 +225,19 @@ cudaError_t launch_one(const Launch& launch_, void* stream) {
   const cudaError_t e = multiprocessors(&processors);
   if (e != cudaSuccess) return e;
   const long long items = static_cast<long long>(l.groups) * l.tiles_out * tiles(l.walk);
+  if (items >= 1LL << 30) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(items < processors ? items : processors));
   return launch(fprop_sm90_kernel<T, Tiles, N>, grid, kThreads, memory_of<Tiles, N>(l).end, stream, launch_);
 }
 
-// Calls with<Tiles, N>() of the layout: rows of the patch in 64s, and columns of a block.
+// Calls with<Tiles, N>() of the layout: 128 rows a tile, and columns of a block.
 template <class With>
 int with_instance(const Layout& l, const With& with) {
-  const int rows = patch_rows(l.walk);
-  if (l.width == 96) return with(Constant<2>(), Constant<96>());
+  if (l.width == 64)
+    return l.pitch == 256 ? with(Constant<2>(), Constant<64>()) : with(Constant<1>(), Constant<64>());
+  if (l.width == 96) return with(Constant<1>(), Constant<96>());
   if (l.width == 128) return with(Constant<1>(), Constant<128>());
-  if (rows <= 64) return with(Constant<1>(), Constant<64>());
-  if (rows <= 128) return with(Constant<2>(), Constant<64>());
-  return with(Constant<4>(), Constant<64>());
+  return with(Constant<1>(), Constant<192>());
 }
 
 template <class T>
@@ -241,8 +264,8 @@ int fprop_sm90_bytes(const Layout& l) {
       l, [&](auto t, auto n) { return memory_of<decltype(t)::value, decltype(n)::value>(l).end; });
 }
 
-// width: columns of a block, 64, 96 or 128; slab: stages of the ring; pitch: slots of a bundle; chunk: 2 where sums check
-// that a row is of the patch, else 1.
+// width: columns of a block, 64, 96, 128 or 192; pitch: rows of a patch, 256 (of 64 columns) or 128; slab: stages of the
+// ring; chunk: patches of x at once.
 int fprop_sm90(const Params& p, void* stream) {
   if (p.layout.dtype == DType::bf16) return launch_type<bf16>(p, stream);
   if (p.layout.dtype == DType::f16) return launch_type<f16>(p, stream);

@@ -7,17 +7,14 @@
 
 namespace sk::cuda {
 
-constexpr int kChunk = 64;  // channels of a row of shared memory: 128 bytes
+constexpr int kChunk = 64;  // channels, or filters, of a row of shared memory: 128 bytes
 constexpr int kRowBytes = 128;
-constexpr int kMaxPhases = 4;              // of the stride: a tensor map each
-constexpr int kThreads = 3 * kWarpgroup;   // two warpgroups that compute, then the one that loads
-constexpr int kFilters = 16;               // stored at once: 32 bytes of a pixel of y
-constexpr int kStagePitch = kFilters + 2;  // values between its pixels: odd in words, so that banks differ
-constexpr int kMostFilters = 128;          // of a bundle
+constexpr int kMaxPhases = 4;  // of the stride: a tensor map each
+constexpr int kComputers = 2;  // warpgroups that compute; another one loads
+constexpr int kThreads = (kComputers + 1) * kWarpgroup;
 
 // The tables. A tile of filters has segments, one for each patch of x it reads; a segment has blocks of N columns, each
-// column a stripe. A bundle is a run of filters and the blocks that hold all of their stripes, one a phase of the
-// stride: its last block sums them up.
+// column a stripe. A bundle is a run of at most 64 filters and the blocks that hold all of their stripes.
 struct FilterTile {
   int segments, segments_end;
   int group, pad;
@@ -26,129 +23,173 @@ struct Segment {
   int origin_h, origin_w;  // of the patch, from the tile's first pixel
   int phase;
   int blocks, blocks_end;
-  int pad[3];
+  int taps, tap_count;  // in the lists: pixel (p, q) of y reads pixel (p, q) + tap of the phase
+  int pad;
 };
-struct Block {
-  int first, last;      // of its bundle
-  int slot;             // of the products that its columns go to
-  int channel, count;   // filters of the bundle, in y
-  int starts;           // in the lists: count + 1 numbers of places
-  int places, stripes;  // the first of them, and how many
+struct alignas(16) Block {
+  int first, last;     // of its bundle
+  int channel, count;  // filters of the bundle, in y
+  int pad[4];
 };
-// Where a stripe's product with the pixels of y lies, in the lists.
-struct alignas(8) Place {
-  int column;  // values from pixel 0 of the bundle's first slot to the product that pixel 0 of the patch's grid takes
-  int away;  // pixels that a product lies behind the pixel of y that takes it
+// Eight columns of one tap.
+struct alignas(8) Octet {
+  unsigned bit;  // of the tap, in a pixel's `met`; none where the columns are not used
+  int row;       // of the patch, from the pixel's own to the one that the tap reads
 };
-
-// What a warpgroup knows of its bundle, from the lists and the epilogue, in shared memory: nothing in the sums waits for
-// the caches. `places` has one more than stripes, for a load ahead.
-struct BundleTable {
-  int starts[kMostFilters + 2];
-  float scale[kMostFilters], shift[kMostFilters];
-  Place places[1];
+// An entry of the tables.
+template <int N>
+struct alignas(16) Record {
+  Block block;
+  Octet octets[N / 8];
 };
 
-// x: [chunk][row][64 channels] of one patch. weights: a ring of [column][64 channels]. Channels in 128-byte rows are
-// swizzled (wgmma.h). Of each computing warpgroup: products, [slot][column][row] of a bundle; stage, [pixel][filter]
-// of 16 filters; offsets of the pixels of the patch's grid in y; the bundle's table.
+// x: `patches_of` times [chunk][row][64 channels]. ring: [column][64 channels] of weights, or what they add to,
+// [plane][64 filters][64 columns] or [column][64 filters], with the block's record. Rows of both are swizzled (wgmma.h). products: [plane][row][64 columns], swizzled
+// too, and a row of zeros behind each plane. offsets: of the pixels of y. tables: a copy of what is read of them, where it
+// is small: a GPU's caches are cold when a kernel begins.
 struct Memory {
-  int x, weights, products, stage, offsets, table, barriers, end;
+  int x, ring, records, products, offsets, tables, barriers, end;
 };
 
 __host__ __device__ inline int chunks_of(const Layout& l) { return (l.group_in + kChunk - 1) / kChunk; }
-__host__ __device__ inline int slots_of(const Layout& l) { return l.pitch; }
+__host__ __device__ inline int patches_of(const Layout& l) { return l.chunk; }
 
+// Of filter tiles and segments, and of the lists.
+constexpr int kMostTables = 2048;
 __host__ __device__ inline int table_bytes(const Layout& l) {
-  return static_cast<int>(sizeof(BundleTable)) + slots_of(l) * l.width * static_cast<int>(sizeof(Place));
+  const int bytes = (l.entries - l.items + l.classes - l.lists) * 4;
+  return bytes <= kMostTables ? round_up(bytes, 16) : 0;
 }
 
-// Values between columns of the products: eight of them begin in different banks. What lies between two columns stays
-// zero, as does kGuard before the first: a tap that reads beside the patch meets zeros (`checked` where it might not).
+// Rows of a patch, and pixels of y, of the whole block: each warpgroup has Tiles times 64.
 template <int Tiles>
-constexpr int kProductPitch = Tiles * 64 + 8;
-constexpr int kGuard = 64;
-
+constexpr int kRows = kComputers * Tiles * 64;
 template <int Tiles>
-__host__ __device__ inline int product_bytes(const Layout& l) {
-  return (kGuard + slots_of(l) * l.width * kProductPitch<Tiles>)*2;
-}
-__host__ __device__ inline bool checked(const Layout& l) { return l.chunk > 1; }
+constexpr int kPlaneBytes = (kRows<Tiles> + 1) * kRowBytes;
+template <int N>
+constexpr int kPlanes = (N + kChunk - 1) / kChunk;  // of 64 columns
+template <int N>
+constexpr int kStageBytes = N * kRowBytes;
 
 template <int Tiles, int N>
 __host__ __device__ inline Memory memory_of(const Layout& l) {
   Memory m;
   m.x = 0;
-  m.weights = chunks_of(l) * Tiles * 64 * kRowBytes;
-  m.products = m.weights + l.slab * N * kRowBytes;
-  m.stage = m.products + 2 * product_bytes<Tiles>(l);
-  m.offsets = round_up(m.stage + 2 * Tiles * 64 * kStagePitch * 2, 8);
-  m.table = m.offsets + 2 * Tiles * 64 * 8;
-  m.barriers = m.table + 2 * table_bytes(l);
-  m.end = m.barriers + (2 * (chunks_of(l) + l.slab) + 2) * 8 + 1024;  // to begin at a multiple of 1024
+  m.ring = patches_of(l) * chunks_of(l) * kRows<Tiles> * kRowBytes;
+  m.records = m.ring + l.slab * kStageBytes<N>;
+  m.products = m.records + round_up(l.slab * static_cast<int>(sizeof(Record<N>)), kRowBytes);
+  m.offsets = m.products + kPlanes<N> * kPlaneBytes<Tiles>;
+  m.tables = m.offsets + kRows<Tiles> * 8;
+  m.barriers = m.tables + table_bytes(l);
+  m.end =
+      m.barriers + 2 * (patches_of(l) * chunks_of(l) + l.slab) * 8 + 1024;  // to begin at a multiple of 1024
   return m;
 }
 
-// A chunk of x, a stage of the ring: full when its copies are in, empty when it is read. start[g]: warpgroup g may
-// multiply.
+// A chunk of a patch, a stage of the ring: full when its copies are in, empty when it is read.
+template <int N>
 struct Shared {
-  unsigned char *x, *weights, *products, *stage;
+  unsigned char *x, *ring, *products;
+  Record<N>* records;
   long long* offsets;
-  BundleTable* table;
-  Mbarrier *x_full, *x_empty, *full, *empty, *start;
+  int* tables;
+  Mbarrier *x_full, *x_empty, *full, *empty;
 };
 
 template <int Tiles, int N>
-__device__ inline Shared shared_of(const Layout& l, int group) {
+__device__ inline Shared<N> shared_of(const Layout& l) {
   const Memory m = memory_of<Tiles, N>(l);
   unsigned char* base = shared_memory();
   base += -shared_address(base) & 1023;
   auto* barriers = reinterpret_cast<Mbarrier*>(base + m.barriers);
-  const int chunks = chunks_of(l);
+  const int chunks = patches_of(l) * chunks_of(l);
   return {base + m.x,
-          base + m.weights,
-          base + m.products + group * product_bytes<Tiles>(l) + kGuard * 2,
-          base + m.stage + group * Tiles * 64 * kStagePitch * 2,
-          reinterpret_cast<long long*>(base + m.offsets) + group * Tiles * 64,
-          reinterpret_cast<BundleTable*>(base + m.table + group * table_bytes(l)),
+          base + m.ring,
+          base + m.products,
+          reinterpret_cast<Record<N>*>(base + m.records),
+          reinterpret_cast<long long*>(base + m.offsets),
+          reinterpret_cast<int*>(base + m.tables),
           barriers,
           barriers + chunks,
           barriers + 2 * chunks,
-          barriers + 2 * chunks + l.slab,
-          barriers + 2 * (chunks + l.slab)};
+          barriers + 2 * chunks + l.slab};
 }
 
-// A place in the ring, and the parity of its current round.
+// Where the tables are read: in shared memory, if they have room there.
+struct Tables {
+  const FilterTile* filters;
+  const Segment* segments;
+  const int* lists;
+};
+
+__device__ inline Tables tables_of(const Layout& l, const int* global, const int* shared) {
+  const bool copied = table_bytes(l) > 0;
+  const int* from = copied ? shared : global + l.items;
+  return {reinterpret_cast<const FilterTile*>(from),
+          reinterpret_cast<const Segment*>(from + l.steps - l.items),
+          copied ? from + l.entries - l.items : global + l.lists};
+}
+
+__device__ inline void copy_tables(const Layout& l, const int* global, int* shared) {
+  if (table_bytes(l) == 0) return;
+  const int first = l.entries - l.items, all = first + l.classes - l.lists;
+  for (int i = threadIdx.x; i < all; i += kThreads)
+    shared[i] = global[i < first ? l.items + i : l.lists + i - first];
+}
+
+// A place in a ring, and the parity of its current round.
 struct Cursor {
   int stage = 0, parity = 0;
 
-  __device__ void advance(int by, int stages) {
-    stage += by;
-    while (stage >= stages) stage -= stages, parity ^= 1;
-  }
-  __device__ int before(int stages) const { return stage ? stage - 1 : stages - 1; }
-};
-
-// The two warpgroups alternate: each takes its turn when the other has passed it on. Warpgroup 0 begins.
-struct Turns {
-  Mbarrier* barriers;  // of the two
-  int group, taken = 0;
-
-  __device__ void take() { mbarrier_wait(barriers + group, (taken++ & 1) ^ (group == 0)); }
-  __device__ void pass() {
-    warp_barrier();  // what the warp did before comes before its arrival
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(barriers + (group ^ 1));
+  __device__ void advance(int stages) {
+    if (++stage == stages) stage = 0, parity ^= 1;
   }
 };
 
-// Calls item(filters, tile) for every item of this block: the filter tiles with most work come first in the tables,
-// and their pixel tiles go around the grid.
-template <class Item>
-__device__ inline void for_each_item(const Layout& l, const int* tables, const Item& item) {
-  const int pixels = tiles(l.walk);
-  const long long total = static_cast<long long>(l.groups) * l.tiles_out * pixels;
-  const auto* filters = reinterpret_cast<const FilterTile*>(tables + l.items);
-  for (int i = blockIdx.x; i < total; i += gridDim.x) item(filters[i / pixels], tile_of(l.walk, i % pixels));
-}
+// The blocks of columns that a block of threads multiplies, one after the other: filter tiles with most work come first in
+// the tables, and their pixel tiles go around the grid.
+struct Stream {
+  const Layout& l;
+  const Tables tables;
+  const int pixels;  // tiles
+  int item, items;
+  int g, g_end, group;
+  Segment segment;
+  Tile tile;
+  int block;
+  bool fresh = true;  // a patch begins
+
+  __device__ Stream(const Layout& layout, const Tables& t)
+      : l(layout),
+        tables(t),
+        pixels(tiles(layout.walk)),
+        item(static_cast<int>(blockIdx.x)),
+        items(layout.groups * layout.tiles_out * pixels) {
+    begin();
+  }
+  __device__ bool more() const { return item < items; }
+  __device__ bool last() const { return block + 1 == segment.blocks_end; }  // of the patch
+  __device__ void next() {
+    fresh = false;
+    if (++block < segment.blocks_end) return;
+    fresh = true;
+    if (++g < g_end) return enter();
+    item += static_cast<int>(gridDim.x);
+    begin();
+  }
+
+ private:
+  __device__ void begin() {
+    if (!more()) return;
+    const FilterTile filters = tables.filters[item / pixels];
+    g = filters.segments, g_end = filters.segments_end, group = filters.group;
+    tile = tile_of(l.walk, item % pixels);
+    enter();
+  }
+  __device__ void enter() {
+    segment = tables.segments[g];
+    block = segment.blocks;
+  }
+};
 
 }  // namespace sk::cuda

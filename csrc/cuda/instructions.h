@@ -46,6 +46,9 @@ __device__ inline std::uint32_t shared_address(const void* p) {
 
 __device__ inline void barrier() { __syncthreads(); }
 
+// What all lanes of a warp have in common: the compiler computes with it once a warp.
+__device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // Copies Bytes (4 or 16) from global to shared memory; zeros arrive instead where `valid` is false, and
 // nothing is read.
 template <int Bytes>

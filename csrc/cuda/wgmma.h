@@ -35,9 +35,9 @@ __device__ __forceinline__ void wgmma_keep(float (&d)[Count]) {
 template <class T, int N>
 __device__ inline void wgmma(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, int accumulate);
 
-// The same with a in registers, as mma() has it, and rows of b along K (column_descriptor); a belongs to the tensor cores
-// as long as d does.
-template <class T, int N>
+// The same with a in registers, as mma() has it; it belongs to the tensor cores as long as d does. Columns: rows of b run
+// along K (column_descriptor).
+template <class T, int N, bool Columns>
 __device__ __forceinline__ void wgmma_registers(float (&d)[N / 2], const std::uint32_t (&a)[4],
                                                 std::uint64_t b, int accumulate);
 
@@ -81,16 +81,18 @@ SK_WGMMA_BOTH(96, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5, 
 SK_WGMMA_BOTH(128, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5 ", " SK_N6 ", " SK_N7, "64", "65", "66", SK_D32(0), SK_D32(32))
 SK_WGMMA_BOTH(192, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5 ", " SK_N6 ", " SK_N7 ", " SK_N8 ", " SK_N9 ", " SK_N10 ", " SK_N11, "96", "97", "98", SK_D32(0), SK_D32(32), SK_D32(64))
 SK_WGMMA_BOTH(256, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5 ", " SK_N6 ", " SK_N7 ", " SK_N8 ", " SK_N9 ", " SK_N10 ", " SK_N11 ", " SK_N12 ", " SK_N13 ", " SK_N14 ", " SK_N15, "128", "129", "130", SK_D32(0), SK_D32(32), SK_D32(64), SK_D32(96))
-#define SK_WGMMA_REGISTERS(T, NAME, N, LIST, A0, A1, A2, A3, B, P, ...)                                   \
+#define SK_WGMMA_REGISTERS(T, NAME, COLUMNS, N, LIST, A0, A1, A2, A3, B, P, ...)                                   \
   template <>                                                                                             \
-  __device__ __forceinline__ void wgmma_registers<T, N>(float (&d)[N / 2], const std::uint32_t (&a)[4], std::uint64_t b, int accumulate) { \
+  __device__ __forceinline__ void wgmma_registers<T, N, COLUMNS>(float (&d)[N / 2], const std::uint32_t (&a)[4], std::uint64_t b, int accumulate) { \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\n"                                          \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" LIST "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B  \
-                 ", p, 1, 1, 1;\n}"                                                                        \
+                 ", p, 1, 1, " #COLUMNS ";\n}"                                                                        \
                  : __VA_ARGS__                                                                            \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                   \
   }
-#define SK_WGMMA_REGISTERS_BOTH(...) SK_WGMMA_REGISTERS(bf16, "bf16", __VA_ARGS__) SK_WGMMA_REGISTERS(f16, "f16", __VA_ARGS__)
+#define SK_WGMMA_REGISTERS_BOTH(...) SK_WGMMA_REGISTERS(bf16, "bf16", 1, __VA_ARGS__) SK_WGMMA_REGISTERS(f16, "f16", 1, __VA_ARGS__)
+SK_WGMMA_REGISTERS(bf16, "bf16", 0, 64, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3, "32", "33", "34", "35", "36", "37", SK_D32(0))
+SK_WGMMA_REGISTERS(f16, "f16", 0, 64, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3, "32", "33", "34", "35", "36", "37", SK_D32(0))
 SK_WGMMA_REGISTERS_BOTH(64, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3, "32", "33", "34", "35", "36", "37", SK_D32(0))
 SK_WGMMA_REGISTERS_BOTH(128, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5 ", " SK_N6 ", " SK_N7, "64", "65", "66", "67", "68", "69", SK_D32(0), SK_D32(32))
 SK_WGMMA_REGISTERS_BOTH(256, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5 ", " SK_N6 ", " SK_N7 ", " SK_N8 ", " SK_N9 ", " SK_N10 ", " SK_N11 ", " SK_N12 ", " SK_N13 ", " SK_N14 ", " SK_N15, "128", "129", "130", "131", "132", "133", SK_D32(0), SK_D32(32), SK_D32(64), SK_D32(96))

@@ -120,8 +120,8 @@ def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
         return f"takes strides of at most {cuda_wgmma.PHASES} phases, got {s.stride}"
     if not any(cuda_wgmma.room(problem, config) for config in cuda_wgmma.CONFIGS):
         return (
-            f"a patch with the halo of its taps, {s.group_c} channels and products with the stripes of a filter exceed "
-            f"{cuda_wgmma.SHARED_BYTES} bytes of shared memory"
+            f"a patch with the halo of its taps and {s.group_c} channels exceeds {cuda_wgmma.SHARED_BYTES} bytes of "
+            f"shared memory, or a phase has more than {cuda_wgmma.TAPS} taps"
         )
     return None
 

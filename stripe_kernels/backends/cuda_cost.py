@@ -136,18 +136,21 @@ def _wgmma_dgrad(problem: Problem) -> dict[Config, float]:
 
 
 def _wgmma_fprop(problem: Problem) -> dict[Config, float]:
-    """A block of columns takes what is longest: 2048 multiply-adds a cycle, half of its sums (two warpgroups take
-    turns; measured: 3 values a cycle and warpgroup), or its weights from the second-level cache (28 bytes a cycle)."""
+    """A block of columns takes what is longest: two products at 2048 multiply-adds a cycle, their operands through
+    shared memory (128 bytes a cycle), or weights from the second-level cache (28 bytes a cycle)."""
     found: dict[Config, float] = {}
     for config in cuda_wgmma.CONFIGS:
         if cuda_wgmma.room(problem, config) is None:
             continue
-        width = config[0]
-        patch, tiles, _ = cuda_wgmma.tiles_of(problem, config)
-        rows, channels = cuda_wgmma.rows_of(config, patch), cuda_wgmma.chunks_of(problem) * cuda_wgmma.CHUNK
-        block = max(rows * width * channels / 2048, rows * width / 3, width * channels * 2 / 28)
-        cycles = sum(t.blocks * block + patch.rows * channels * 2 / 56 + 600 for t in tiles)
+        width, rows = config
+        patch, tiles, layout = cuda_wgmma.tiles_of(problem, config)
+        channels = cuda_wgmma.chunks_of(problem) * cuda_wgmma.CHUNK
+        products = rows * width * (channels + 64) / 2048
+        first, second = rows / 64 * channels / 16 * (2048 + 32 * width), rows / 64 * width / 16 * 4096
+        shared = (first + second + 4 * rows * width) / 128
+        block = max(products, shared, width * (channels + 64) * 2 / 28) + 150
+        load = patch.rows * channels * 2 / 56 / layout.chunk**2
+        cycles = max(t.blocks * block + load + 600 for t in tiles)
         waves = -(-len(tiles) * patch.walk.blocks // MULTIPROCESSORS)
-        cycles *= waves * MULTIPROCESSORS / len(tiles)
-        found[config] = _seconds(problem, "fprop", cycles, MULTIPROCESSORS, 1, 2)
+        found[config] = _seconds(problem, "fprop", cycles * waves * MULTIPROCESSORS, MULTIPROCESSORS, 1, 2)
     return found

@@ -13,10 +13,11 @@ from torch import Tensor
 from stripe_kernels.backends.cuda_mma import dense_channels_last, empty_channels_last
 from stripe_kernels.backends.cuda_runner import CudaRunner
 from stripe_kernels.backends.cuda_stripes import (
+    BUNDLES,
+    OCTET,
     Patch,
     StripeTile,
     patch_of,
-    reads_zeros,
     stripe_tiles,
 )
 from stripe_kernels.backends.cuda_tables import Layout, Tables
@@ -25,123 +26,133 @@ from stripe_kernels.registry import Config, Problem
 
 SHARED_BYTES = 227 * 1024  # of a block of sm_90
 PROCESSORS = 132
-CHUNK = 64  # channels
+CHUNK = 64  # channels, or filters
 ROW = 128  # bytes: a chunk of a pixel or a stripe
 PHASES = 4  # of the stride
+TAPS = 32  # of a phase: one bit each
 STAGES = (2, 8)  # of the ring of weights: least, and most
-TABLE_BYTES = (130 + 2 * 128 + 2) * 4  # of a bundle, but for its places
-PAD, GUARD = 8, 64  # zeros behind and before the products of a column
-STAGE_PITCH = 18  # values of a pixel that wait to be stored
-CONFIGS = ((96, 128), (64, 256), (64, 128), (128, 64))  # columns of a block, most pixels of a patch
+TABLE_BYTES = 2048  # most that are copied to shared memory
+PATCHES = 2  # of x at once, where they have room beside four stages
+CONFIGS = (
+    (64, 256),
+    (96, 128),
+    (192, 128),
+    (128, 128),
+    (64, 128),
+)  # columns of a block, most pixels of a patch
 
 
 def chunks_of(problem: Problem) -> int:
     return -(-problem.shape.group_c // CHUNK)
 
 
-def rows_of(config: Config, patch: Patch) -> int:
-    """Rows of the accumulators."""
-    width, most = config
-    return most if width != 64 else 64 if patch.rows <= 64 else 128 if patch.rows <= 128 else 256
-
-
-def slots_of(problem: Problem) -> int:
-    """Most phases of a group that a bundle has stripes of."""
-    live = [p.group for p in phases(problem.skeleton, problem.shape) if p.taps and p.pixels]
-    return max((live.count(g) for g in set(live)), default=1)
-
-
 @lru_cache(maxsize=512)
-def room(problem: Problem, config: Config) -> int | None:
-    """Stages of the ring; None where a block of sm_90 has too little shared memory, or a filter too many stripes."""
-    width, s = config[0], problem.shape
-    patch = patch_of(problem.skeleton, s, config[1])
-    if patch is None or problem.skeleton.live.reshape(s.K, -1).sum(1).max(initial=0) > width:
+def room(problem: Problem, config: Config) -> tuple[int, int] | None:
+    """Patches of x and stages of the ring that a block of sm_90 has shared memory for; None where they are too few,
+    or a phase of the stride has too many taps."""
+    width, rows = config
+    skeleton, s = problem.skeleton, problem.shape
+    if patch_of(skeleton, s, rows) is None or any(len(p.taps) > TAPS for p in phases(skeleton, s)):
         return None
-    rows, chunks = rows_of(config, patch), chunks_of(problem)
-    columns = slots_of(problem) * width
-    products, table = 2 * (GUARD + columns * (rows + PAD)) * 2, 2 * (TABLE_BYTES + 8 * columns)
-    stage = -(-2 * rows * STAGE_PITCH * 2 // 8) * 8
-    fixed = chunks * rows * ROW + products + table + stage + 2 * rows * 8 + (2 * chunks + 2) * 8 + 1024
-    stages = min(STAGES[1], (SHARED_BYTES - fixed) // (width * ROW + 16))
-    return stages if stages >= STAGES[0] else None
+    planes = -(-width // CHUNK)
+    patch, stage = chunks_of(problem) * (rows * ROW + 16), width * ROW + 16 + 32 + width
+    fixed = planes * (rows + 1) * ROW + rows * 8 + TABLE_BYTES + ROW + 1024
+    for patches in range(PATCHES, 0, -1):
+        stages = min(STAGES[1], (SHARED_BYTES - fixed - patches * patch) // stage)
+        if stages >= (4 if patches > 1 else STAGES[0]):
+            return patches, stages
+    return None
 
 
 def tiles_of(problem: Problem, config: Config) -> tuple[Patch, tuple[StripeTile, ...], Layout]:
-    width, most = config
-    s, stages = problem.shape, room(problem, config)
-    patch = patch_of(problem.skeleton, s, most)
+    width, rows = config
+    s, found = problem.shape, room(problem, config)
+    patch = patch_of(problem.skeleton, s, rows)
     assert patch is not None
-    assert stages is not None
-    # A patch comes from the second-level cache at some 40 bytes a cycle, half of it while the last block is multiplied.
-    rows = rows_of(config, patch)
-    load = (patch.rows * ROW / 80) / (rows * width * CHUNK / 2048)
-    tiles = stripe_tiles(problem.skeleton, s, most, width, PROCESSORS, load)
-    live = [p for p in phases(problem.skeleton, s) if p.taps and p.pixels]
-    zeros = reads_zeros(patch, live, rows - patch.rows + PAD, GUARD)
+    assert found is not None
+    patches, stages = found
+    # A patch comes from the second-level cache at some 40 bytes a cycle, where it is not loaded during the one before.
+    load = (patch.rows * ROW / 40) / (rows * width * CHUNK / 2048) if patches == 1 else 0.2
+    tiles = stripe_tiles(problem.skeleton, s, rows, width, PROCESSORS, load)
     layout = Layout(
-        patch.walk, s.groups, s.group_c, s.group_k, s.group_k, len(tiles) // s.groups, 1 if zeros else 2,
-        slots_of(problem), stages, 1, width,
+        patch.walk, s.groups, s.group_c, s.group_k, s.group_k, len(tiles) // s.groups, patches, rows,
+        stages, 1, width,
     )  # fmt: skip
     return patch, tiles, layout
 
 
+def swizzled(pieces: Any) -> Any:
+    """[..., column, piece, 8]: piece p of column c at place p ^ (c % 8)."""
+    column, place = np.indices(pieces.shape[-3:-1])
+    return pieces[..., column, place ^ column % 8, :]
+
+
 class WgmmaFprop(CudaRunner):
-    """Items are tiles of filters, steps their segments, entries the blocks, lists the places of every filter's
-    stripes."""
+    """Items are tiles of filters, steps their segments, entries the blocks with their octets, lists the taps of every
+    segment."""
 
     def __init__(self, native: Any, problem: Problem, config: Config) -> None:
         s = problem.shape
         patch, tiles, layout = tiles_of(problem, config)
         self.width, self.chunks = config[0], chunks_of(problem)
-        pitch = rows_of(config, patch) + PAD
-        dead = problem.skeleton.stripes
-        rows: list[int] = []  # of the packed weight, by block and column
-        places: list[int] = []
-        starts: list[int] = []
         tables = Tables(classes=[0, 0])
+        rows: list[int] = []  # of the packed weight, by block and column
+        filters: list[int] = []  # of the bundle, by block and column
+        taps: dict[Any, int] = {}  # where a phase's are in the lists
         for tile in tiles:
             first, before = len(tables.steps) // 8, None
             for bundle in tile.bundles:
-                mine: dict[int, list[tuple[int, int]]] = {}  # of each filter
-                stripes = sum(len(columns) for _, columns in bundle.columns)
-                for slot, (phase, columns) in enumerate(bundle.columns):
-                    block = len(tables.entries) // 8
-                    if phase is not before or len(bundle.columns) > 1:
-                        origin = patch.vertical.origin[phase.h0], patch.horizontal.origin[phase.w0]
-                        number = phase.h0 * s.stride[1] + phase.w0
-                        tables.steps += [*origin, number, block, block + 1, 0, 0, 0]
+                for number, (phase, octets) in enumerate(bundle.blocks):
+                    block = len(tables.entries) // (8 + self.width // 4)
+                    if phase not in taps:
+                        taps[phase] = len(tables.lists)
+                        tables.lists += [offset for tap in phase.taps for offset in (tap.i, tap.j)]
+                    if phase is not before:
+                        origin = (
+                            patch.vertical.origin.get(phase.h0, 0),
+                            patch.horizontal.origin.get(phase.w0, 0),
+                        )
+                        which = phase.h0 * s.stride[1] + phase.w0
+                        tables.steps += [*origin, which, block, 0, taps[phase], len(phase.taps), 0]
+                        before = phase
                     tables.steps[-4] = block + 1
-                    before = phase if len(bundle.columns) == 1 else None
-                    for column, (k, away, row) in enumerate(columns):
-                        mine.setdefault(k, []).append(((slot * self.width + column) * pitch + away, away))
-                        rows.append(row)
-                    rows += [dead] * (self.width - len(columns))
+                    last = int(number == len(bundle.blocks) - 1)
                     channel = tile.group * s.group_k + bundle.first
-                    last = int(slot == len(bundle.columns) - 1)
-                    tables.entries += [int(slot == 0), last, slot, channel, bundle.count]
-                    tables.entries += [len(starts), len(places) // 2, stripes]
-                for k in range(bundle.first, bundle.first + bundle.count + 1):
-                    starts.append(len(places) // 2)
-                    for place in mine.get(k, ()):
-                        places += place
+                    tables.entries += [int(number == 0), last, channel, bundle.count, 0, 0, 0, 0]
+                    for octet in octets:
+                        tap = phase.taps[octet.tap]
+                        tables.entries += [_bit(octet.tap), patch.offset(phase, tap.i, tap.j)]
+                        unused = OCTET - len(octet.columns)
+                        rows += [row for _, row in octet.columns] + [problem.skeleton.stripes] * unused
+                        filters += [k - bundle.first for k, _ in octet.columns] + [BUNDLES[0]] * unused
+                    empty = self.width // OCTET - len(octets)
+                    tables.entries += [0, 0] * empty
+                    rows += [problem.skeleton.stripes] * empty * OCTET
+                    filters += [BUNDLES[0]] * empty * OCTET
             tables.items += [first, len(tables.steps) // 8, tile.group, 0]
-        tables.lists = places + starts
-        for entry in range(5, len(tables.entries), 8):
-            tables.entries[entry] += len(places)
-        super().__init__(native, "fprop_sm90", problem, layout, tables, rows=np.asarray(rows, np.int64))
+        ones = np.zeros((len(filters) // self.width, self.width, BUNDLES[0] + 1), np.int16)
+        one = np.float16(1).view(np.int16) if problem.dtype == "float16" else 0x3F80  # bfloat16
+        ones[(*np.indices(ones.shape[:2]), np.reshape(filters, ones.shape[:2]))] = one
+        ones = ones[:, :, : BUNDLES[0]]
+        if self.width % CHUNK == 0:  # [plane, filter, 64 columns]
+            ones = ones.reshape(len(ones), -1, CHUNK, BUNDLES[0]).swapaxes(2, 3)
+        super().__init__(
+            native, "fprop_sm90", problem, layout, tables, rows=np.asarray(rows, np.int64),
+            filters=swizzled(ones.reshape(len(ones), self.width, 8, 8)).reshape(len(ones), -1),
+        )  # fmt: skip
 
-    def pack(
-        self, weight: Tensor
-    ) -> Tensor:  # [A, C/groups] -> [block, chunk, column, 64 channels, swizzled]
+    def pack(self, weight: Tensor) -> Tensor:
+        """[A, C/groups] -> of every block [chunk, column, 64 channels], and a one where a column's filter is:
+        [plane, 64 filters, 64 columns], or [column, 64 filters] where columns do not come in 64s; swizzled."""
         channels = self.chunks * CHUNK
+        arrays = self.arrays.on(weight.device)
         # One row of zeros for columns without a stripe, zeros behind the channels.
         padded = torch.nn.functional.pad(weight.detach(), (0, channels - weight.shape[1], 0, 1))
-        rows = padded[self.arrays.on(weight.device)["rows"]]
-        pieces = rows.view(-1, self.width, self.chunks, 8, 8).transpose(1, 2)
+        pieces = padded[arrays["rows"]].view(-1, self.width, self.chunks, 8, 8).transpose(1, 2)
         column = torch.arange(self.width, device=weight.device)[:, None]
         place = torch.arange(8, device=weight.device)
-        return pieces[:, :, column, place ^ column % 8].contiguous()
+        weights = pieces[:, :, column, place ^ column % 8].flatten(1)
+        return torch.cat([weights, arrays["filters"].view(weight.dtype)], 1)
 
     def __call__(
         self,
@@ -156,3 +167,8 @@ class WgmmaFprop(CudaRunner):
         return self.launch(
             dense_channels_last(x), packed, y, None, (bias, scale, residual, act), (self.shape.K, 1)
         )
+
+
+def _bit(number: int) -> int:
+    """1 << number as an int32."""
+    return (1 << number) - (1 << 32 if number == 31 else 0)

@@ -64,6 +64,8 @@ using std::fmaf;
 inline unsigned char* shared_memory() { return emulate::block.shared.data(); }
 inline std::uint32_t shared_address(const void* p) { return emulate::address_of(p); }
 
+inline int uniform(int x) { return x; }
+
 inline void barrier() {
   emulate::meet(emulate::block.meeting, static_cast<int>(blockDim.x), [] {});
 }

@@ -43,13 +43,13 @@ float described_column(std::uint64_t descriptor, int n, int k) {
   return widen(value);
 }
 
-template <class T, int N, bool Registers>
+template <class T, int N, bool Registers, bool Columns>
 void multiply_warp(float* const* d, const std::uint32_t* const* registers, const emulate::Product& p,
                    int warp) {
   static float b[N][16];
   for (int n = 0; n < N; ++n)
     for (int k = 0; k < 16; ++k)
-      b[n][k] = Registers ? described_column<T>(p.b, n, k) : described<T>(p.b, n, k);
+      b[n][k] = Columns ? described_column<T>(p.b, n, k) : described<T>(p.b, n, k);
   for (int row = 0; row < 16; ++row) {
     float a[16];
     for (int k = 0; k < 16; ++k)
@@ -116,13 +116,13 @@ inline void issue(const emulate::Product& product) {
 template <class T, int N>
 void wgmma(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, int accumulate) {
   issue({d, nullptr, a, b, accumulate != 0, emulate::block.fibers[emulate::block.running].groups,
-         multiply_warp<T, N, false>});
+         multiply_warp<T, N, false, false>});
 }
 
-template <class T, int N>
+template <class T, int N, bool Columns>
 void wgmma_registers(float (&d)[N / 2], const std::uint32_t (&a)[4], std::uint64_t b, int accumulate) {
   issue({d, a, 0, b, accumulate != 0, emulate::block.fibers[emulate::block.running].groups,
-         multiply_warp<T, N, true>});
+         multiply_warp<T, N, true, Columns>});
 }
 
 }  // namespace sk::cuda
