@@ -137,7 +137,7 @@ class IEMGate(StripeGate):
             features = torch.cat([e, features[:, e.shape[1] :]], dim=1)
         e, y = self.gain * features[:, : self.fc2.out_features], self.fc2(self.hidden(features))
         if not self.exact:
-            e, y = 0.0, e + y
+            e, y = 0.0, e + y  # type: ignore[assignment]
         if self.use["centre"]:
             y = y - y.mean(0)
         return (e + y).view_as(self.bias) + self.bias

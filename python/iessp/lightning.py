@@ -52,8 +52,8 @@ class StripePruning(Callback):
     ) -> None:
         super().__init__()
         self.module, self.gate_lr = module, gate_lr
-        self.attached = {"method": method, "example_input": example_input, "exclude": tuple(exclude)}
-        self.attached |= method_options or {}
+        attached = {"method": method, "example_input": example_input, "exclude": tuple(exclude)}
+        self.attached: dict[str, Any] = attached | (method_options or {})
         self.loss_options = {"budget": budget, "weight_decay": weight_decay} | (loss_options or {})
         self.frozen: nn.Module | None = None
         self.loss: StripeLoss | None = None

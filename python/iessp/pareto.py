@@ -119,7 +119,7 @@ def rows(points: list[Point]) -> list[list[str]]:
     def mean(mine: list[Point], key: str) -> float:
         return statistics.mean(p[key] for p in mine)
 
-    groups = {(p["share"], p["kind"]): [] for p in points}
+    groups: dict[tuple[float, str], list[Point]] = {(p["share"], p["kind"]): [] for p in points}
     for p in points:
         groups[p["share"], p["kind"]].append(p)
     return [

@@ -165,7 +165,8 @@ def contest(
     given = "optimized" if isinstance(model, stripe_kernels.Network) else "frozen"
     twin = thaw(model, fill=True).eval()
     mine = checked(model, many, batch, given)
-    made = {"dense": (twin, None), given: (mine, None)}
+    # Networks, and what each was made from.
+    made: dict[str, tuple[nn.Module | None, nn.Module | None]] = {"dense": (twin, None), given: (mine, None)}
     if optimize:
         made["dense, folded"] = (dense.folded(twin), twin)
         made["dense, optimized"] = (stripe_kernels.optimize(twin, x), twin)

@@ -39,7 +39,7 @@ def load(name: str, data_dir: Path | None = None, fetch: bool = False) -> Splits
         if data_dir is None:
             raise ValueError("--download needs --data-dir, the folder to put the files into")
         download(name, data_dir)
-    if name not in ("digits", "folder", "imagenet") and is_folder(data_dir):
+    if data_dir and name not in ("digits", "folder", "imagenet") and is_folder(data_dir):
         kind = "JPEG copies" if next(data_dir.glob("train/*/*.jpg"), None) else "image files"
         return replace(folder(data_dir), name=f"{name} ({kind})")
     return DATASETS[name](data_dir)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -100,7 +100,9 @@ def reduced(splits: Splits, images: int, resolution: int) -> Splits:
     if images and images < len(splits.train):
         splits = replace(splits, train=subset(splits.train, images))
     if resolution and resolution != splits.size:
-        parts = {name: _resized(getattr(splits, name), resolution) for name in ("train", "held_out", "test")}
+        parts: Any = {
+            name: _resized(getattr(splits, name), resolution) for name in ("train", "held_out", "test")
+        }
         splits = replace(splits, **parts)
     return splits
 
