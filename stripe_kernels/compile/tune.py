@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,13 @@ def _ready(call: Callable[[], Any], device: torch.device, cuda_graphs: bool) -> 
     with torch.cuda.device(device), torch.cuda.graph(graph):
         for _ in range(_IN_GRAPH):
             call()
-    return graph.replay
+    return partial(_replay, graph, call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, call: Callable[[], Any]) -> None:
+    """Replays what was captured of `call`, which has to live as long: a graph only has the addresses of what it reads,
+    packed weights for one, and torch gives freed memory back to the driver before the next capture."""
+    graph.replay()
 
 
 def interleaved(

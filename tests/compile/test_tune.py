@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import json
@@ -9,9 +10,11 @@ import random
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -431,6 +434,46 @@ def test_explain_an_optimized_network() -> None:
     assert {row["kind"] for row in found.ordinary} == {"linear layer"}
     assert not any(row["layer"].startswith("body.") for row in [*rows, *found.ordinary])
     assert any("residual" in r["epilogue"] and "relu" in r["epilogue"] for r in rows)
+
+
+def test_a_captured_call_keeps_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights are made before the capture: once freed, torch gives them back to the driver before the next one,
+    and the replay reads unmapped memory (an illegal address, seen on an H200)."""
+
+    class Graph:
+        replayed = 0
+
+        def replay(self) -> None:
+            self.replayed += 1
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    class Packed:
+        pass
+
+    made: list[Graph] = []
+
+    def graph() -> Graph:
+        made.append(Graph())
+        return made[-1]
+
+    monkeypatch.setattr(tuner, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    for context in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, context, lambda what: nullcontext())
+    packed = Packed()
+    alive = weakref.ref(packed)
+    replay = tuner._ready(partial(id, packed), torch.device("cuda"), cuda_graphs=True)
+    del packed
+    gc.collect()
+    assert alive() is not None
+    replay()
+    assert made[0].replayed == 1
 
 
 def test_a_kernel_that_fails_on_a_gpu_is_left_out_and_dense_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
