@@ -26,14 +26,7 @@ SOURCES = (
 # Hashes of later sources in which nothing that a GPU executes differs from those of a record, with the difference.
 # Only a comment, a branch for the CPU, or what no timed problem meets may stand here: everything else has to be
 # measured again.
-SAME_ON_A_GPU = {
-    "3e2de46de011a829": (
-        "7e2cdf8963b16afc",
-        "the same machine code, constants in one place; refusals, predictions (also a CPU's, of dense and "
-        "stripe_gemm); sums of strided layers compare their rows, and boxes of more than 256 rows begin elsewhere: no "
-        "timed problem has either",
-    ),
-}
+SAME_ON_A_GPU: dict[str, tuple[str, str]] = {}
 # Stages without which a record says too little to be quoted; rows there was no time for are named in it.
 NEEDED = ("checks", "layers")
 _QUOTED = re.compile(r"bench/records/([\w.+-]+\.json)")

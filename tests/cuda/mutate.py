@@ -33,6 +33,8 @@ class Fault:
 
 
 KERNEL, DGRAD = "csrc/cuda/fprop_sm90.cu", "csrc/cuda/dgrad_sm90.cu"
+SCATTER, WGMMA = "csrc/cuda/scatter_sm90.h", "stripe_kernels/backends/cuda_wgmma.py"
+_ENDED = "    wgmma_wait<0>();\n#pragma unroll\n    for (int t = 0; t < Tiles; ++t) "
 FAULTS = {
     "operands read without their swizzle": Fault(
         "csrc/cuda/matrix_descriptor.h", "kSwizzle128 = 1;", "kSwizzle128 = 0;"
@@ -40,52 +42,53 @@ FAULTS = {
     "eight rows in half their distance": Fault("csrc/cuda/matrix_descriptor.h", "1024 >> 4", "512 >> 4"),
     "every other step of channels": Fault(KERNEL, "w + 2 * k, c + k", "w + 4 * k, c + k"),
     "weights swizzled for other rows": Fault(
-        "stripe_kernels/backends/cuda_wgmma.py", "place ^ column % 8", "place ^ column % 4"
+        WGMMA, "pieces[:, :, column, place ^ column % 8]", "pieces[:, :, column, place ^ column % 4]"
+    ),
+    "ones swizzled for other rows": Fault(
+        WGMMA, "pieces[..., column, place ^ column % 8, :]", "pieces[..., column, place ^ column % 4, :]"
+    ),
+    "a column added to the filter beside its own": Fault(
+        WGMMA, "[k - bundle.first for k, _", "[max(0, k - bundle.first - 1) for k, _"
     ),
     "the patch begins one pixel further": Fault(
-        KERNEL, "tile.j + segment.origin_w", "tile.j + segment.origin_w + 1"
+        KERNEL, "at.tile.j + at.segment.origin_w", "at.tile.j + at.segment.origin_w + 1"
     ),
-    "a margin too narrow": Fault(
-        "stripe_kernels/backends/cuda_stripes.py", "or high >= axis.extent:", "or high > axis.extent:"
+    "a tap meets one row beside the image": Fault(
+        SCATTER, "static_cast<unsigned>(rows) &&", "static_cast<unsigned>(rows + 1) &&"
     ),
+    "no row of zeros": Fault(KERNEL, "i % 8 * 16) = {0, 0, 0, 0};", "i % 8 * 16);"),
     "x awaited in the wrong phase": Fault(
         KERNEL,
-        "mbarrier_wait(s.x_empty + c, turn ^ 1);",
-        "mbarrier_wait(s.x_empty + c, turn);",
+        "mbarrier_wait(s.x_empty + chunk, patch.parity ^ 1);",
+        "mbarrier_wait(s.x_empty + chunk, patch.parity);",
     ),
-    "x not awaited": Fault(KERNEL, "    mbarrier_wait(s.x_full + c, turn);\n", ""),
-    "weights not awaited": Fault(KERNEL, "    mbarrier_wait(s.full + ring.stage, ring.parity);\n", ""),
+    "x not awaited": Fault(KERNEL, "    mbarrier_wait(s.x_full + chunk, patch.parity);\n", ""),
+    "weights not awaited": Fault(KERNEL, "    mbarrier_wait(s.full + ring.stage, ring.parity);\n  };", "  };"),
+    "what columns add to not awaited": Fault(
+        KERNEL, "    if (any) mbarrier_wait(s.full + ring.stage, ring.parity);\n", ""
+    ),
     "a full stage overwritten": Fault(
         KERNEL,
-        "          mbarrier_wait(s.empty + ring.stage, ring.parity ^ 1);\n",
+        "    mbarrier_wait(s.empty + ring.stage, ring.parity ^ 1);\n",
         "",
     ),
     "more bytes announced than come": Fault(
-        KERNEL,
-        "mbarrier_expect(s.full + ring.stage, N * kRowBytes);",
-        "mbarrier_expect(s.full + ring.stage, N * kRowBytes + 16);",
+        KERNEL, "kBytes + (last ? kRecord : 0));", "kBytes + (last ? kRecord : 0) + 16);"
     ),
-    "a stage given back while it is read": Fault(KERNEL, "      wgmma_wait<1>();\n", ""),
-    "sums read before the products end": Fault(KERNEL, "  wgmma_wait<0>();\n", ""),
-    "multiplying out of turn": Fault(KERNEL, "        if (block.first) start.take();\n", ""),
-    "x given back by the first block": Fault(
-        KERNEL, "const bool last = i + 2 >= segment.blocks_end;", "const bool last = i == segment.blocks;"
+    "a stage given back while it is read": Fault(KERNEL, "        wgmma_wait<kAhead ? 0 : 1>();\n", ""),
+    "products put away before they end": Fault(KERNEL, _ENDED + "wgmma_keep(acc[t]);\n    scatter", "    scatter"),
+    "registers filled while wgmma reads them": Fault(
+        KERNEL, "acc, s.products);\n    wgmma_wait<0>();\n", "acc, s.products);\n"
     ),
-    "x given back before every lane has seen it": Fault(
-        KERNEL, "      warp_barrier();  // every lane has seen the phase that the first one lets end\n", ""
+    "x given back by the first block": Fault(KERNEL, "last = uniform(at.last());", "last = uniform(at.fresh);"),
+    "gathered before all products are there": Fault(
+        KERNEL, "    computers_barrier();  // all rows of the products are there\n", ""
     ),
-    "summed before all products are there": Fault(
-        KERNEL, "        warpgroup_barrier(group);\n        for (int first", "        for (int first"
+    "products put where others still gather": Fault(
+        KERNEL, "    computers_barrier();  // nobody reads the products of the block before any more\n", ""
     ),
-    "stored before all sums are there": Fault(
-        KERNEL, "          warpgroup_barrier(group);\n          store_filters", "          store_filters"
-    ),
-    "rows behind the patch left as they are": Fault(
-        "csrc/cuda/sum_sm90.h", "*reinterpret_cast<uint4*>(x + c * rows + i) = {0, 0, 0, 0};", ";"
-    ),
-    "a tap beside the patch taken for zero": Fault(
-        "stripe_kernels/backends/cuda_wgmma.py", "1 if zeros else 2", "1"
-    ),
+    "sums of two bundles in one": Fault(KERNEL, "uniform(!before.first)", "uniform(1)"),
+    "stored where the last tile was": Fault(KERNEL, "    if (listed != at.item) pixels", "    if (listed < 0) pixels"),
     "dgrad: dy not awaited": Fault(DGRAD, "    mbarrier_wait(s.ready, parity);\n", ""),
     "dgrad: a patch overwritten while it is read": Fault(
         DGRAD, "        mbarrier_wait(s.read, parity ^ 1);\n", ""
@@ -126,6 +129,7 @@ def check(extension: str) -> None:
         BUNDLES,
         DEEP,
         EVERYTHING,
+        MANY,
         MMA_PROBLEMS,
         PHASES_IN_FULL_BLOCKS,
         check_wgmma,
@@ -134,7 +138,7 @@ def check(extension: str) -> None:
 
     native = emulated.load(Path(extension))
     few = (c for c in MMA_PROBLEMS if c.name in ("lopsided", "grouped", "strided"))
-    cases = (*few, DEEP, EVERYTHING, BUNDLES, *PHASES_IN_FULL_BLOCKS)
+    cases = (*few, DEEP, EVERYTHING, BUNDLES, MANY, *PHASES_IN_FULL_BLOCKS)
     for c, config in product(cases, CONFIGS[:2]):
         if refused(problem_of(c, "channels_last", torch.bfloat16), config):
             continue
@@ -164,7 +168,7 @@ def check(extension: str) -> None:
 
 
 class Builder:
-    """Objects of the sound sources, compiled once; only the kernel of the faults is compiled again."""
+    """Objects of the sound sources, compiled once; only the kernels of a fault are compiled again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -174,12 +178,10 @@ class Builder:
             emulated.EMULATE / "switch.cpp",
         ]
         for source in self.sources:
-            self._compile(ROOT, source.relative_to(ROOT))
+            self._compile(ROOT, source.relative_to(ROOT), folder)
 
-    def _object(self, source: Path) -> Path:
-        return self.folder / f"{source.name}.o"
-
-    def _compile(self, tree: Path, source: Path) -> None:
+    @staticmethod
+    def _compile(tree: Path, source: Path, folder: Path) -> None:
         options = emulated.options(tree)
         command = [
             *emulated.CXX.split(),
@@ -189,17 +191,23 @@ class Builder:
             *options,
             str(tree / source),
             "-o",
-            str(self._object(source)),
+            str(folder / f"{source.name}.o"),
         ]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             sys.exit(result.stderr)
 
-    def link(self, tree: Path) -> Path:
-        for kernel in (KERNEL, DGRAD):
-            self._compile(tree, Path(kernel))
-        target = tree / "_cuda.so"
-        objects = [str(self._object(source)) for source in self.sources]
+    def link(self, tree: Path, changed: str = "") -> Path:
+        """The extension with the kernels that a changed file is part of compiled anew, from the tree."""
+        anew = {KERNEL: (KERNEL,), SCATTER: (KERNEL,), DGRAD: (DGRAD,)}.get(changed, (KERNEL, DGRAD))
+        anew = anew if changed.startswith("csrc") else ()
+        target, objects = tree / "_cuda.so", []
+        for source in self.sources:
+            name = str(source.relative_to(ROOT))
+            folder = tree if name in anew else self.folder
+            if name in anew:
+                self._compile(tree, Path(name), folder)
+            objects.append(str(folder / f"{source.name}.o"))
         subprocess.run([*emulated.CXX.split(), "-shared", *objects, "-o", str(target)], check=True)
         return target
 
@@ -250,7 +258,7 @@ def main() -> int:
             if text.count(fault.right) != 1:
                 sys.exit(f"{fault.file} no longer has what {name!r} replaces once: {fault.right!r}")
             path.write_text(text.replace(fault.right, fault.wrong))
-            caught[name] = verdict(tree, builder.link(tree))
+            caught[name] = verdict(tree, builder.link(tree, fault.file))
             path.write_text(text)
             print(f"{name:40s} {caught[name] or 'NOT NOTICED'}", flush=True)
     if arguments.record:
