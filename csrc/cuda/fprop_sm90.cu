@@ -79,7 +79,8 @@ __device__ inline void load(const Launch& launch, const Shared<N>& s, const Tabl
 template <class T, int Tiles, int N>
 __device__ __forceinline__ void multiply(const Layout& l, const Shared<N>& s, int chunks, const Cursor& patch,
                                          bool last, Cursor& ring, float (&acc)[Tiles][N / 2]) {
-  // While products are under way, which the warp has to wait for anyhow: 10 % of the time with two tiles; with one it loses.
+  // While products are under way, which the warp has to wait for anyhow: 7 to 11 % of the time with two tiles; with one it
+  // loses as much.
   constexpr bool kAhead = Tiles > 1;
   const int lane = threadIdx.x % 32;
   const unsigned char* rows = s.x + uniform(threadIdx.x / kWarpgroup) * Tiles * 64 * kRowBytes;
@@ -119,7 +120,8 @@ __device__ __forceinline__ void multiply(const Layout& l, const Shared<N>& s, in
 }
 
 // A block's first product, then the second one of the block before, queued behind it. There is none of it at first: then it
-// is one of zeros, whose y nobody uses, since a branch around these instructions would have the assembler run them one by one.
+// is one of zeros and of what lies in the ring, whose y nobody uses, since a branch around these instructions would have the
+// assembler run them one by one.
 template <class T, int Tiles, int N>
 __device__ inline void compute(const Launch& launch, const Shared<N>& s, const Tables& tables) {
   const Layout& l = launch.params.layout;

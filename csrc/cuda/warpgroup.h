@@ -19,14 +19,6 @@ __device__ inline void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// A barrier of warpgroup 0 or 1. A number in a register would claim all sixteen barriers.
-__device__ inline void warpgroup_barrier(int group) {
-  if (group == 0)
-    asm volatile("bar.sync 1, %0;" ::"n"(kWarpgroup) : "memory");
-  else
-    asm volatile("bar.sync 2, %0;" ::"n"(kWarpgroup) : "memory");
-}
-
 // Warpgroups 0 and 1 together, without the one that loads.
 __device__ inline void computers_barrier() {
   asm volatile("bar.sync 3, %0;" ::"n"(2 * kWarpgroup) : "memory");

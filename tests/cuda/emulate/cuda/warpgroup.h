@@ -16,11 +16,6 @@ void take_registers() {
   static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256);
 }
 
-inline void warpgroup_barrier(int group) {
-  if (emulate::block.running / kWarpgroup != group) emulate::fail("a thread waits with another warpgroup");
-  emulate::meet(emulate::block.named[1 + group], kWarpgroup, [] {});
-}
-
 inline void computers_barrier() {
   if (emulate::block.running / kWarpgroup > 1) emulate::fail("a thread waits with other warpgroups");
   emulate::meet(emulate::block.named[3], 2 * kWarpgroup, [] {});
