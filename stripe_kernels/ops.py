@@ -27,7 +27,7 @@ from stripe_kernels.geometry import ConvShape
 from stripe_kernels.plan import Plan, make_plan
 from stripe_kernels.registry import Pass, Problem
 from stripe_kernels.skeleton import FilterSkeleton
-from stripe_kernels.snapshots import packed_weight
+from stripe_kernels.snapshots import drop_snapshot, packed_weight
 
 _RUNNERS_KEPT = 64  # shapes a layer remembers
 _OPS_KEPT = 1024  # layers' settings, with their runners, beyond those that modules hold
@@ -298,6 +298,8 @@ def _fprop_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dconv = dy if scale is None else dy * scale[:, None, None]
     dx = passes[0](op, dconv, weight, x.shape[2:]) if needs[0] else None
     dw = passes[1](op, dconv, x) if needs[1] else None
+    if needs[1]:  # an optimizer comes next, and torch's fused ones (2.13) leave no mark on what they write
+        drop_snapshot(weight)
     return dx, dw, dbias, dscale, dresidual
 
 
