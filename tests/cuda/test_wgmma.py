@@ -23,6 +23,8 @@ from stripe_kernels.backends.cuda_tables import DTYPES as CODES
 from stripe_kernels.backends.cuda_wgmma import (
     CONFIGS,
     SHARED_BYTES,
+    TABLE_BYTES,
+    TAPS,
     WgmmaFprop,
     chunks_of,
     room,
@@ -133,6 +135,76 @@ def test_no_wait_is_missing(native: ModuleType) -> None:
                 assert torch.equal(check_wgmma(native, c, torch.bfloat16, config), first)
 
 
+# Bit 31 is a tap's too.
+EVERY_BIT = case("32 taps", N=2, C=8, H=5, W=9, K=13, R=4, S=8, padding=(2, 3), density=0.5)
+LONG_TABLES = case("tables beyond shared memory", N=1, C=160, H=3, W=3, K=60, groups=20, density=0.7)
+
+
+@pytest.mark.parametrize("c", [EVERY_BIT, LONG_TABLES], ids=lambda c: c.name)
+def test_at_the_limits(native: ModuleType, c: Case) -> None:
+    problem = problem_of(c, "channels_last", torch.bfloat16)
+    tables = Built(native, problem, CONFIGS[-1])
+    read = tables.entries - tables.items + tables.classes - tables.lists
+    taps = max(len(p.taps) for p in phases(c.skeleton, c.shape))
+    assert taps == TAPS if c is EVERY_BIT else 4 * read > TABLE_BYTES
+    with emulated.late(native):
+        check_wgmma(native, c, torch.bfloat16, CONFIGS[-1])
+
+
+class Built:
+    """The integers that a runner hands to the binding, and where the sections of its tables start."""
+
+    def __init__(self, native: ModuleType, problem: Problem, config: Config) -> None:
+        self.native = native
+        WgmmaFprop(self, problem, config)
+        self.items, self.steps, self.entries, self.lists, self.classes, _ = self.layout[-6:]
+
+    def Kernel(self, name: str, code: int, layout: list[int], tables: list[int]) -> object:
+        self.name, self.code, self.layout, self.tables = name, code, layout, tables
+        return self.native.Kernel(name, code, layout, tables)
+
+    def refusal(self, **changed: int) -> str:
+        """Of the tables with integers changed: section_number=value; "layout_number" counts from the layout's end."""
+        layout, tables = list(self.layout), list(self.tables)
+        for where, value in changed.items():
+            section, _, number = where.partition("_")
+            if section == "layout":
+                layout[-int(number)] = value
+            else:
+                tables[getattr(self, section) + int(number)] = value
+        with pytest.raises(ValueError, match="tables do not hold") as error:
+            self.native.Kernel(self.name, self.code, layout, tables)
+        return str(error.value).rpartition(": ")[2]
+
+
+def test_tables_that_lead_elsewhere_are_refused(native: ModuleType) -> None:
+    c = case("two tiles", N=2, C=16, H=6, W=5, K=20, density=0.3)
+    built = Built(native, problem_of(c, "channels_last", torch.bfloat16), (64, 128))
+    tables, record = built.tables, built.entries
+    for reason, changed in (
+        ("a group exists", {"items_2": 1}),
+        ("segments exist", {"items_1": (built.entries - built.steps) // 8 + 1}),
+        ("a phase has pixels", {"steps_2": -1}),
+        ("a phase has pixels", {"steps_2": 1}),
+        ("blocks exist", {"steps_4": 1000}),
+        ("a bundle ends in its tile", {"steps_4": tables[built.steps + 4] - 1}),
+        ("a phase has at most 32 taps, aligned", {"steps_6": 33}),
+        ("a phase has at most 32 taps, aligned", {"steps_5": 1}),
+        ("an index lies in its section", {"steps_5": 2 * (built.classes - built.lists)}),
+        ("a tap stays in its patch", {"steps_0": tables[built.steps] + 1}),
+        ("bundles follow each other", {"entries_0": 0}),
+        ("a bundle has 1 to 64 filters", {"entries_3": 65}),
+        ("filters lie in their group", {"entries_3": 21}),
+        ("filters lie in their group", {"entries_2": -1}),
+        ("an octet's tap is the phase's", {"entries_9": tables[record + 9] + 1}),
+        ("an octet's tap is the phase's", {"entries_8": tables[record + 8] << 1}),
+        ("an octet's tap is the phase's", {"entries_8": 3}),
+        ("one class, no splits, two stages", {"layout_9": 1}),
+        ("a block has 128 rows, or 256 of 64 columns", {"layout_10": 64}),
+    ):
+        assert built.refusal(**changed) == reason, changed
+
+
 def test_epilogue(native: ModuleType) -> None:
     """In float32 after the sums, rounded once: against the float64 epilogue of the float32 convolution."""
     c = case("several chunks", N=3, C=136, H=5, W=5, K=19, density=0.3)
@@ -190,7 +262,7 @@ def lands(patch: Patch, skeleton: FilterSkeleton, s: ConvShape) -> None:
             assert (a * gw + b == p % th * gw + q % tw + patch.offset(phase, tap.i, tap.j)).all()
 
 
-@pytest.mark.parametrize("most", [64, 128])
+@pytest.mark.parametrize("most", [64, 128, 256])
 def test_every_pixel_read_lies_in_its_patch(most: int) -> None:
     cases = [(c.skeleton, c.shape) for c in PROBLEMS]
     cases += [(random_problem(s, "bfloat16").skeleton, s) for s in SHAPES]
