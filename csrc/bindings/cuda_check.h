@@ -126,8 +126,8 @@ class TableCheck {
     require(rows_ <= l_.pitch && w.tile_n * w.tile_h * w.tile_w <= l_.pitch, "a patch and a tile have rows");
     require(w.in_step_h <= 4 && w.in_step_w <= 4 && phases <= 4, "at most four phases of the stride");
     require(w.patch_h <= 256 && w.patch_w <= 256 && w.tile_n <= 256, "a patch fits a box");
-    require(w.classes == 1 && l_.splits == 1 && l_.slab >= 2 && l_.chunk >= 1,
-            "one class, no splits, two stages");
+    require(w.classes == 1 && l_.splits == 1 && l_.slab >= 2 && l_.slab <= 64 && l_.chunk <= 64,
+            "two to 64 stages, one class, no splits");
     const int filter_tiles = l_.groups * l_.tiles_out;
     const int record = 8 + n / 4;  // a block and its octets
     const int segments = (l_.entries - l_.steps) / 8, blocks = (l_.lists - l_.entries) / record;
@@ -135,7 +135,7 @@ class TableCheck {
     for (int i = 0; i < filter_tiles; ++i) {
       const int* f = &t_[l_.items + 4 * i];
       require(0 <= f[2] && f[2] < l_.groups, "a group exists");
-      require(0 <= f[0] && f[0] <= f[1] && f[1] <= segments, "segments exist");
+      require(0 <= f[0] && f[0] < f[1] && f[1] <= segments, "segments exist");
       bool open = false;
       for (int g = f[0]; g < f[1]; ++g) {
         const int* s = &t_[l_.steps + 8 * g];
@@ -245,7 +245,7 @@ class TableCheck {
   bool bundled(const int* b, const int* segment, int group, bool open) const {
     require(b[0] == (open ? 0 : 1) && (b[1] == 0 || b[1] == 1), "bundles follow each other");
     require(b[3] > 0 && b[3] <= 64, "a bundle has 1 to 64 filters");
-    require(b[2] >= group * l_.group_out && b[2] + b[3] <= (group + 1) * l_.group_out,
+    require(b[2] >= group * l_.group_out && b[2] <= (group + 1) * l_.group_out - b[3],
             "filters lie in their group");
     for (int o = 0; o < l_.width / 8; ++o) {  // a bit of no tap is never met
       const unsigned bit = static_cast<unsigned>(b[8 + 2 * o]);
@@ -262,7 +262,7 @@ class TableCheck {
 
   int size() const { return static_cast<int>(t_.size()); }
   int at(int section, int end, int i) const {
-    require(i >= 0 && section + i < end, "an index lies in its section");
+    require(i >= 0 && i < end - section, "an index lies in its section");
     return t_[section + i];
   }
   int entry(int i) const { return at(l_.entries, l_.lists, i); }

@@ -9,7 +9,7 @@
 //
 // One warpgroup loads (the copy engine does: x with its halo once for all blocks of a segment, weights through a ring), two
 // compute, half of the pixels each. While the first product of a block is under way the second one of the block before is
-// prepared and queued behind it. Sums of y stay in registers from a bundle's first block to its last, in one order, so bits
+// prepared, and follows it. Sums of y stay in registers from a bundle's first block to its last, in one order, so bits
 // repeat. backends/cuda_stripes.py lays out patch and columns.
 #include "cuda/fprop_sm90.h"
 #include "cuda/kernels.h"
@@ -79,8 +79,7 @@ __device__ inline void load(const Launch& launch, const Shared<N>& s, const Tabl
 template <class T, int Tiles, int N>
 __device__ __forceinline__ void multiply(const Layout& l, const Shared<N>& s, int chunks, const Cursor& patch,
                                          bool last, Cursor& ring, float (&acc)[Tiles][N / 2]) {
-  // While products are under way, which the warp has to wait for anyhow: 7 to 11 % of the time with two tiles; with one it
-  // loses as much.
+  // Between a chunk's products rather than behind them: 7 to 11 % of the time with two tiles; with one it loses as much.
   constexpr bool kAhead = Tiles > 1;
   const int lane = threadIdx.x % 32;
   const unsigned char* rows = s.x + uniform(threadIdx.x / kWarpgroup) * Tiles * 64 * kRowBytes;
@@ -119,7 +118,7 @@ __device__ __forceinline__ void multiply(const Layout& l, const Shared<N>& s, in
   }
 }
 
-// A block's first product, then the second one of the block before, queued behind it. There is none of it at first: then it
+// A block's first product, then the second one of the block before. There is none of it at first: then it
 // is one of zeros and of what lies in the ring, whose y nobody uses, since a branch around these instructions would have the
 // assembler run them one by one.
 template <class T, int Tiles, int N>

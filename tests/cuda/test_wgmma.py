@@ -199,7 +199,12 @@ def test_tables_that_lead_elsewhere_are_refused(native: ModuleType) -> None:
         ("an octet's tap is the phase's", {"entries_9": tables[record + 9] + 1}),
         ("an octet's tap is the phase's", {"entries_8": tables[record + 8] << 1}),
         ("an octet's tap is the phase's", {"entries_8": 3}),
-        ("one class, no splits, two stages", {"layout_9": 1}),
+        ("segments exist", {"items_0": tables[built.items + 1]}),
+        ("filters lie in their group", {"entries_2": 2**31 - 8}),
+        ("an index lies in its section", {"steps_5": 2**31 - 2}),
+        ("two to 64 stages, one class, no splits", {"layout_9": 1}),
+        ("two to 64 stages, one class, no splits", {"layout_9": 2**31 - 1}),
+        ("two to 64 stages, one class, no splits", {"layout_11": 2**18}),
         ("a block has 128 rows, or 256 of 64 columns", {"layout_10": 64}),
     ):
         assert built.refusal(**changed) == reason, changed
