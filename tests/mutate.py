@@ -151,7 +151,7 @@ FAULTS = {
         "csrc/cpu/fprop_filters.cpp",
         "&stripes_.filter[t->first + at * isa_.lanes];",
         "&stripes_.filter[t->first];",
-        suite("test_fprop", only="filters_generic and (lopsided or grouped)"),
+        suite("test_fprop", only="filters_generic and many"),
     ),
     "stale cache: packed weights": Fault(
         "stripe_kernels/snapshots.py",
@@ -200,6 +200,18 @@ FAULTS = {
         "      std::fill(panel + c * c_stride_ + zeros_, panel + (c + 1) * c_stride_, 0.f);\n",
         "      ;\n",
         suite("test_fprop", "test_taps", only="taps_generic and (lopsided or pairs or reaches)"),
+    ),
+    "threads: calls share an arena": Fault(
+        "csrc/bindings/list_function.h",
+        "      idle_.pop_back();\n",
+        "      idle_.back() = arena;\n",
+        suite("compile/test_front", only="many_threads"),
+    ),
+    "unchecked index: inputs of a list": Fault(
+        "csrc/bindings/list_function.h",
+        "if (!inputs_[i].is(t)) {",
+        "if (t.ndim < 0) {",
+        suite("compile/test_front", only="check_their_inputs or takes_only"),
     ),
     "threads: a forked child waits for its parent's": Fault(
         "csrc/cpu/parallel.cpp",

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bindings/gil.h"
+#include "bindings/list_function.h"
 #include "cpu/call_list.h"
 #include "cpu/dgrad.h"
 #include "cpu/fprop.h"
@@ -328,4 +329,24 @@ PYBIND11_MODULE(_cpu, m) {
             l.run(arena, slots, threads);
           },
           Release());
+
+  py::class_<ListFunction::Front>(m, "Front")
+      .def(py::init(
+          [](py::tuple types, py::tuple silent, py::object threads, py::tuple empty, py::tuple denied) {
+            for (const auto& hooks : empty) require(PyDict_Check(hooks.ptr()), "only dicts are empty");
+            return new ListFunction::Front{std::move(types), std::move(silent), std::move(threads),
+                                           std::move(empty), std::move(denied)};
+          }));
+  m.def(
+      "list_function",
+      [](py::object list, py::object held, py::object tensor, const py::capsule& exchange, int threads,
+         const py::tuple& inputs, py::tuple outputs, py::tuple parameters, py::object arena, bool keep,
+         const ListFunction::Front* front) {
+        auto f = std::make_unique<ListFunction>(std::move(list), std::move(held), std::move(tensor), exchange,
+                                                threads, inputs, std::move(outputs), std::move(parameters),
+                                                std::move(arena), keep);
+        return ListFunction::bind(std::move(f),
+                                  front ? std::make_unique<ListFunction::Front>(*front) : nullptr);
+      },
+      "A CallList as a function of tensors (bindings/list_function.h).");
 }

@@ -6,7 +6,8 @@ outside reads lies in one arena.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ from stripe_kernels.backends.cpu_network import Arena
 
 if not hasattr(_cpu, "CallList"):
     raise ImportError("the extension stripe_kernels._cpu is older than this code; run: pip install -e .")
+
+
+# torch's C interface to its tensors (2.13 has it); without it Python reads their addresses, which takes longer.
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+_ARENA_KEPT = (
+    4 << 20
+)  # bytes up to which an arena waits for the next call: mapping it anew is a good part of a small one
 
 
 class CallList:
@@ -30,6 +38,7 @@ class CallList:
         self._held: list[Tensor] = []  # packed weights and biases: the native list has their addresses
         self._parameters: list[Tensor] = []  # read at each run; their slots come after those of the outputs
         self._slots = 0
+        self._inputs: list[Tensor] = []
         self._returned: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = []
 
     @staticmethod
@@ -71,6 +80,7 @@ class CallList:
 
     def given(self, t: Tensor) -> int:
         """The next input, always laid out as `t`. Inputs come before the outputs of `returned`."""
+        self._inputs.append(t)
         return self._slot(t)
 
     def returned(self, t: Tensor) -> int:
@@ -111,18 +121,45 @@ class CallList:
         at = self._parameter(weight), -1 if bias is None else self._parameter(bias[None])
         self._native.add_linear(*at, (images, features, outputs), x, y)
 
-    def finish(self) -> Callable[..., list[Tensor]]:
-        """run(*inputs) -> outputs."""
+    def finish(self) -> Callable[..., Sequence[Tensor]]:
+        """run(*inputs) -> outputs. Inputs laid out other than `given` said raise ValueError."""
+        if _EXCHANGE is not None:
+            return self._function(None)
         native, threads, layouts, size = self._native, self.threads, self._returned, self.arena_bytes
         held, parameters = self._held, self._parameters
+        expected = [(t.shape, t.stride(), t.dtype) for t in self._inputs]
 
         def run(*inputs: Tensor, held: list[Tensor] = held) -> list[Tensor]:
+            if [(t.shape, t.stride(), t.dtype) for t in inputs] != expected:
+                raise ValueError("an input is laid out other than when the list was made")
             outputs = [torch.empty_strided(*sizes, dtype=dtype) for *sizes, dtype in layouts]
             arena = torch.empty(size, dtype=torch.uint8)
             native.run(threads, arena.data_ptr(), [t.data_ptr() for t in (*inputs, *outputs, *parameters)])
             return outputs
 
         return run
+
+    def front(
+        self, silent: tuple[Callable[[], Any], ...], empty: tuple[dict[Any, Any], ...]
+    ) -> Callable[..., Any] | None:
+        """run(*inputs) -> the only output; or NotImplemented, where the inputs are not ordinary tensors laid out as
+        `given` said and without gradients, a function in `silent` returns something true, a dict in `empty` is not
+        empty, or torch runs on another number of threads. None without torch's interface or with more outputs."""
+        if _EXCHANGE is None or len(self._returned) != 1:
+            return None
+        denied = (Tensor.is_neg, Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
+        types = (Tensor, torch.nn.Parameter)
+        return self._function(_cpu.Front(types, silent, torch.get_num_threads, empty, denied))
+
+    def _function(self, front: Any) -> Callable[..., Any]:
+        outputs = [partial(torch.empty_strided, *sizes, dtype=dtype) for *sizes, dtype in self._returned]
+        arena = partial(torch.empty, self.arena_bytes, dtype=torch.uint8)
+        tensors = tuple(self._inputs), tuple(outputs), tuple(self._parameters), arena
+        keep = self.arena_bytes <= _ARENA_KEPT
+        function: Callable[..., Any] = _cpu.list_function(
+            self._native, self._held, Tensor, _EXCHANGE, self.threads, *tensors, keep, front
+        )
+        return function
 
     def _parameter(self, t: Tensor) -> int:
         """A slot for memory that may move, as into another process's reach; `data` put elsewhere is not followed."""

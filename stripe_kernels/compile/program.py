@@ -7,13 +7,14 @@ activations in one arena; whatever else a graph has is called between the lists 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules import module
 from torch.utils._pytree import tree_leaves
 
 from stripe_kernels import ops
@@ -24,8 +25,20 @@ from stripe_kernels.geometry import pair
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.snapshots import packed_weight
 
-Program = Callable[..., Any]
+_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks)  # of every module's call
 _LINEAR_IMAGES = 4  # up to which a linear layer's time is that of reading its weight
+
+
+class Program(Protocol):
+    """A network for one signature of inputs."""
+
+    activations: int  # bytes, as Network.memory says
+    packed: int | None  # bytes of the kernels' own copies of weights; None: as many as the weights have
+    # Another way to call it, where there is one: it sees by itself whether more than the kernels is needed, and returns
+    # NotImplemented then.
+    front: Callable[..., Any] | None
+
+    def __call__(self, *inputs: Tensor) -> Any: ...
 
 
 def write_program(body: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Program:
@@ -79,6 +92,7 @@ class _Writer(OneLineInterpreter):
         self.names: dict[fx.Node, str] = {}
         self.pending: list[_Call] = []
         self.packed: dict[int, int] = {}  # address -> bytes of the kernels' own copies of weights
+        self.front: Callable[..., Any] | None = None  # where one list is the whole network
         self.peak = 0  # bytes of activations at once, inputs not counted
         self.held: dict[fx.Node, set[_Storage]] = {}
         self.last_use: dict[fx.Node, list[fx.Node]] = {}
@@ -87,7 +101,8 @@ class _Writer(OneLineInterpreter):
         except ImportError:
             self.list_type = None
         seen: set[fx.Node] = set()
-        for node in reversed(body.graph.nodes):
+        self.nodes = list(body.graph.nodes)
+        for node in reversed(self.nodes):
             for source in node.all_input_nodes:
                 if source not in seen:
                     seen.add(source)
@@ -100,6 +115,7 @@ class _Writer(OneLineInterpreter):
         exec(compile(source, "<network>", "exec"), self.bound)
         facts: Any = self.bound["program"]
         facts.activations, facts.packed = self.peak, sum(self.packed.values())
+        facts.front = self.front
         program: Program = facts
         return program
 
@@ -255,9 +271,18 @@ class _Writer(OneLineInterpreter):
         arguments = ", ".join(self._argument(n) for n in given)
         results = ", ".join(self._name(c.node) for c in leave)
         line = f"{self._bind('k', todo.finish())}({arguments})"
+        if self._whole(given, leave, inside):
+            self.front = todo.front((*ops.LISTENERS, torch._C._is_any_autocast_enabled), _HOOKS)
         self.lines.append(f"{results}, = {line}" if results else line)
         self._measure(set(self.held) - (inside - {c.node for c in leave}), todo.arena_bytes)
         self._free([c.node for c in pending])
+
+    def _whole(self, given: Iterable[fx.Node], leave: list[_Call], inside: set[fx.Node]) -> bool:
+        """Whether a list goes from the network's inputs, in order, to its one output, with nothing beside it."""
+        inputs = [n for n in self.nodes if n.op == "placeholder"]
+        output = self.nodes[-1]
+        everything = {*inputs, *inside, output} == set(self.nodes)
+        return everything and list(given) == inputs and [c.node for c in leave] == [output.args[0]]
 
     # -- everything else --
 

@@ -8,7 +8,6 @@ which node it cannot take.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 from stripe_kernels import ops
 from stripe_kernels.compile.graph import averages_pixels, module_of, record_sizes, size_of
 from stripe_kernels.compile.layers import FusedConv2d
+from stripe_kernels.compile.program import Program
 from stripe_kernels.geometry import ConvShape, pair
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.skeleton import FilterSkeleton
@@ -34,9 +34,7 @@ class Untranslatable(ValueError):
     """A node that has no counterpart in lanes."""
 
 
-def resident(
-    body: fx.GraphModule, inputs: tuple[Tensor, ...], threads: int, vectors: int = 1
-) -> Callable[[Tensor], Tensor]:
+def resident(body: fx.GraphModule, inputs: tuple[Tensor, ...], threads: int, vectors: int = 1) -> Program:
     """The program for one float32 CPU input [N, C, H, W]; it takes any N of that C, H, W.
 
     vectors: of images a block, as in LaneNetwork.
@@ -64,7 +62,7 @@ class _Translator:
         self.owner: dict[fx.Node, fx.Node] = {}  # views -> the node whose room they are
         self.readers: dict[fx.Node, int] = {}
 
-    def program(self) -> Callable[[Tensor], Tensor]:
+    def program(self) -> Program:
         source = target = None
         result: fx.Node | None = None
         for node in self.body.graph.nodes:
@@ -90,7 +88,9 @@ class _Translator:
         facts: Any = program
         facts.activations = network.threads * network.bytes_per_thread + 4 * y_floats
         facts.packed = None  # as large as the weights
-        return program
+        facts.front = None
+        written: Program = facts
+        return written
 
     def own(self, node: fx.Node) -> None:
         self.owner[node] = node

@@ -1,0 +1,371 @@
+"""Network's native front: taken where the kernels are all that a call needs, and nowhere else; either way the result is
+that of `forward`."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stripe_kernels import freeze
+from stripe_kernels.compile.network import Network
+from stripe_kernels.compile.optimize import compact
+
+_cpu = pytest.importorskip("stripe_kernels._cpu")
+if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    pytest.skip("this torch has no C interface to its tensors", allow_module_level=True)
+
+
+class Parts(nn.Module):
+    """Convolutions whose network is one native list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
+
+
+def network_of(model: nn.Module, *inputs: Tensor) -> Network:
+    torch.manual_seed(0)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            m.weight.data[::2, :, 0] = 0
+    network = compact(freeze(model.eval()), inputs)
+    for layer in network.modules():
+        if hasattr(layer, "_op"):
+            layer.kernel = f"cpu_pixels_{_cpu.isas()[0]}"
+    return network
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 6, 7)
+
+
+@pytest.fixture
+def network(x: Tensor) -> Network:
+    network = network_of(Parts(), x)
+    network(x)
+    assert network._front is not None
+    return network
+
+
+@contextmanager
+def forward_runs(network: Network, times: int) -> Iterator[None]:
+    with mock.patch.object(Network, "forward", autospec=True, side_effect=Network.forward) as forward:
+        yield
+    assert forward.call_count == times
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_second_call_goes_straight_to_the_kernels(mode: Any, network: Network, x: Tensor) -> None:
+    with mode():
+        expected = network.forward(x)
+        with forward_runs(network, 0):
+            y = network(x)
+            again = network(nn.Parameter(x, requires_grad=False))
+    assert torch.equal(y, expected)
+    assert torch.equal(again, expected)
+    assert y.data_ptr() != again.data_ptr()
+    assert y.is_inference() == expected.is_inference()
+    assert not y.requires_grad
+
+
+class Silent(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Counting(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Sub(Tensor):
+    pass
+
+
+@contextmanager
+def other_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+SOMETHING_ELSE: dict[str, Callable[[Network, Tensor], Tensor]] = {
+    "other sizes": lambda n, x: n(x.repeat(2, 1, 1, 1))[:2],
+    "other strides": lambda n, x: n(x.mT.contiguous().mT),
+    "negated": lambda n, x: n(torch._neg_view(-x)),
+    "subclass": lambda n, x: n(x.as_subclass(Sub)),
+    "gradients": lambda n, x: n(x.clone().requires_grad_()),
+    "vmap": lambda n, x: torch.vmap(lambda one: n(one[None])[0])(x),
+    "jit.trace": lambda n, x: torch.jit.trace(n, x, check_trace=False)(x),
+}
+
+
+@pytest.mark.parametrize(
+    "context",
+    [Silent, Counting, other_threads, forward_ad.dual_level, lambda: torch.autocast("cpu", enabled=True)],
+)
+def test_it_steps_aside_while_somebody_listens(context: Any, network: Network, x: Tensor) -> None:
+    expected = network(x)
+    with forward_runs(network, 1), context() as listener:
+        y = network(x)
+    if isinstance(listener, Counting):
+        assert listener.calls
+    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2)  # autocast's are bfloat16
+
+
+@pytest.mark.parametrize("how", SOMETHING_ELSE)
+def test_it_takes_only_what_it_was_made_for(how: str, network: Network, x: Tensor) -> None:
+    expected = network(x)
+    with mock.patch.object(Network, "forward", autospec=True, side_effect=Network.forward) as forward:
+        y = SOMETHING_ELSE[how](network, x)
+    assert forward.call_count >= 1
+    torch.testing.assert_close(y.as_subclass(Tensor).detach(), expected, rtol=1e-5, atol=1e-6)
+    if how == "gradients":
+        y.sum().backward()
+        assert y.requires_grad
+
+
+def test_forward_mode_is_refused_not_dropped(network: Network, x: Tensor) -> None:
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        network(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("wrong", [(), (1,), ("two", "many"), (None,)])
+def test_wrong_inputs_say_what_they_said(wrong: tuple[Any, ...], network: Network) -> None:
+    with pytest.raises((TypeError, RuntimeError, ValueError, AttributeError)) as expected:
+        network.forward(*wrong)
+    with pytest.raises(type(expected.value)) as said:
+        network(*wrong)
+    assert str(said.value) == str(expected.value)
+
+
+def test_hooks_see_every_call(network: Network, x: Tensor) -> None:
+    seen: list[str] = []
+    hooks = [
+        network.register_forward_hook(lambda *_: seen.append("after")),
+        network.register_forward_pre_hook(lambda *_: seen.append("before")),
+        torch.nn.modules.module.register_module_forward_hook(
+            lambda m, *_: seen.append("any") if m is network else None
+        ),
+    ]
+    network(x)
+    assert seen == ["before", "any", "after"]
+    for hook in hooks:
+        hook.remove()
+    with forward_runs(network, 0):
+        network(x)
+
+
+def test_a_name_for_the_input(network: Network, x: Tensor) -> None:
+    assert torch.equal(network(x=x), network(x))
+
+
+def test_compiled_in_place(network: Network, x: Tensor) -> None:
+    expected = network(x)
+    network.compile(fullgraph=True, backend="aot_eager")
+    network._front = mock.Mock(side_effect=AssertionError)
+    torch.testing.assert_close(network(x), expected)
+
+
+def test_one_graph_after_a_direct_call(network: Network, x: Tensor) -> None:
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), network(x))
+    inside = torch.compile(nn.Sequential(network, nn.ReLU()), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(inside(x), network(x).relu())
+    exported = torch.export.export(network, (x,))
+    torch.testing.assert_close(exported.module()(x), network(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
+def test_copies_make_their_own(copied: Callable[[Network], Network], network: Network, x: Tensor) -> None:
+    other = copied(network)
+    assert other._front is None
+    expected = network(x)
+    assert torch.equal(other(x), expected)
+    for p in other.parameters():
+        p.data.zero_()
+    other.forget()
+    assert other._front is None
+    assert not other(x).any()
+    assert torch.equal(network(x), expected)
+
+
+def test_it_goes_with_its_network(x: Tensor) -> None:
+    network = network_of(Parts(), x)
+    # A cycle, which only the collector ends.
+    hook = network.register_forward_hook(lambda m, *_, itself=network: itself and None)
+    network(x)
+    assert network._front is not None
+    alive = weakref.ref(network)
+    del network, hook
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("outputs", ["two", "the input too", "an operation of torch's"])
+def test_other_networks_have_none(outputs: str, x: Tensor) -> None:
+    class Other(Parts):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return {"two": (y, y), "the input too": (y, x)}.get(outputs) or y.sin()
+
+    network = network_of(Other(), x)
+    first = network(x)
+    assert network._front is None
+    torch.testing.assert_close(network(x), first)
+
+
+def test_inputs_in_another_order(x: Tensor) -> None:
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.a(y) + self.b(x)
+
+    network = network_of(Crossed(), x, x)
+    z = torch.randn_like(x)
+    expected = network.forward(x, z)
+    assert torch.equal(network(x, z), expected)
+    assert torch.equal(network(x, z), expected)
+
+
+def test_many_threads_have_an_arena_each(network: Network, x: Tensor) -> None:
+    inputs = [torch.randn_like(x) for _ in range(8)]
+    expected = [network.forward(v) for v in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(200):
+            if not torch.equal(network(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_forgetting_while_others_call(network: Network, x: Tensor) -> None:
+    """What a call bound before forget() is not the front after it."""
+    program = network._programs[network._key((x,))]
+    network.forget()
+    assert network._front is None
+    with mock.patch.object(network, "_bind", return_value=program):
+        network(x)
+    assert network._front is None
+
+
+@pytest.mark.parametrize("exchange", ["native", "python"])
+def test_lists_inside_programs_check_their_inputs(
+    exchange: str, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if exchange == "python":
+        monkeypatch.setattr("stripe_kernels.backends.cpu_calls._EXCHANGE", None)
+    network = network_of(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 4, 3)), x)
+    turned: list[str] = []
+    sigmoid = next(m for m in network.body.modules() if isinstance(m, nn.Sigmoid))
+    sigmoid.register_forward_hook(lambda m, inputs, y: y.mT.contiguous().mT if turned else None)
+    first = network(x)
+    assert network._front is None
+    assert torch.equal(network(x), first)
+    turned.append("now")
+    with pytest.raises(ValueError, match="laid out other than"):
+        network(x)
+
+
+@pytest.mark.parametrize("exchange", ["native", "python"])
+def test_kept_arenas_change_no_bit(
+    exchange: str, network: Network, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = network(x)
+    if exchange == "python":
+        monkeypatch.setattr("stripe_kernels.backends.cpu_calls._EXCHANGE", None)
+    monkeypatch.setattr("stripe_kernels.backends.cpu_calls._ARENA_KEPT", -1)
+    network.forget()
+    assert all(torch.equal(network(x), expected) for _ in range(3))
+    assert (network._front is None) == (exchange == "python")
+
+
+def allocated(network: Network, x: Tensor) -> int:
+    """Bytes that a call asks torch's allocator for."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        y = network(x)
+    changes = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del y
+    return sum(change for change in changes if change > 0)
+
+
+def test_small_arenas_are_kept(network: Network, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    y = network(x)
+    assert allocated(network, x) == y.nbytes
+    monkeypatch.setattr("stripe_kernels.backends.cpu_calls._ARENA_KEPT", -1)
+    network.forget()
+    network(x)
+    assert allocated(network, x) == network.memory(x)["activations"] > y.nbytes
+
+
+def test_a_list_function_refuses_what_is_no_tensor() -> None:
+    exchange = Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
+    x = torch.randn(1, 4, 4, 4)
+
+    def make(*inputs: Tensor) -> Any:
+        calls = _cpu.CallList()
+        calls.add_slot(0, (64, 16, 4, 1), 0)
+        calls.add_slot(0, (64, 16, 4, 1), 1)
+        calls.add_max_pool((1, 1, 1, 1, 0, 0), (1, 4, 4, 4), (1, 4, 4, 4), 0, 1)
+        return _cpu.list_function(
+            calls,
+            (),
+            Tensor,
+            exchange,
+            1,
+            inputs,
+            (lambda: torch.empty_like(x),),
+            (),
+            lambda: torch.empty(0),
+            True,
+            None,
+        )
+
+    function = make(x)
+    (y,) = function(x)
+    assert torch.equal(y, x)
+    for wrong in (x[:, :3], x.double(), x.mT, x[0], x.to("meta")):
+        with pytest.raises((ValueError, RuntimeError, BufferError)):
+            function(wrong)
+    for no_tensor in (1, None, x.numpy()):
+        with pytest.raises(TypeError, match=type(no_tensor).__name__):
+            function(no_tensor)
+    with pytest.raises(TypeError, match="number of inputs"):
+        function()
+    with pytest.raises(RuntimeError, match="slots"):  # fewer pointers than the list reads
+        make()()
