@@ -129,8 +129,7 @@ def _ending(error: Exception) -> tuple[int, str] | None:
     from iessp.train import Interrupted
 
     if isinstance(error, _USAGE_ERROR):
-        where = getattr(getattr(error, "ctx", None), "command_path", "iessp")
-        return 2, f"{error.format_message()} ({where} --help)"  # type: ignore[attr-defined]
+        return 2, f"{error.format_message()} ({_where(error)} --help)"  # type: ignore[attr-defined]
     if isinstance(error, _CLICK_ERROR):
         return 1, error.format_message()  # type: ignore[attr-defined]
     if isinstance(error, Interrupted):
@@ -143,6 +142,15 @@ def _ending(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, _WRONG_USE):
         return 2, str(error)
     return (1, str(error)) if isinstance(error, _FAILED) else None
+
+
+def _where(error: Exception) -> str:
+    """The command that was used wrong; errors of options that lack their value do not know it."""
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        return str(context.command_path)
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return " ".join(["iessp", *(name for name in sys.argv[1:2] if name in verbs)])
 
 
 def _say(message: str, as_json: bool) -> None:

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ def _guess(model: nn.Module, name: str) -> Tensor:
         (m for m in model.modules() if isinstance(m, (nn.Conv2d, stripe_kernels.StripeConv2d))), None
     )
     if first is None:
-        raise ValueError(f"{name} has no convolution")
+        raise ValueError(f"{name} has no nn.Conv2d")
     print(f"input {first.in_channels}x32x32 taken; --input CxHxW changes it", file=sys.stderr)
     return torch.zeros(1, first.in_channels, 32, 32)
 
@@ -133,7 +134,7 @@ def _file(path: Path) -> tuple[nn.Module, Tensor | None]:
 
 
 def _load(model: nn.Module, path: Path) -> None:
-    """Loads a state_dict: of safetensors, or of torch.save, bare or under "model" or "state_dict"."""
+    """Loads a state_dict: of safetensors, or of torch.save, bare or as one entry of a checkpoint."""
     if not path.is_file():
         raise absent(path)
     try:
@@ -142,15 +143,29 @@ def _load(model: nn.Module, path: Path) -> None:
         raise Failure(str(error)) from error
     if not isinstance(state, Mapping):
         raise Failure(f"{path} holds a {type(state).__name__}, not a state_dict")
-    for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state.get(key), Mapping) else state
-    state = {name.removeprefix("module."): t for name, t in state.items()}
+    state = {name.removeprefix("module."): t for name, t in _state_dict(path, state).items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         reason = textwrap.shorten(first[0], 120, placeholder=" ...")
         raise Failure(f"{path} does not fit {type(model).__name__}: {reason}") from error
+
+
+def _state_dict(path: Path, held: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state_dict in what a file holds: all of it, or the entry that is one."""
+    inside = [key for key, value in held.items() if isinstance(value, Mapping) and _tensors(value)]
+    usual = [key for key in ("state_dict", "model_state_dict", "model") if key in inside]
+    chosen = usual[:1] or inside
+    if len(chosen) > 1:
+        raise Failure(
+            f"{path} holds several state_dicts: {', '.join(map(str, chosen))}; save the one to take"
+        )
+    return held[chosen[0]] if chosen else held
+
+
+def _tensors(held: Mapping[str, Any]) -> bool:
+    return bool(held) and all(isinstance(value, Tensor) for value in held.values())
 
 
 def _unknown(text: str, path: Path) -> Exception:

@@ -58,6 +58,14 @@ def _named(suffix: str) -> Any:
     return checked
 
 
+def _no_file(given: Any) -> Any:
+    """Refuses, before any work, a file where a folder is meant; `given` is a path, a list of paths or None."""
+    for path in given if isinstance(given, list) else [given]:
+        if path is not None and path.is_file():
+            raise typer.BadParameter(f'"{path}" is a file: a folder is needed')
+    return given
+
+
 RecipeName = Annotated[
     str,
     typer.Argument(
@@ -141,8 +149,8 @@ Exclude = Annotated[
 
 
 def folder(flag: str, help: str) -> Any:
-    """An option that takes a folder."""
-    return typer.Option(flag, metavar="FOLDER", help=help)
+    """An option that takes a folder, or several."""
+    return typer.Option(flag, metavar="FOLDER", callback=_no_file, help=help)
 
 
 def network_file(help: str = "File to write.") -> Any:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import runpy
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def make(text: str) -> tuple[nn.Module, Tensor | None]:
         made = _calling(text, made)
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not (example is None or isinstance(example, Tensor)):
-        kind = type(made).__name__
-        raise ValueError(f"{text} returned {kind} {made!r}: expected nn.Module, or (nn.Module, Tensor)")
+        said = textwrap.shorten(f"{type(made).__name__} {made!r}", 80, placeholder=" ...")
+        raise ValueError(f"{text} returned {said}: expected nn.Module, or (nn.Module, Tensor)")
     return model, example
 
 
@@ -60,8 +61,10 @@ def check_fit(name: str, model: nn.Module, data: str, classes: int, example: Ten
         )
 
 
-def absent(path: Path) -> FileNotFoundError:
-    """The error for a file that is not there, with the one beside it that comes nearest."""
+def absent(path: Path) -> OSError:
+    """The error for a file that is not there, or is a folder, with the one beside it that comes nearest."""
+    if path.is_dir():
+        return IsADirectoryError(f"{path} is a folder: a file is needed")
     siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(str(path), siblings, n=1)
     return FileNotFoundError(f"{path} does not exist{f'; did you mean {close[0]}?' if close else ''}")
@@ -91,3 +94,7 @@ def _calling(what: str, function: Any, *arguments: Any) -> Any:
         return function(*arguments)
     except Exception as error:
         raise RuntimeError(f"{what} raised {type(error).__name__}: {error}") from error
+    except SystemExit as error:  # a script that reads its arguments, which here are those of iessp
+        raise RuntimeError(
+            f'{what} ended the program: what a script does belongs below if __name__ == "__main__"'
+        ) from error

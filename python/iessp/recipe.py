@@ -11,7 +11,7 @@ from typing import Any
 
 from iessp.attach import METHODS, nearest
 from iessp.data import DATASETS
-from iessp.models import MODELS
+from iessp.models import MODELS, own
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -83,7 +83,7 @@ class Recipe:
             ("data set", self.data, DATASETS),
             ("method", self.method, (*METHODS, *UNPRUNED)),
         ):
-            if given not in valid and not (kind == "model" and ":" in given):
+            if given not in valid and not (kind == "model" and own(given)):
                 raise ValueError(nearest(kind, given, valid))
         if self.epochs < 1 or self.batch < 1:
             raise ValueError(f"epochs and batch must be at least 1, got {self.epochs} and {self.batch}")

@@ -72,6 +72,12 @@ def broken():
 
 def number():
     return 3
+
+def linear():
+    return nn.Linear(3, 3)
+
+def script():
+    raise SystemExit(2)
 """
 
 
@@ -191,7 +197,12 @@ def test_help_suffices(
             ("explain", "factories_of_a_user.py"),
             "needs the name of a factory: factories_of_a_user.py:make, factories_of_a_user.py:with_example",
         ),
+        (("explain", "factories_of_a_user:linear"), "factories_of_a_user:linear has no nn.Conv2d"),
+        (("train", "digits", "--set", "model=factories_of_a_user.py"), "needs the name of a factory: "),
         (("bench", "resnet20", "--weights", "gone.pt"), "gone.pt does not exist"),
+        (("bench", "resnet20", "--weights", "."), ". is a folder: a file is needed"),
+        (("bench", "resnet20", "--threads"), "'--threads' requires an argument. (iessp bench --help)"),
+        (("train", "digits", "--out", "notes.toml"), '"notes.toml" is a file: a folder is needed'),
         (("train", "notes.toml"), "notes.toml is not TOML: "),
         (("freeze", "notes.pt"), "notes.pt cannot be read: it is no file of torch.save"),
         (
@@ -229,10 +240,18 @@ def test_mistakes_end_with_one_line(
     [
         (("explain", "torn.safetensors"), "torn.safetensors is not a whole safetensors file"),
         (("explain", "factories_of_a_user:broken"), "factories_of_a_user:broken raised KeyError: 'weights'"),
+        (
+            ("explain", "factories_of_a_user:script"),
+            'script ended the program: what a script does belongs below if __name__ == "__main__"',
+        ),
         (("freeze", "factories_of_a_user:make"), "nothing to freeze: iessp prune makes some"),
         (
             ("bench", "factories_of_a_user:make", "--weights", "other.pt"),
             "other.pt does not fit Sequential: Missing key",
+        ),
+        (
+            ("bench", "factories_of_a_user:make", "--weights", "several.pt"),
+            "several.pt holds several state_dicts: ema, net; save the one to take",
         ),
         (("bench", "resnet20", "--weights", "empty.pt"), "empty.pt cannot be read: "),
         (("bench", "resnet20", "--weights", "list.pt"), "list.pt holds a list, not a state_dict"),
@@ -252,6 +271,7 @@ def test_failures_end_with_one_line_and_status_1(
 ) -> None:
     (here / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     torch.save({"3.bias": torch.zeros(16)}, here / "other.pt")
+    torch.save({name: {"0.bias": torch.zeros(1)} for name in ("ema", "net")}, here / "several.pt")
     torch.save([torch.zeros(1)], here / "list.pt")
     torch.save(nn.Conv2d(1, 1, 1), here / "whole.pt")
     (here / "empty.pt").touch()
@@ -277,7 +297,8 @@ def test_prune_optimize_explain_bench_report_of_a_users_module(
     namespace: dict[str, Any] = {}
     exec(FACTORIES, namespace)
     trained = namespace["make"]()
-    torch.save({"state_dict": {f"module.{k}": v for k, v in trained.state_dict().items()}}, "trained.pt")
+    weights = {f"module.{k}": v for k, v in trained.state_dict().items()}
+    torch.save({"epoch": 3, "optimizer": {"state": {}, "param_groups": []}, "net": weights}, "trained.pt")
 
     pruned = answer(
         monkeypatch,

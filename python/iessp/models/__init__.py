@@ -22,13 +22,17 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def own(name: str) -> bool:
+    """Whether `name` is of a user's factory and none of MODELS."""
+    return ":" in name or name.endswith(".py")
+
+
 def build(name: str, classes: int, in_channels: int = 3, width: float = 1.0) -> nn.Module:
     """A freshly initialised network taking [N, in_channels, H, W]; raises ValueError for an unknown name.
 
-    A name with a colon is a user's own, see `iessp.factory`: its classes and channels are its own affair, and it
-    has one width.
+    A user's own (`own`, see `iessp.factory`) has one width, and its classes and channels are its own affair.
     """
-    if ":" in name:
+    if own(name):
         if width != 1.0:
             raise ValueError(f"{name} has one width, got {width}: only the built-in networks have others")
         return make(name)[0]
@@ -37,4 +41,4 @@ def build(name: str, classes: int, in_channels: int = 3, width: float = 1.0) -> 
     return MODELS[name](classes=classes, in_channels=in_channels, width=width)
 
 
-__all__ = ["MODELS", "build"]
+__all__ = ["MODELS", "build", "own"]
