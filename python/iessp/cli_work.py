@@ -173,7 +173,7 @@ def report(
             networks = runs.contest_records(times, batch)
     own = next((n["ms"] for n in networks if n["network"] in ("frozen", "optimized") and batch == 1), None)
     points = accuracy_points(folders, given.folder, own)
-    _write_page(output, explanation.html(given.name, networks, points, busy() or ""))
+    _write_page(output, explanation.html(given.name, networks, points, (busy() or "") if measure else ""))
     found = {"file": str(output), "networks": networks, "runs": points, "conditions": runs.conditions()}
     return {**found, **explanation.as_dict()}
 
