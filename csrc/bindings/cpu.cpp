@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -330,23 +331,25 @@ PYBIND11_MODULE(_cpu, m) {
           },
           Release());
 
-  py::class_<ListFunction::Front>(m, "Front")
-      .def(py::init(
-          [](py::tuple types, py::tuple silent, py::object threads, py::tuple empty, py::tuple denied) {
-            for (const auto& hooks : empty) require(PyDict_Check(hooks.ptr()), "only dicts are empty");
-            return new ListFunction::Front{std::move(types), std::move(silent), std::move(threads),
-                                           std::move(empty), std::move(denied)};
-          }));
   m.def(
-      "list_function",
-      [](py::object list, py::object held, py::object tensor, const py::capsule& exchange, int threads,
+      "usable_exchange", [](const py::object& o) { return usable_exchange(o) != nullptr; },
+      "Whether list_functions can see tensors through it.");
+  m.def(
+      "list_functions",
+      [](py::object list, py::object held, py::object tensor, py::object exchange, int threads,
          const py::tuple& inputs, py::tuple outputs, py::tuple parameters, py::object arena, bool keep,
-         const ListFunction::Front* front) {
-        auto f = std::make_unique<ListFunction>(std::move(list), std::move(held), std::move(tensor), exchange,
-                                                threads, inputs, std::move(outputs), std::move(parameters),
-                                                std::move(arena), keep);
-        return ListFunction::bind(std::move(f),
-                                  front ? std::make_unique<ListFunction::Front>(*front) : nullptr);
+         const std::optional<std::array<py::object, 5>>& conditions) {
+        const auto f = std::make_shared<ListFunction>(
+            std::move(list), std::move(held), std::move(tensor), std::move(exchange), threads, inputs,
+            std::move(outputs), std::move(parameters), std::move(arena), keep);
+        py::object front = py::none();
+        if (conditions) {
+          const auto& [types, silent, denied, number, empty] = *conditions;
+          auto c = std::make_unique<Conditions>(Conditions{types, silent, denied, number, empty});
+          for (const auto& dict : c->empty) require(PyDict_Check(dict.ptr()), "only dicts are empty");
+          front = ListFunction::bind(f, std::move(c));
+        }
+        return py::make_tuple(ListFunction::bind(f, nullptr), front);
       },
-      "A CallList as a function of tensors (bindings/list_function.h).");
+      "A CallList as a function of tensors, and as the front of a network (bindings/list_function.h).");
 }

@@ -5,7 +5,7 @@
 
 namespace sk::dlpack {
 
-constexpr std::uint32_t kMajor = 1;
+constexpr std::uint32_t kMajor = 1, kMinor = 2;  // at least
 constexpr const char* kCapsule = "dlpack_exchange_api";
 
 struct Device {
@@ -33,7 +33,7 @@ struct Exchange {  // DLPackExchangeAPI
   void* previous;
   // Allocation, and conversions to and from owning tensors.
   void (*unused[3])();
-  // The memory of a tensor object, valid as long as it and its shape live. Not 0: a Python exception is set.
+  // The memory of a tensor object, valid as long as it and its shape live. Not 0: a Python exception is set. May be null.
   int (*view)(void* object, Tensor* out);
 };
 

@@ -99,9 +99,16 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
       const float* const b = packed + t->weight + static_cast<std::int64_t>(at) * isa_.lanes * s.group_c();
       const std::int32_t* const filter = &stripes_.filter[t->first + at * isa_.lanes];
       const int live = std::min(lanes, t->last - t->first - at * isa_.lanes);
+      const std::int64_t bytes = std::int64_t(4) * lanes * s.group_c();
+      const char* const next =
+          reinterpret_cast<const char*>(b) + bytes;  // tile, of this tap or the one after it
       split_evenly(pixels, t->tile_pixels, [&](int begin, int end) {
         const int count = end - begin;
-        isa_.stream[count][vectors](s.group_c(), a, x.stride[1], source + begin, b, tile, lanes);
+        // Weights that come from memory arrive while the pixels of the tile before are computed. With one pass over the
+        // pixels memory never rests, and the hardware alone is faster.
+        Fetch fetch{next, 0};
+        if (count < pixels) fetch = {next + bytes * begin / pixels, bytes * count / pixels};
+        isa_.stream[count][vectors](s.group_c(), a, x.stride[1], source + begin, b, tile, lanes, fetch);
         for (int f = 0; f < count; ++f) {
           float* const out = sums + static_cast<std::int64_t>(target[begin + f]) * filters - part.begin;
           for (int j = 0; j < live; ++j) out[filter[j]] += tile[f * lanes + j];

@@ -22,9 +22,20 @@ if not hasattr(_cpu, "CallList"):
 
 # torch's C interface to its tensors (2.13 has it); without it Python reads their addresses, which takes longer.
 _EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-_ARENA_KEPT = (
-    4 << 20
-)  # bytes up to which an arena waits for the next call: mapping it anew is a good part of a small one
+if not _cpu.usable_exchange(_EXCHANGE):
+    _EXCHANGE = None
+# Up to so many bytes the arena of a whole network waits for the next call: to map it takes a good part of a short one.
+_ARENA_KEPT = 4 << 20
+
+# Types of the inputs; functions that return something false; functions of an input that do; one that returns the number
+# of threads; dicts without an entry.
+Conditions = tuple[
+    tuple[type, ...],
+    tuple[Callable[[], Any], ...],
+    tuple[Callable[[Tensor], Any], ...],
+    Callable[[], int],
+    tuple[dict[Any, Any], ...],
+]
 
 
 class CallList:
@@ -121,10 +132,24 @@ class CallList:
         at = self._parameter(weight), -1 if bias is None else self._parameter(bias[None])
         self._native.add_linear(*at, (images, features, outputs), x, y)
 
-    def finish(self) -> Callable[..., Sequence[Tensor]]:
-        """run(*inputs) -> outputs. Inputs laid out other than `given` said raise ValueError."""
-        if _EXCHANGE is not None:
-            return self._function(None)
+    def finish(
+        self, conditions: Conditions | None = None
+    ) -> tuple[Callable[..., Sequence[Tensor]], Callable[..., Any] | None]:
+        """Two functions of the inputs. The first returns the outputs; inputs laid out other than `given` said raise
+        ValueError. The second is for a list that is a whole network: it returns the only output, or NotImplemented
+        where the conditions do not hold or the inputs are others. None without conditions or torch's interface."""
+        if _EXCHANGE is None:
+            return self._called_from_python(), None
+        outputs = [partial(torch.empty_strided, *sizes, dtype=dtype) for *sizes, dtype in self._returned]
+        arena = partial(torch.empty, self.arena_bytes, dtype=torch.uint8)
+        keep = conditions is not None and self.arena_bytes <= _ARENA_KEPT
+        tensors = tuple(self._inputs), tuple(outputs), tuple(self._parameters), arena
+        run, front = _cpu.list_functions(
+            self._native, self._held, Tensor, _EXCHANGE, self.threads, *tensors, keep, conditions
+        )
+        return run, front
+
+    def _called_from_python(self) -> Callable[..., list[Tensor]]:
         native, threads, layouts, size = self._native, self.threads, self._returned, self.arena_bytes
         held, parameters = self._held, self._parameters
         expected = [(t.shape, t.stride(), t.dtype) for t in self._inputs]
@@ -138,28 +163,6 @@ class CallList:
             return outputs
 
         return run
-
-    def front(
-        self, silent: tuple[Callable[[], Any], ...], empty: tuple[dict[Any, Any], ...]
-    ) -> Callable[..., Any] | None:
-        """run(*inputs) -> the only output; or NotImplemented, where the inputs are not ordinary tensors laid out as
-        `given` said and without gradients, a function in `silent` returns something true, a dict in `empty` is not
-        empty, or torch runs on another number of threads. None without torch's interface or with more outputs."""
-        if _EXCHANGE is None or len(self._returned) != 1:
-            return None
-        denied = (Tensor.is_neg, Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
-        types = (Tensor, torch.nn.Parameter)
-        return self._function(_cpu.Front(types, silent, torch.get_num_threads, empty, denied))
-
-    def _function(self, front: Any) -> Callable[..., Any]:
-        outputs = [partial(torch.empty_strided, *sizes, dtype=dtype) for *sizes, dtype in self._returned]
-        arena = partial(torch.empty, self.arena_bytes, dtype=torch.uint8)
-        tensors = tuple(self._inputs), tuple(outputs), tuple(self._parameters), arena
-        keep = self.arena_bytes <= _ARENA_KEPT
-        function: Callable[..., Any] = _cpu.list_function(
-            self._native, self._held, Tensor, _EXCHANGE, self.threads, *tensors, keep, front
-        )
-        return function
 
     def _parameter(self, t: Tensor) -> int:
         """A slot for memory that may move, as into another process's reach; `data` put elsewhere is not followed."""

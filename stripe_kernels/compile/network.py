@@ -21,6 +21,14 @@ _PROGRAMS_KEPT = 16  # input signatures a network remembers
 _ABSENT = object()
 
 
+class _Bound:
+    """What a network made for its inputs since it last forgot."""
+
+    def __init__(self) -> None:
+        self.programs: dict[Any, Program] = {}
+        self.front: Callable[..., Any] | None = None  # of the program called last
+
+
 class Network(nn.Module):
     """An inference-only network; `body` is its torch.fx graph of torch's layers and FusedConv2d.
 
@@ -46,18 +54,29 @@ class Network(nn.Module):
         self.training = False
 
     def _reset(self) -> None:
-        self._programs: dict[Any, Program] = {}
-        self._front: Callable[..., Any] | None = None  # that of the program called last
+        self._bound = _Bound()
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         # Through nn.Module's __call__ and `forward`, the way to the first kernel takes a tenth of a network's time.
-        watched = named or self._forward_hooks or self._forward_pre_hooks or self._compiled_call_impl
-        if not (watched or is_compiling() or forward_ad._current_level >= 0) and self._front is not None:
-            y = self._front(*inputs)
-            if y is not NotImplemented:
-                return y
+        if not is_compiling():
+            front = self._bound.front
+            if front is not None and not named and self._forward_alone_runs():
+                y = front(*inputs)
+                if y is not NotImplemented:
+                    return y
         return super().__call__(*inputs, **named)
+
+    def _forward_alone_runs(self) -> bool:
+        """Whether a call comes to the `forward` below and nothing else: no hook, no other `forward` or `__call__`."""
+        return (
+            not (self._forward_hooks or self._forward_pre_hooks)
+            and self._compiled_call_impl is None
+            and type(self).forward is _FORWARD
+            and "forward" not in self.__dict__
+            and nn.Module.__call__ is _CALL
+            and forward_ad._current_level < 0
+        )
 
     # The first input has a place of its own: torch.export's dynamic_shapes are then those of any one-input model.
     def forward(self, first: Any = _ABSENT, /, *others: Any, **named: Any) -> Any:
@@ -66,13 +85,11 @@ class Network(nn.Module):
         if named or not _runs_itself(inputs):
             return self.body(*inputs, **named)
         key = self._key(inputs)
-        program = self._programs.get(key)
+        bound = self._bound  # where forget() puts another in its place, what comes later is not kept
+        program = bound.programs.get(key)
         if program is None:
-            program = self._bind(key, inputs)
-        if program.front is not self._front:
-            with self._lock:
-                if self._programs.get(key) is program:
-                    self._front = program.front
+            program = self._bind(bound.programs, key, inputs)
+        bound.front = program.front
         if inputs and capturing(inputs[0].device):
             hold_for_graphs(program)
         # Since the last call the kernels have pushed all of this out of the caches: a step of Python is dear here.
@@ -91,9 +108,8 @@ class Network(nn.Module):
             ],
         )
 
-    def _bind(self, key: Any, inputs: tuple[Tensor, ...]) -> Program:
+    def _bind(self, programs: dict[Any, Program], key: Any, inputs: tuple[Tensor, ...]) -> Program:
         with self._lock:
-            programs = self._programs  # where forget() puts others in their place, this one is not kept
             program = programs.get(key)
             if program is None:
                 if inputs and capturing(inputs[0].device):
@@ -101,7 +117,7 @@ class Network(nn.Module):
                         "call an optimized network once on inputs of this size before capturing a CUDA graph"
                     )
                 with torch.inference_mode():
-                    program = self._resident(inputs) or write_program(self.body, inputs)
+                    program = self._resident(inputs) or write_program(self.body, inputs, _CONDITIONS)
                 if inputs and inputs[0].is_cuda:
                     # The next call may come on another stream, and the packed weights have to be there.
                     torch.cuda.current_stream(inputs[0].device).synchronize()
@@ -129,24 +145,27 @@ class Network(nn.Module):
 
     def forget(self) -> None:
         """Drops programs and packed weights: the next call plans and packs anew."""
-        with self._lock:
-            self._programs, self._front = {}, None
+        self.unbind()
         for module in self.modules():
             if isinstance(module, StripeConv2d):
                 module.repack()
                 module._op.forget()
+
+    def unbind(self) -> None:
+        """Drops programs: the next call plans anew, from the packed weights there are."""
+        self._bound = _Bound()
 
     def memory(self, *inputs: Tensor) -> dict[str, int]:
         """Bytes a call on `inputs` needs, in a process that has made one.
 
         "weights": parameters and buffers as stored. "packed": the kernels' own copies of them, kept between
         calls. "activations": at their peak, outputs included, inputs not; every thread that calls at once has
-        its own. What torch's operators use inside, and the scratch a kernel keeps for each thread (a few rows
-        of a map), come on top.
+        its own, and a network that is one native list keeps up to 4 MiB of them for the next call. What torch's
+        operators use inside, and the scratch a kernel keeps for each thread (a few rows of a map), come on top.
         """
         with torch.inference_mode():
             self(*inputs)
-        program = self._programs.get(self._key(inputs))
+        program = self._bound.programs.get(self._key(inputs))
         if program is None:
             raise ValueError("memory is known of plain tensors only: no subclasses, modes or autocast")
         stored = sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
@@ -169,12 +188,15 @@ class Network(nn.Module):
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_programs", "_front", "_lock")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_bound", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("inputs", None)  # of networks pickled before they knew it
         self._reset()
+
+
+_FORWARD, _CALL = Network.forward, nn.Module.__call__
 
 
 def _runs_itself(inputs: tuple[Any, ...]) -> bool:
@@ -183,3 +205,13 @@ def _runs_itself(inputs: tuple[Any, ...]) -> bool:
         return False
     grad = torch.is_grad_enabled()
     return not any((grad and x.requires_grad) or torch.is_autocast_enabled(x.device.type) for x in inputs)
+
+
+# The same for a front, which asks from native code; Network.__call__ asks the rest.
+_CONDITIONS = (
+    ops.PLAIN_TYPES,
+    (*ops.LISTENERS, torch._C._is_any_autocast_enabled),
+    (Tensor.is_neg, Tensor.requires_grad.__get__),  # type: ignore[attr-defined]
+    torch.get_num_threads,
+    (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks),
+)

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules import module
 from torch.utils._pytree import tree_leaves
 
 from stripe_kernels import ops
@@ -25,7 +24,6 @@ from stripe_kernels.geometry import pair
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.snapshots import packed_weight
 
-_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks)  # of every module's call
 _LINEAR_IMAGES = 4  # up to which a linear layer's time is that of reading its weight
 
 
@@ -41,9 +39,12 @@ class Program(Protocol):
     def __call__(self, *inputs: Tensor) -> Any: ...
 
 
-def write_program(body: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Program:
-    """The function of `inputs`' signature: sizes, strides, dtypes and number of threads. Runs `body` once."""
-    return _Writer(body).write(inputs)
+def write_program(body: fx.GraphModule, inputs: tuple[Tensor, ...], conditions: Any = None) -> Program:
+    """The function of `inputs`' signature: sizes, strides, dtypes and number of threads. Runs `body` once.
+
+    conditions: of its front (backends/cpu_calls.py); None: it has none.
+    """
+    return _Writer(body, conditions).write(inputs)
 
 
 @dataclass
@@ -85,8 +86,9 @@ class _Writer(OneLineInterpreter):
     Only names made here enter the source; everything called is bound through the function's globals.
     """
 
-    def __init__(self, body: fx.GraphModule) -> None:
+    def __init__(self, body: fx.GraphModule, conditions: Any = None) -> None:
         super().__init__(body)
+        self.conditions = conditions
         self.bound: dict[str, Any] = {}
         self.lines: list[str] = []
         self.names: dict[fx.Node, str] = {}
@@ -270,9 +272,8 @@ class _Writer(OneLineInterpreter):
                 todo.release(at[c.node])
         arguments = ", ".join(self._argument(n) for n in given)
         results = ", ".join(self._name(c.node) for c in leave)
-        line = f"{self._bind('k', todo.finish())}({arguments})"
-        if self._whole(given, leave, inside):
-            self.front = todo.front((*ops.LISTENERS, torch._C._is_any_autocast_enabled), _HOOKS)
+        run, self.front = todo.finish(self.conditions if self._whole(given, leave, inside) else None)
+        line = f"{self._bind('k', run)}({arguments})"
         self.lines.append(f"{results}, = {line}" if results else line)
         self._measure(set(self.held) - (inside - {c.node for c in leave}), todo.arena_bytes)
         self._free([c.node for c in pending])

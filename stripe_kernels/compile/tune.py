@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe_kernels import ops, plan, registry
 from stripe_kernels.compile import cache
+from stripe_kernels.compile.network import Network
 from stripe_kernels.ops import StripeOp
 from stripe_kernels.plan import Candidate, Plan
 from stripe_kernels.registry import PASSES, Pass, Problem
@@ -95,7 +96,9 @@ def tune(
         cache.prune(store)
     else:
         warnings.warn(f"tuned choices last for this process only: {unwritable}", stacklevel=2)
-    _forget_programs(model)
+    for module in model.modules():
+        if isinstance(module, Network):
+            module.unbind()
     return plans
 
 
@@ -282,9 +285,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
-
-
-def _forget_programs(model: nn.Module) -> None:
-    for module in model.modules():
-        if hasattr(module, "_programs"):
-            module._programs = {}  # type: ignore[assignment]  # another thread may be writing into the old one

@@ -26,9 +26,14 @@ using StridedTile = void (*)(std::int64_t n, const float* a, const float* b, std
 // The same, zero at the start, with operand rows at a + F * steps[i].scalar and b + steps[i].lanes; y rows are consecutive.
 using IndexedTile = void (*)(std::int64_t n, const float* a, const float* b, const IndexedStep* steps,
                              float* y, std::int64_t ldy);
-// y[f * ldy + v*W + lane] = sum_i a[f_off[f] + i * a_step] * b[i, v*W + lane], rows of b dense: one stream.
+// y[f * ldy + v*W + lane] = sum_i a[f_off[f] + i * a_step] * b[i, v*W + lane], rows of b dense: one stream. Meanwhile it
+// fetches `bytes` of what lies `ahead`.
+struct Fetch {
+  const char* ahead;
+  std::int64_t bytes;
+};
 using StreamTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const std::int32_t* f_off,
-                            const float* b, float* y, std::int64_t ldy);
+                            const float* b, float* y, std::int64_t ldy, Fetch fetch);
 // y[f * ldy + v*W + lane] += sum_{n,h,w} a[f_off[f] + steps . a] * b[steps . b + v*W + lane] over a box of pixels.
 struct BoxSteps {
   std::int64_t count[3];  // images, rows, columns

@@ -67,13 +67,21 @@ void strided_tile(std::int64_t n, const float* a, const float* b, std::int64_t b
 
 template <int F, int V>
 void stream_tile(std::int64_t n, const float* a, std::int64_t a_step, const std::int32_t* f_off,
-                 const float* b, float* y, std::int64_t ldy) {
+                 const float* b, float* y, std::int64_t ldy, sk::Fetch fetch) {
+  constexpr std::int64_t kLine = 64;
   Accumulators<F, V> acc;
   acc.zero();
   const float* scalar[F];
   for (int f = 0; f < F; ++f) scalar[f] = a + f_off[f];
-  for (std::int64_t i = 0, at = 0; i < n; ++i, at += a_step, b += V * W)
-    acc.step([&](int f) { return scalar[f][at]; }, b);
+  // Evenly spread: fetches in one go would be waited for.
+  const std::int64_t steps = fetch.bytes ? 8 : n, pace = fetch.bytes * steps / n;
+  const char* next = fetch.ahead;
+  for (std::int64_t i = 0, at = 0; i < n;) {
+    fetch.ahead += pace;
+    for (; next < fetch.ahead; next += kLine) __builtin_prefetch(next);
+    const std::int64_t last = i + steps < n ? i + steps : n;
+    for (; i < last; ++i, at += a_step, b += V * W) acc.step([&](int f) { return scalar[f][at]; }, b);
+  }
   acc.store_rows(y, [=](int f) { return f * ldy; });
 }
 
