@@ -374,7 +374,11 @@ def _nobody_listens() -> bool:
 def _plain(*tensors: Tensor | None) -> bool:
     """True for ordinary tensors whose memory holds their values (those of a negated view are not)."""
     for t in tensors:
-        if t is not None and (type(t) not in PLAIN_TYPES or not (t.is_cpu or t.is_cuda) or t.is_neg()):
+        if t is None:
+            continue
+        if type(t) not in PLAIN_TYPES or not (t.is_cpu or t.is_cuda) or t.is_neg():
+            return False
+        if not t.data_ptr() and t.numel():  # zero tensors and functionalized ones have no memory of their own
             return False
     return True
 

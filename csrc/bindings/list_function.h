@@ -163,7 +163,7 @@ class ListFunction {
         PyErr_Clear();
         return false;
       }
-      if (!inputs_[i].is(t)) return false;
+      if (!t.data || !inputs_[i].is(t)) return false;
     }
     return true;
   }

@@ -385,6 +385,20 @@ def test_other_interfaces_are_not_used(capsule: Any) -> None:
     assert _cpu.usable_exchange(Tensor.__dlpack_c_exchange_api__)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("odd", [lambda x: torch._efficientzerotensor(x.shape), torch._to_functional_tensor])
+def test_tensors_without_memory_of_their_own(
+    odd: Callable[[Tensor], Tensor], network: Network, x: Tensor
+) -> None:
+    """They are of type Tensor and on the CPU, and their address is null."""
+    with torch.no_grad():
+        y, expected = (
+            network(odd(x)),
+            network(x if odd is torch._to_functional_tensor else torch.zeros_like(x)),
+        )
+        y = torch._from_functional_tensor(y) if torch._is_functional_tensor(y) else y
+        torch.testing.assert_close(y, expected)
+
+
 def test_what_has_no_memory_is_named_as_before(network: Network, x: Tensor) -> None:
     for odd in (
         x.to("meta"),
