@@ -10,6 +10,7 @@
 
 #include "bindings/gil.h"
 #include "bindings/list_function.h"
+#include "bindings/probe.h"
 #include "cpu/call_list.h"
 #include "cpu/dgrad.h"
 #include "cpu/fprop.h"
@@ -169,6 +170,9 @@ PYBIND11_MODULE(_cpu, m) {
       "Whether Fprop multiplies pairs of bfloat16 channels; it then takes bfloat16 and an even C/groups "
       "only.");
   m.def("lanes", [](const std::string& name) { return isa(name).lanes; }, "float32 lanes of a vector.");
+  m.def(
+      "multiply_adds_a_cycle", [](const std::string& name) { return multiply_adds_a_cycle(isa(name)); },
+      "Vectors that a core of this machine begins in a cycle, measured in some 50 microseconds.");
 
   py::class_<Fprop>(m, "Fprop")
       .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row,

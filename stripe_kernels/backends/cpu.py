@@ -171,15 +171,18 @@ def _refuse_but_pairs(problem: Problem, which: Pass) -> str | None:
     return _refuse(problem, which)
 
 
-def _candidates_of(mode: int, lanes: int, pairs: bool) -> Callable[[Problem, Pass], Mapping[Config, float]]:
+def _candidates_of(
+    mode: int, cost: cpu_tiling.Cycles, step: float
+) -> Callable[[Problem, Pass], Mapping[Config, float]]:
     def candidates(problem: Problem, which: Pass) -> Mapping[Config, float]:
         if which == "wgrad":
-            return {(): cpu_tiling.predict_wgrad(problem, lanes, _WGRAD_PIXELS)}
+            return {(): cpu_tiling.predict_wgrad(problem, cost, _WGRAD_PIXELS)}
         # Lanes along filters and pairs of filters exist for fprop; their names' dgrad runs along pixels.
         loops = cpu_tiling.PIXELS if which == "dgrad" and mode in cpu_tiling.FPROP_ONLY else mode
-        tilings = cpu_tiling.tilings(problem, which, loops, lanes)
-        step = 0.5 if pairs and which == "fprop" else 1.0
-        return {t: cpu_tiling.predict(problem, which, t, lanes, step) for t in tilings}
+        tilings = cpu_tiling.tilings(problem, which, loops, cost.lanes)
+        return {
+            t: cpu_tiling.predict(problem, which, t, cost, step if which == "fprop" else 1.0) for t in tilings
+        }
 
     return candidates
 
@@ -193,8 +196,19 @@ def _builder(isa: str) -> Callable[[Problem, Pass, Config], _Runner]:
     return build
 
 
+def _speed(isa: str) -> tuple[cpu_tiling.Cycles, float]:
+    """What this machine takes with an instruction set, and its instructions for a multiply-add in units of float32's:
+    one half where a pair of bfloat16 channels takes as long as one float."""
+    pairs = _cpu.paired(isa)
+    floats = next(i for i in _cpu.isas() if not _cpu.paired(i) and (i == isa or _cpu.lanes(i) == _cpu.lanes(isa)))
+    rate = _cpu.multiply_adds_a_cycle(floats)
+    step = 0.5 * rate / _cpu.multiply_adds_a_cycle(isa) if pairs else 1.0
+    return cpu_tiling.cycles(_cpu.lanes(isa), rate), step
+
+
 for _isa in _cpu.isas():
     _pairs = _cpu.paired(_isa)
+    _cost, _step = _speed(_isa)
     for _name, _mode in cpu_tiling.MODES.items():
         if _pairs and _mode in cpu_tiling.FPROP_ONLY:
             continue  # no loops over pairs of channels
@@ -202,7 +216,7 @@ for _isa in _cpu.isas():
             Kernel(
                 f"cpu_{_name}_{_isa}",
                 _refuse_but_pairs if _pairs else _refuse,
-                _candidates_of(_mode, _cpu.lanes(_isa), _pairs),
+                _candidates_of(_mode, _cost, _step),
                 _builder(_isa),
                 automatic=_pairs or _isa == _cpu.isas()[0],
             )

@@ -9,7 +9,7 @@ measurements.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 from stripe_kernels.geometry import ConvShape
@@ -34,8 +34,9 @@ WINDOW = 12  # vectors: a common multiple of the register tiles 2, 3, 4, 6, 12
 
 @dataclass(frozen=True)
 class Cycles:
-    """What a core takes for the parts of a pass, measured; AVX2's are fitted to kernels at d = .1 and .24."""
+    """What a core takes for the parts of a pass, measured; fitted to kernels at d = .1 to .5."""
 
+    lanes: int  # of a vector
     fma: float  # a multiply-add of a vector in fprop
     gradient: float  # the same in dgrad, whose operands are found through indices
     update: float  # adding a vector to y after a tap
@@ -43,9 +44,11 @@ class Cycles:
     vector: float  # moving a vector of pixels of NCHW
     apart: float  # the same in channels_last, beyond that
     transpose: float  # moving a vector of images
+    run: float  # beginning a run of pixels of one image in NCHW, to be turned with those of others
     filters_fma: float  # a multiply-add with lanes along filters
     scatter: float  # a vector of filters into y
     weights: float  # a vector of weights from beyond L2
+    out: float  # writing a vector of y there
     wgrad: float  # a multiply-add in wgrad
     copy: float  # moving a vector into a pixel-major copy
     ends: tuple[float, float]  # of wgrad: a tile's row of pixels, joining a vector of a chunk's sums
@@ -56,27 +59,37 @@ class Cycles:
     pair_copy: float  # the same: copying a vector
 
 
-# By lanes of a vector: AVX-512 on Zen 4 (one multiply-add a cycle), AVX2 on Zen 3 (two), which stands for the others.
-# AVX2's wgrad: half of 234 layers within 7 % below and 36 % above, channels of 16 to 1024 on 1x1 to 56x56.
-# `apart` was measured with AVX2 alone.
-CYCLES = {
-    16: Cycles(
-        fma=1.05, gradient=1.05, update=3.0, row=20.0, vector=1.5, apart=4.5, transpose=8.0,
-        filters_fma=1.15, scatter=24.0, weights=5.0, wgrad=1.3, copy=6.0,
-        ends=(0.0, 0.0), beyond=1.3,  # ends are in the 1.3 of `wgrad`
-        pair_fma=1.2, pair_end=110.0, pair_row=51.0, pair_copy=3.8,  # not measured
-    ),
-    8: Cycles(
-        fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, apart=4.5, transpose=13.0,
-        filters_fma=0.9, scatter=14.0, weights=3.7, wgrad=0.95, copy=20.0,
-        ends=(30.0, 7.0), beyond=1.0,
-        pair_fma=0.67, pair_end=109.0, pair_row=51.0, pair_copy=3.8,
-    ),
-}  # fmt: skip
+# AVX-512 on Zen 4, one multiply-add a cycle. What its name ends in was not measured there.
+ZEN4 = Cycles(
+    lanes=16, fma=1.05, gradient=1.05, update=3.0, row=20.0, vector=1.5, apart=4.5, transpose=8.0, run=0.0,
+    filters_fma=1.15, scatter=24.0, weights=5.0, out=8.0, wgrad=1.3, copy=6.0,
+    ends=(0.0, 0.0), beyond=1.3,  # ends are in the 1.3 of `wgrad`
+    pair_fma=1.2, pair_end=110.0, pair_row=51.0, pair_copy=3.8,
+)  # fmt: skip
+# AVX-512 on a Xeon of 2023 or later, two multiply-adds a cycle, 2 MB of L2: half of 570 timings of fprop along pixels and
+# images within 11 %, of 207 along filters within 10 %, of 170 of wgrad within 4 %. Whatever moves weighs twice as much
+# beside multiply-adds as on Zen 4, and a batch of maps comes from memory: `vector` is mostly waiting.
+XEON = Cycles(
+    lanes=16, fma=0.61, gradient=0.88, update=1.9, row=2.7, vector=12.9, apart=4.5, transpose=17.8, run=5.2,
+    filters_fma=0.80, scatter=28.6, weights=6.7, out=26.9, wgrad=0.69, copy=10.9,
+    ends=(11.3, 15.3), beyond=1.19,
+    pair_fma=0.42, pair_end=154.0, pair_row=10.4, pair_copy=3.95,
+)  # fmt: skip
+# AVX2 on Zen 3, two multiply-adds a cycle; stands for shorter vectors too. Its wgrad: half of 234 layers within 7 % below and
+# 36 % above, channels of 16 to 1024 on 1x1 to 56x56.
+ZEN3 = Cycles(
+    lanes=8, fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, apart=4.5, transpose=13.0, run=0.0,
+    filters_fma=0.9, scatter=14.0, weights=3.7, out=8.0, wgrad=0.95, copy=20.0,
+    ends=(30.0, 7.0), beyond=1.0,
+    pair_fma=0.67, pair_end=109.0, pair_row=51.0, pair_copy=3.8,
+)  # fmt: skip
 
 
-def cycles(lanes: int) -> Cycles:
-    return CYCLES.get(lanes, CYCLES[8])
+def cycles(lanes: int, multiply_adds: float) -> Cycles:
+    """Of a core with vectors of `lanes` that begins so many multiply-adds of them a cycle."""
+    if lanes == 16:
+        return XEON if multiply_adds > 1.5 else ZEN4
+    return replace(ZEN3, lanes=lanes)
 
 
 @dataclass(frozen=True)
@@ -168,17 +181,17 @@ def _heights(sides: Sides, mode: int, images: int, lanes: int) -> list[int]:
     return list(dict.fromkeys((tall, short)))
 
 
-def predict(problem: Problem, which: Pass, config: Config, lanes: int, step: float = 1.0) -> float:
+def predict(problem: Problem, which: Pass, config: Config, cost: Cycles, step: float = 1.0) -> float:
     """Seconds: multiply-adds of live stripes over the lanes actually run, plus moving activations in and out.
 
     Pixels move in rows, into an im2col plane for every tap; images move in transposes. step: instructions a
     multiply-add; one half where a pair of bfloat16 channels takes one.
     """
     if len(config) == 1:
-        return _predict_taps(problem, config, lanes)
+        return _predict_taps(problem, config, cost)
     if len(config) == 2:
-        return _predict_filters(problem, config, lanes)
-    s, cost = problem.shape, cycles(lanes)
+        return _predict_filters(problem, config, cost)
+    s, lanes = problem.shape, cost.lanes
     mode, images, rows, parts, _ = config
     sides = Sides.of(s, which)
     if mode == BATCH:
@@ -214,6 +227,8 @@ def predict(problem: Problem, which: Pass, config: Config, lanes: int, step: flo
         move_out += _apart(cost, sides.channels_out, 1)
     block = fma + move_in * in_vectors * sides.channels_in + move_out * out_vectors * sides.channels_out
     block += per_row * (in_rows * planes * sides.channels_in + min(rows, sides.rows) * sides.channels_out)
+    if mode == BATCH and not problem.channels_last:
+        block += cost.run * images * (sides.channels_in + sides.channels_out)
     blocks = blocks_n * row_blocks * s.groups * (sides.phases if which == "dgrad" else 1)
     if parts > 1:
         rounds = blocks * (1.0 / min(parts, problem.threads)) * 1.03
@@ -228,8 +243,8 @@ def _apart(cost: Cycles, channels: int, planes: int) -> float:
     return cost.apart if channels >= 8 else cost.apart * 8 / channels * planes
 
 
-def _predict_filters(problem: Problem, config: Config, lanes: int) -> float:
-    s, cost = problem.shape, cycles(lanes)
+def _predict_filters(problem: Problem, config: Config, cost: Cycles) -> float:
+    s, lanes = problem.shape, cost.lanes
     _, parts = config
     pixels = s.N * s.taps_inside() / s.taps * s.P * s.Q
     counts = problem.skeleton.live.reshape(s.groups, s.group_k, s.taps).sum(1)  # filters of every tap
@@ -238,7 +253,7 @@ def _predict_filters(problem: Problem, config: Config, lanes: int) -> float:
     fma = cost.filters_fma * (1.0 if s.taps > 1 else 1.6)
     tile = vectors * pixels * (fma * s.group_c + cost.scatter)
     weights = vectors * s.group_c * cost.weights * -(-s.N // config[0])
-    out = 8.0 * s.N * s.K * s.P * s.Q / lanes
+    out = cost.out * s.N * s.K * s.P * s.Q / lanes
     return 4e-6 + (max(tile, weights) + out) / min(problem.threads, parts * max(s.N, 1)) / CLOCK
 
 
@@ -255,9 +270,9 @@ def _tap_rows(problem: Problem) -> int:
     return max(1, -(-s.P // max(1, blocks)))
 
 
-def _predict_taps(problem: Problem, config: Config, lanes: int) -> float:
+def _predict_taps(problem: Problem, config: Config, cost: Cycles) -> float:
     """Pairs of filters: multiply-adds, the ends of their tiles, an im2col along the width."""
-    s, cost = problem.shape, cycles(lanes)
+    s, lanes = problem.shape, cost.lanes
     (rows,) = config
     blocks = -(-s.P // rows)
     halo, phases = s.dilation[0] * (s.R - 1) // s.stride[0], min(s.stride[0], s.R)
@@ -277,9 +292,9 @@ def _predict_taps(problem: Problem, config: Config, lanes: int) -> float:
     return 6e-6 + -(-tasks // problem.threads) * (work + copy) / CLOCK
 
 
-def predict_wgrad(problem: Problem, lanes: int, chunk_pixels: int) -> float:
+def predict_wgrad(problem: Problem, cost: Cycles, chunk_pixels: int) -> float:
     """Seconds of wgrad: live multiply-adds inside the image, lanes along C, their tiles' ends, two copies."""
-    s, cost = problem.shape, cycles(lanes)
+    s, lanes = problem.shape, cost.lanes
     vectors, stripes = -(-s.group_c // lanes), problem.skeleton.stripes
     share = s.taps_inside() / s.taps
     work = cost.wgrad * stripes * vectors * s.N * s.P * s.Q * share
