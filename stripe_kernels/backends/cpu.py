@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stripe_kernels.backends import cpu_tiling
 from stripe_kernels.packed import StripeIndex
-from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
+from stripe_kernels.registry import Config, Kernel, Pass, Problem, provide, register
 
 try:
     from stripe_kernels import _cpu as _cpu
@@ -200,12 +200,17 @@ def _speed(isa: str) -> tuple[cpu_tiling.Cycles, float]:
     """What this machine takes with an instruction set, and its instructions for a multiply-add in units of float32's:
     one half where a pair of bfloat16 channels takes as long as one float."""
     pairs = _cpu.paired(isa)
-    floats = next(i for i in _cpu.isas() if not _cpu.paired(i) and (i == isa or _cpu.lanes(i) == _cpu.lanes(isa)))
+    floats = next(
+        i for i in _cpu.isas() if not _cpu.paired(i) and (i == isa or _cpu.lanes(i) == _cpu.lanes(isa))
+    )
     rate = _cpu.multiply_adds_a_cycle(floats)
     step = 0.5 * rate / _cpu.multiply_adds_a_cycle(isa) if pairs else 1.0
     return cpu_tiling.cycles(_cpu.lanes(isa), rate), step
 
 
+provide(
+    "multiply-adds a cycle", _cpu.multiply_adds_a_cycle(next(i for i in _cpu.isas() if not _cpu.paired(i)))
+)
 for _isa in _cpu.isas():
     _pairs = _cpu.paired(_isa)
     _cost, _step = _speed(_isa)

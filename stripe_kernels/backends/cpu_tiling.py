@@ -66,17 +66,17 @@ ZEN4 = Cycles(
     ends=(0.0, 0.0), beyond=1.3,  # ends are in the 1.3 of `wgrad`
     pair_fma=1.2, pair_end=110.0, pair_row=51.0, pair_copy=3.8,
 )  # fmt: skip
-# AVX-512 on a Xeon of 2023 or later, two multiply-adds a cycle, 2 MB of L2: half of 570 timings of fprop along pixels and
-# images within 11 %, of 207 along filters within 10 %, of 170 of wgrad within 4 %. Whatever moves weighs twice as much
-# beside multiply-adds as on Zen 4, and a batch of maps comes from memory: `vector` is mostly waiting.
+# AVX-512 on a Xeon of 2023 or later, two multiply-adds a cycle, 2 MB of L2: half of 570 timings of fprop along pixels
+# and images within 11 %, of 207 along filters within 10 %, of 170 of wgrad within 4 %. Whatever moves weighs twice as
+# much beside multiply-adds as on Zen 4, and a batch of maps comes from memory: `vector` is mostly waiting.
 XEON = Cycles(
     lanes=16, fma=0.61, gradient=0.88, update=1.9, row=2.7, vector=12.9, apart=4.5, transpose=17.8, run=5.2,
     filters_fma=0.80, scatter=28.6, weights=6.7, out=26.9, wgrad=0.69, copy=10.9,
     ends=(11.3, 15.3), beyond=1.19,
     pair_fma=0.42, pair_end=154.0, pair_row=10.4, pair_copy=3.95,
 )  # fmt: skip
-# AVX2 on Zen 3, two multiply-adds a cycle; stands for shorter vectors too. Its wgrad: half of 234 layers within 7 % below and
-# 36 % above, channels of 16 to 1024 on 1x1 to 56x56.
+# AVX2 on Zen 3, two multiply-adds a cycle; stands for shorter vectors too. Half of 234 of its layers' wgrad within 7 %
+# below and 36 % above, channels of 16 to 1024 on 1x1 to 56x56.
 ZEN3 = Cycles(
     lanes=8, fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, apart=4.5, transpose=13.0, run=0.0,
     filters_fma=0.9, scatter=14.0, weights=3.7, out=8.0, wgrad=0.95, copy=20.0,

@@ -13,25 +13,31 @@ from torch import Tensor
 
 from stripe_kernels.epilogue import apply_epilogue
 from stripe_kernels.indices import IndexArrays
-from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
+from stripe_kernels.registry import Config, Kernel, Pass, Problem, provided, register
 from stripe_kernels.roofline import gpu_seconds, item_size, math_type
 
-# Multiply-adds/s of one core for many pixels, by what torch says the CPU has: Zen 4 and Zen 3.
+# Multiply-adds/s of one core for many pixels, by what torch says the CPU has: Zen 4, a Xeon of 2023 or later (its cores
+# begin two vectors a cycle), Zen 3. The Xeon is a sixth slower on contiguous tensors.
 _CPU_MACS = {
     "AVX512": {"fprop": 50.6e9, "dgrad": 50.6e9, "wgrad": 50.6e9},
+    "AVX512 twice": {"fprop": 98e9, "dgrad": 80e9, "wgrad": 77e9},
     "AVX2": {"fprop": 40e9, "dgrad": 37e9, "wgrad": 29e9},
 }
 # What the out-of-image taps cost oneDNN, as a factor of those inside. With AVX2 it lost 2 to 20 times what counting the
-# others alone gives on maps of 1x1 to 4x4: 234 layers and passes, channels of 16 to 1024; these lie low on purpose.
+# others alone gives on maps of 1x1 to 4x4: 234 layers and passes, channels of 16 to 1024; these lie low on purpose, and
+# so do the Xeon's: 34 layers, where wgrad of 1x1 to 4x4 takes up to 10 times as long, N = 1 more.
 _CPU_OUTSIDE = {
     "AVX512": {"fprop": 0.0, "dgrad": 0.0, "wgrad": 0.0},
+    "AVX512 twice": {"fprop": 0.3, "dgrad": 1.0, "wgrad": 2.0},
     "AVX2": {"fprop": 1.0, "dgrad": 1.0, "wgrad": 2.0},
 }
 # Pixels that a pass takes longer than its multiply-adds say.
 _CPU_EXTRA = {
     "AVX512": {"fprop": 29, "dgrad": 29, "wgrad": 29},
+    "AVX512 twice": {"fprop": 29, "dgrad": 29, "wgrad": 29},
     "AVX2": {"fprop": 29, "dgrad": 29, "wgrad": 12},
 }
+_CONTIGUOUS = {"AVX512 twice": 0.86}  # of fprop's rate
 _DEPTHWISE_MACS = {"fprop": 10e9, "dgrad": 6e9, "wgrad": 6e9}  # loops of their own, bound by memory
 _CUDNN_SHARE = 0.75  # of the GEMM rate on a GPU: an estimate
 
@@ -136,11 +142,15 @@ def predict(problem: Problem, which: Pass) -> float:
         return gpu_seconds(math, macs=executed, moved=moved, share=_CUDNN_SHARE, programs=programs)
     pixels = s.N * s.P * s.Q
     capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and (provided("multiply-adds a cycle") or 0) > 1.5:
+        capability = "AVX512 twice"
     capability = capability if capability in _CPU_MACS else "AVX2"
     inside = s.taps_inside()
     macs = pixels * s.K * s.group_c * (inside + _CPU_OUTSIDE[capability][which] * (s.taps - inside))
     extra = 12 if s.taps == 1 and which == "fprop" else _CPU_EXTRA[capability][which]
     rate = _CPU_MACS[capability][which] * problem.threads * pixels / (pixels + extra)
+    if which == "fprop" and not problem.channels_last:
+        rate *= _CONTIGUOUS.get(capability, 1.0)
     if problem.dtype == "bfloat16":
         rate *= 2  # oneDNN's dot products of bf16 pairs, where the CPU has them; where not, this errs towards dense
     if problem.dtype == "float16" and not problem.channels_last:
