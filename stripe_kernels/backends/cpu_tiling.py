@@ -287,7 +287,7 @@ def _predict_taps(problem: Problem, config: Config, cost: Cycles) -> float:
     copy = copied * (cost.pair_row + cost.pair_copy * s.Q / lanes)
     if problem.channels_last:
         copy += _apart(cost, s.group_c, phases) * copied * s.Q / lanes / s.S
-        work += cost.apart * s.group_k * vectors
+        work += (cost.vector + cost.apart) * s.group_k * vectors
     tasks = blocks * s.N * s.groups
     return 6e-6 + -(-tasks // problem.threads) * (work + copy) / CLOCK
 

@@ -38,6 +38,8 @@ _CPU_EXTRA = {
     "AVX2": {"fprop": 29, "dgrad": 29, "wgrad": 12},
 }
 _CONTIGUOUS = {"AVX512 twice": 0.86}  # of fprop's rate
+_CHANNELS = {"AVX512 twice": 24}  # that the rate takes; elsewhere 8
+_CALL = {"AVX512 twice": 12e-6}  # seconds of torch's around the arithmetic; elsewhere 6
 _DEPTHWISE_MACS = {"fprop": 10e9, "dgrad": 6e9, "wgrad": 6e9}  # loops of their own, bound by memory
 _CUDNN_SHARE = 0.75  # of the GEMM rate on a GPU: an estimate
 
@@ -158,9 +160,10 @@ def predict(problem: Problem, which: Pass) -> float:
     if s.group_c == s.group_k == 1:
         return 10e-6 + macs / (_DEPTHWISE_MACS[which] * problem.threads)
     # Three channels by 7x7 taps run at the full rate, by 3x3 at half of it; dgrad is not so clever.
-    depth = max(s.group_c / 8, s.group_c * s.taps / 48 if which != "dgrad" else 0.0)
-    narrow = min(1.0, depth) * min(1.0, s.group_k / 8)
-    return 6e-6 + macs / max(rate * max(narrow, 0.02), 1.0)
+    channels = _CHANNELS.get(capability, 8)
+    depth = max(s.group_c / channels, s.group_c * s.taps / 48 if which != "dgrad" else 0.0)
+    narrow = min(1.0, depth) * min(1.0, s.group_k / channels)
+    return _CALL.get(capability, 6e-6) + macs / max(rate * max(narrow, 0.02), 1.0)
 
 
 def _candidates(problem: Problem, which: Pass) -> dict[Config, float]:
