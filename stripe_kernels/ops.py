@@ -95,10 +95,12 @@ class StripeOp:
         return ConvShape(n, c, h, w, k, r, s, self.stride, self.padding, self.dilation, self.groups)
 
     def problem(
-        self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool
-    ) -> Problem:
+        self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool,
+        threads: int | None = None,
+    ) -> Problem:  # fmt: skip
+        """threads: of the CPU; torch's number unless it is given."""
         shape = self.shape(*(int(v) for v in size))
-        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        threads = (threads or torch.get_num_threads()) if device.type == "cpu" else 1
         tf32 = tf32_allowed(device, dtype)
         return Problem(shape, self.skeleton, str(dtype)[6:], device.type, channels_last, threads, tf32)
 
@@ -106,12 +108,14 @@ class StripeOp:
         backends.load()
         return make_plan(problem, which, self.kernel)
 
-    def runner(self, which: Pass, size: tuple[int, ...], like: Tensor) -> Callable[..., Tensor]:
+    def runner(
+        self, which: Pass, size: tuple[int, ...], like: Tensor, threads: int | None = None
+    ) -> Callable[..., Tensor]:
         """The runner for an input of `size` [N, C, H, W] in the dtype, device and memory format of `like`."""
-        key = (which, size, *_signature(like))
+        key = (which, size, threads, *_signature(like))
         runner: Callable[..., Tensor] | None = self._runners.get(key)
         if runner is None:
-            problem = self.problem(size, like.dtype, like.device, is_channels_last(like))
+            problem = self.problem(size, like.dtype, like.device, is_channels_last(like), threads)
             runner = self.plan(which, problem).build()
             # Other threads may be doing the same: a list of the keys is made in one step, an iteration would not be.
             for oldest in list(self._runners)[: 1 - _RUNNERS_KEPT]:

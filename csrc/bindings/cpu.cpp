@@ -348,8 +348,9 @@ PYBIND11_MODULE(_cpu, m) {
             std::move(outputs), std::move(parameters), std::move(arena), keep);
         py::object front = py::none();
         if (conditions) {
-          const auto& [types, silent, denied, number, empty] = *conditions;
-          auto c = std::make_unique<Conditions>(Conditions{types, silent, denied, number, empty});
+          const auto& [types, silent, denied, threads_now, empty] = *conditions;
+          auto c = std::make_unique<Conditions>(
+              Conditions{types, silent, denied, threads_now, threads_now().cast<long>(), empty});
           for (const auto& dict : c->empty) require(PyDict_Check(dict.ptr()), "only dicts are empty");
           front = ListFunction::bind(f, std::move(c));
         }

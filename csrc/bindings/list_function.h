@@ -25,7 +25,8 @@ struct Conditions {
   pybind11::tuple types;     // of the inputs, exactly
   pybind11::tuple silent;    // functions that return something false
   pybind11::tuple denied;    // functions of an input that return something false
-  pybind11::object threads;  // a function that returns the list's number of threads
+  pybind11::object threads;  // a function that returns the same number as when the list was made
+  long number;
   // Dicts without an entry. Not those of an object that owns the function: the collector does not look into it.
   pybind11::tuple empty;
 };
@@ -154,7 +155,7 @@ class ListFunction {
       if (truth(result_of(function.ptr()))) return false;
     const long threads = PyLong_AsLong(result_of(c.threads.ptr()).ptr());
     if (threads == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
-    if (threads != threads_) return false;
+    if (threads != c.number) return false;
     for (Py_ssize_t i = 0; i < n; ++i) {
       for (const auto& function : c.denied)
         if (truth(owned(PyObject_CallOneArg(function.ptr(), args[i])))) return false;

@@ -27,8 +27,8 @@ if not _cpu.usable_exchange(_EXCHANGE):
 # Up to so many bytes the arena of a whole network waits for the next call: to map it takes a good part of a short one.
 _ARENA_KEPT = 4 << 20
 
-# Types of the inputs; functions that return something false; functions of an input that do; one that returns the number
-# of threads; dicts without an entry.
+# Types of the inputs; functions that return something false; functions of an input that do; one that returns torch's
+# number of threads; dicts without an entry.
 Conditions = tuple[
     tuple[type, ...],
     tuple[Callable[[], Any], ...],

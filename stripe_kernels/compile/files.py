@@ -65,7 +65,7 @@ def save(
     graph["choices"] = choices.of_network(network)
     if isinstance(model, Network):
         graph["network"] = {
-            name: getattr(model, name) for name in ("report", "resident_from", "lane_vectors")
+            name: getattr(model, name) for name in ("report", "resident_from", "lane_vectors", "alone_up_to")
         }
     if (inputs := _inputs(model, example_input)) is not None:
         graph["inputs"] = vocabulary.encode([(list(size), dtype) for size, dtype in inputs])
@@ -158,6 +158,9 @@ def _optimized(body: fx.GraphModule, settings: dict[str, Any], inputs: Inputs | 
     start = settings["resident_from"]
     network.resident_from = None if start is None else int(start)
     network.lane_vectors = 2 if settings.get("lane_vectors") == 2 else 1
+    network.alone_up_to = {
+        int(threads): int(most) for threads, most in settings.get("alone_up_to", {}).items()
+    }
     return network
 
 

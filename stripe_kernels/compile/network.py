@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ class Network(nn.Module):
             None  # sizes and dtypes it was made on
         )
         self.lane_vectors = 1  # of images in a block that stays in lanes
+        # By torch's number of threads, the largest first input, in values, that one of them is faster on: in layers of
+        # 10 us a team's meetings, and maps that the other core wrote, take longer than it saves.
+        self.alone_up_to: dict[int, int] = {}
         self._reset()
         self.training = False
 
@@ -117,7 +121,9 @@ class Network(nn.Module):
                         "call an optimized network once on inputs of this size before capturing a CUDA graph"
                     )
                 with torch.inference_mode():
-                    program = self._resident(inputs) or write_program(self.body, inputs, _CONDITIONS)
+                    program = self._resident(inputs) or write_program(
+                        self.body, inputs, _CONDITIONS, self.threads(inputs)
+                    )
                 if inputs and inputs[0].is_cuda:
                     # The next call may come on another stream, and the packed weights have to be there.
                     torch.cuda.current_stream(inputs[0].device).synchronize()
@@ -125,6 +131,12 @@ class Network(nn.Module):
                     programs.pop(next(iter(programs)))
                 programs[key] = program
             return program
+
+    def threads(self, inputs: tuple[Tensor, ...]) -> int:
+        """Threads that the kernels of a call use now."""
+        threads = torch.get_num_threads()
+        alone = bool(inputs) and inputs[0].numel() <= self.alone_up_to.get(threads, 0)
+        return 1 if alone else threads
 
     def _resident(self, inputs: tuple[Tensor, ...]) -> Program | None:
         """The native program for batches that fill the lanes, where the graph has one; see resident.py."""
@@ -136,7 +148,7 @@ class Network(nn.Module):
         ):
             return None
         try:
-            return resident(self.body, inputs, torch.get_num_threads(), self.lane_vectors)
+            return resident(self.body, inputs, self.threads(inputs), self.lane_vectors)
         except (Untranslatable, ImportError) as reason:
             note = f"layer by layer at every batch size: {reason}"
             if note not in self.report:
@@ -193,7 +205,19 @@ class Network(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("inputs", None)  # of networks pickled before they knew it
+        self.__dict__.setdefault("alone_up_to", {})
         self._reset()
+
+
+@contextmanager
+def threads_of(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
+    """torch's number of threads is the one that `model` uses on `inputs`, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(model.threads(inputs) if isinstance(model, Network) else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 _FORWARD, _CALL = Network.forward, nn.Module.__call__

@@ -28,7 +28,7 @@ from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.race import Ratio, race
 from stripe_kernels.compile.shrink import shrink
 from stripe_kernels.compile.trace import trace
-from stripe_kernels.compile.tune import tune
+from stripe_kernels.compile.tune import sample, tune
 from stripe_kernels.compile.unwrap import clone
 from stripe_kernels.modules import StripeConv2d
 
@@ -38,6 +38,7 @@ _NORMS: dict[str, Callable[[Tensor], float]] = {
     "largest": lambda t: float(t.abs().max()),
     "root mean square": lambda t: float(t.square().mean().sqrt()),
 }
+_SHORT = 5e-3  # seconds of a call for which one thread is tried in place of a team
 _CLEARLY = 0.97  # of the time: the gain must exceed what a race gets wrong
 
 
@@ -75,10 +76,9 @@ def optimize(
         tune(original, example, folder=folder, cuda_graphs=cuda_graphs)
         return original
     try:
-        network = compact(original, example)
-        tune(network, example, folder=folder, cuda_graphs=cuda_graphs)
-        _choose_program(network, example)
-        network = _choose_layout(network, example, folder)
+        network = _fastest(original, example, folder, cuda_graphs)
+        if torch.get_num_threads() > 1 and _is_short(network, example):
+            network = _choose_threads(network, original, example, folder)
         _check_exact(original, network, example)
     except ValueError as error:
         return _keep(original, example, folder, str(error))
@@ -89,6 +89,16 @@ def optimize(
         )
     network.report.append(f"{ratio.speed_up} as fast as the model it was made from")
     return network
+
+
+def _fastest(
+    model: nn.Module, example: tuple[Tensor, ...], folder: str | Path | None, cuda_graphs: bool
+) -> Network:
+    """The rewritten network with the kernels, program and layout that are fastest at torch's number of threads."""
+    network = compact(model, example)
+    tune(network, example, folder=folder, cuda_graphs=cuda_graphs)
+    _choose_program(network, example)
+    return _choose_layout(network, example, folder)
 
 
 def compact(model: nn.Module, example: tuple[Tensor, ...]) -> Network:
@@ -167,6 +177,32 @@ def _choose_layout(network: Network, example: tuple[Tensor, ...], folder: str | 
         return network
     other.report.append("maps are channels_last inside")
     return other
+
+
+def _is_short(network: Network, example: tuple[Tensor, ...]) -> bool:
+    """Whether a call takes so little time that a team may not be worth its meetings."""
+    if not all(x.device.type == "cpu" for x in example):
+        return False
+    with torch.inference_mode():
+        return min(sample(lambda: network(*example), 1, None) for _ in range(3)) < _SHORT
+
+
+def _choose_threads(
+    network: Network, model: nn.Module, example: tuple[Tensor, ...], folder: str | Path | None
+) -> Network:
+    """The network, or one made for a single thread where that is clearly faster."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = _fastest(model, example, folder, cuda_graphs=False)
+    finally:
+        torch.set_num_threads(threads)
+    alone.unbind()
+    alone.alone_up_to = {threads: example[0].numel()}
+    if _race(alone, network, example).median > _CLEARLY:
+        return network
+    alone.report.append(f"on one thread: a team of {threads} was not faster")
+    return alone
 
 
 def in_channels_last(network: Network) -> Network:

@@ -39,12 +39,15 @@ class Program(Protocol):
     def __call__(self, *inputs: Tensor) -> Any: ...
 
 
-def write_program(body: fx.GraphModule, inputs: tuple[Tensor, ...], conditions: Any = None) -> Program:
-    """The function of `inputs`' signature: sizes, strides, dtypes and number of threads. Runs `body` once.
+def write_program(
+    body: fx.GraphModule, inputs: tuple[Tensor, ...], conditions: Any = None, threads: int | None = None
+) -> Program:
+    """The function of `inputs`' signature: sizes, strides, dtypes and torch's number of threads. Runs `body` once.
 
-    conditions: of its front (backends/cpu_calls.py); None: it has none.
+    conditions: of its front (backends/cpu_calls.py); None: it has none. threads: of its kernels, where it is not
+    torch's number.
     """
-    return _Writer(body, conditions).write(inputs)
+    return _Writer(body, conditions, threads).write(inputs)
 
 
 @dataclass
@@ -86,9 +89,10 @@ class _Writer(OneLineInterpreter):
     Only names made here enter the source; everything called is bound through the function's globals.
     """
 
-    def __init__(self, body: fx.GraphModule, conditions: Any = None) -> None:
+    def __init__(self, body: fx.GraphModule, conditions: Any = None, threads: int | None = None) -> None:
         super().__init__(body)
         self.conditions = conditions
+        self.threads = threads or torch.get_num_threads()
         self.bound: dict[str, Any] = {}
         self.lines: list[str] = []
         self.names: dict[fx.Node, str] = {}
@@ -257,7 +261,7 @@ class _Writer(OneLineInterpreter):
             return
         inside = {c.node for c in pending}
         given = {n: t for c in pending for n, t in c.reads.items() if n not in inside}
-        todo = ops.call_list(torch.get_num_threads())
+        todo = ops.call_list(self.threads)
         at = {n: todo.given(t) for n, t in given.items()}
         leave = [c for c in pending if any(u not in inside for u in c.node.users)]
         at |= {c.node: todo.returned(c.gives) for c in leave}
@@ -309,7 +313,7 @@ class _Writer(OneLineInterpreter):
     ) -> tuple[Any, Any, Tensor | None, str]:
         """A layer's runner for x, its packed weight, bias and activation."""
         check(x, layer.weight, layer._op, {"bias": layer.bias, "residual": residual})
-        runner = layer._op.runner("fprop", tuple(x.shape), x)
+        runner = layer._op.runner("fprop", tuple(x.shape), x, self.threads)
         packed = packed_weight(runner, layer.weight)
         for t in tree_leaves(packed):
             if isinstance(t, Tensor):

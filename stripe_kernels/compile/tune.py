@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe_kernels import ops, plan, registry
 from stripe_kernels.compile import cache
-from stripe_kernels.compile.network import Network
+from stripe_kernels.compile.network import Network, threads_of
 from stripe_kernels.ops import StripeOp
 from stripe_kernels.plan import Candidate, Plan
 from stripe_kernels.registry import PASSES, Pass, Problem
@@ -84,14 +84,15 @@ def tune(
     store = cache.default_folder() if folder is None else Path(folder)
     plans: dict[str, Plan] = {}
     unwritable: OSError | None = None
-    for site in sites(model, example_input):
-        for which in PASSES if training else PASSES[:1]:
-            try:
-                _choose(site, seconds, store, which, cuda_graphs)
-            except OSError as error:
-                unwritable = error
-        site.op.forget()
-        plans[site.name] = plan.make_plan(site.problem, "fprop", site.op.kernel)
+    with threads_of(model, example_input if isinstance(example_input, tuple) else (example_input,)):
+        for site in sites(model, example_input):
+            for which in PASSES if training else PASSES[:1]:
+                try:
+                    _choose(site, seconds, store, which, cuda_graphs)
+                except OSError as error:
+                    unwritable = error
+            site.op.forget()
+            plans[site.name] = plan.make_plan(site.problem, "fprop", site.op.kernel)
     if unwritable is None:
         cache.prune(store)
     else:
