@@ -46,7 +46,7 @@ def compare(
         else:
             rows[name], ready[name] = row, entrant
     other = OtherWork()
-    samples = interleave({name: e.call for name, e in ready.items()}, seconds)
+    samples = interleave({name: e.call for name, e in ready.items()}, seconds, torch.get_num_threads() > 1)
     others = other.cores()
     dense = [name for name, e in ready.items() if e.kind == "dense"]
     if samples:

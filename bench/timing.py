@@ -19,6 +19,9 @@ UNTIMED = (
 )
 MEASURE = 5e-3  # seconds a measurement lasts at least, by repeating its call
 LONG = 5e-3  # calls longer than this need no untimed call before them
+# Seconds of untimed calls that a team of threads gets. On some virtual machines Linux wakes a sleeping team on one core
+# and parts it at a timer tick 4 to 8 ms later: the first call after a pause took 8 ms in place of 1, whichever library's.
+PARTED = 12e-3
 RESAMPLES = 2000
 
 
@@ -85,35 +88,46 @@ def settle(slice_seconds: float = 5e-4, limit: float = 50e-3) -> None:
         idle = idle + 1 if time.process_time() - before < 0.2 * slice_seconds else 0
 
 
-def _measure(call: Callable[[], object], repeats: int, warm: bool) -> float:
+def _measure(call: Callable[[], object], repeats: int, warm: float | None) -> float:
     settle()
-    if warm:
+    start = time.perf_counter()
+    while warm is not None:
         call()  # wakes the threads and brings the operands back into the cache
+        if time.perf_counter() - start >= warm:
+            break
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, Sample]:
-    """Times the calls against each other for about `budget` seconds in all, within ROUNDS rounds."""
+def interleave(
+    calls: Mapping[str, Callable[[], object]], budget: float, team: bool = False
+) -> dict[str, Sample]:
+    """Times the calls against each other for about `budget` seconds in all, within ROUNDS rounds.
+
+    team: they run on several threads.
+    """
     names = list(calls)
     if not names:
         return {}
     once: dict[str, float] = {}
     for name in names:
         calls[name]()
-        once[name] = _measure(calls[name], 1, False)
-        if once[name] < LONG:
-            once[name] = min(once[name], _measure(calls[name], 1, True))
+        once[name] = _measure(calls[name], 1, PARTED if team else None)
+        if once[name] < LONG and not team:
+            once[name] = min(once[name], _measure(calls[name], 1, 0.0))
+    warm = {name: PARTED if team else 0.0 if t < LONG else None for name, t in once.items()}
     repeats = {name: max(1, round(MEASURE / t)) for name, t in once.items()}
-    a_round = sum(2e-3 + once[n] * (repeats[n] + (once[n] < LONG)) for n in names)
+    a_round = sum(
+        2e-3 + once[n] * repeats[n] + max(warm[n] or 0.0, once[n] * (once[n] < LONG)) for n in names
+    )
     rounds = int(np.clip(budget / a_round, *ROUNDS))
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(UNTIMED + rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            seconds = _measure(calls[name], repeats[name], once[name] < LONG)
+            seconds = _measure(calls[name], repeats[name], warm[name])
             if turn >= UNTIMED:
                 times[name].append(seconds)
     return {name: Sample(np.array(times[name]), repeats[name]) for name in names}
