@@ -89,12 +89,18 @@ def in_two_stages(
     describe: Callable[[Entrant, float], dict[str, Any]],
 ) -> list[Row]:
     """Rows of all contestants. Those of `later` tune, which changes what "auto" means in this process: they
-    meet the fastest dense contestant once more, after all the others have been timed."""
+    meet the fastest dense contestant and the fastest slim one once more, after all the others have been timed. The
+    slim one's row is then the one of that meeting: the two are compared where they took turns."""
     kinds = {name: kind_of(name) for name in (*prepare, *later)}
     rows, ready = compare(base, prepare, kinds, seconds, describe)
     over = next((row.over for row in rows if row.over), None)
     if later and over is not None:
-        rows += compare(base, {over: lambda: ready[over], **later}, kinds, seconds / 2, describe)[0][1:]
+        slim = [row for row in rows if row.kind == "slim" and row.seconds is not None]
+        again = [over, *[row.contestant for row in sorted(slim, key=lambda row: row.seconds or 0.0)[:1]]]
+        met = compare(
+            base, {**{n: partial(ready.__getitem__, n) for n in again}, **later}, kinds, seconds / 2, describe
+        )
+        rows = [row for row in rows if row.contestant not in again[1:]] + met[0][1:]
     return rows
 
 

@@ -20,7 +20,7 @@ UNTIMED = (
 MEASURE = 5e-3  # seconds a measurement lasts at least, by repeating its call
 LONG = 5e-3  # calls longer than this need no untimed call before them
 # Seconds of untimed calls that a team of threads gets. On some virtual machines Linux wakes a sleeping team on one core
-# and parts it at a timer tick 4 to 8 ms later: the first call after a pause took 8 ms in place of 1, whichever library's.
+# and parts it at a timer tick 4 to 8 ms later: the first call after a pause took 8 ms, not 1, whoever's.
 PARTED = 12e-3
 RESAMPLES = 2000
 
