@@ -20,8 +20,8 @@ UNTIMED = (
 MEASURE = 5e-3  # seconds a measurement lasts at least, by repeating its call
 LONG = 5e-3  # calls longer than this need no untimed call before them
 # Seconds of untimed calls that a team of threads gets. On some virtual machines Linux wakes a sleeping team on one core
-# and parts it at a timer tick 4 to 8 ms later: the first call after a pause took 8 ms, not 1, whoever's.
-PARTED = 12e-3
+# and parts it at timer ticks, 4 to 20 ms later: the first call after a pause took 8 ms, not 1, whoever's.
+PARTED = 30e-3
 RESAMPLES = 2000
 
 
@@ -74,15 +74,16 @@ class Ratio:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def settle(slice_seconds: float = 5e-4, limit: float = 50e-3) -> None:
-    """Sleeps until this process has used no CPU for two slices, so that no contestant shares its cores.
+def settle(slice_seconds: float = 1e-3, quiet: int = 6, limit: float = 0.1) -> None:
+    """Sleeps until this process has used no CPU for `quiet` slices, so that no contestant shares its cores.
 
-    Thread pools spin before they sleep: after a parallel call libgomp's burned a core for up to 10 ms
-    (measured), which a fixed wait of 1 ms would charge to whoever comes next.
+    Thread pools spin before they sleep: after a parallel call libgomp's burned a core for up to 10 ms, ONNX Runtime's
+    for 22 (measured), which a fixed wait of 1 ms would charge to whoever comes next. The clock of a process may see
+    its other threads at timer ticks only, 4 ms apart where Linux has 250 a second: quiet slices have to span one.
     """
     deadline = time.perf_counter() + limit
     idle = 0
-    while idle < 2 and time.perf_counter() < deadline:
+    while idle < quiet and time.perf_counter() < deadline:
         before = time.process_time()
         time.sleep(slice_seconds)
         idle = idle + 1 if time.process_time() - before < 0.2 * slice_seconds else 0
