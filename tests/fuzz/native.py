@@ -29,6 +29,7 @@ from tests.guarded import guarded
 
 ISAS = _cpu.isas()
 ODD = (-(2**31), -2, -1, 0, 1, 2, 3, 7, 16, 64, 2**20, 2**30, 2**31 - 1)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by the boundary's codes
 outcomes: collections.Counter[str] = collections.Counter()
 ABSURD = 1 << 24  # entries of a kernel's tables, for which memory may be missing
 LARGEST = 1 << 14  # elements of a tensor worth running
@@ -98,7 +99,9 @@ def one_input(raw: bytes) -> None:
             raise
         count("MemoryError")
         return
-    run(kernel, kind, sizes, len(lists[1]), small(data, 1, 3))
+    threads = small(data, 1, 3)
+    code = 1 if kind == 0 and _cpu.paired(isa) else small(data, 0, len(DTYPES) - 1)
+    run(kernel, kind, sizes, len(lists[1]), threads, code)
 
 
 def count(outcome: str) -> None:
@@ -108,23 +111,25 @@ def count(outcome: str) -> None:
 
 
 @atheris.instrument_func
-def run(kernel: object, kind: int, sizes: list[int], stripes: int, threads: int) -> None:
+def run(kernel: object, kind: int, sizes: list[int], stripes: int, threads: int, code: int) -> None:
     n, c, h, w, k, _, _, p, q, *_, groups = sizes
     if max(n * c * h * w, n * k * p * q, stripes * c) > LARGEST:
         return
-    x, y, weight = (torch.ones(*v) for v in ((n, c, h, w), (n, k, p, q), (stripes, c // groups)))
+    x, y, weight = (
+        torch.ones(*v, dtype=DTYPES[code]) for v in ((n, c, h, w), (n, k, p, q), (stripes, c // groups))
+    )
     count("ran")
     with ExitStack() as stack:
         x, y = (stack.enter_context(guarded(t, True, True)) for t in (x, y))
         weight = stack.enter_context(guarded(weight, True, True))
-        views = {name: (t.data_ptr(), 0, t.stride()) for name, t in (("x", x), ("y", y))}
+        views = {name: (t.data_ptr(), code, t.stride()) for name, t in (("x", x), ("y", y))}
         if kind == 3:
-            kernel.run(threads, *views["x"], *views["y"], weight.data_ptr(), 0)  # type: ignore[attr-defined]
+            kernel.run(threads, *views["x"], *views["y"], weight.data_ptr(), code)  # type: ignore[attr-defined]
         else:
             if kernel.packed_floats > LARGEST * 64:  # type: ignore[attr-defined]
                 return
             packed = torch.empty(kernel.packed_floats)  # type: ignore[attr-defined]
-            kernel.pack_weight(weight.data_ptr(), 0, packed.data_ptr())  # type: ignore[attr-defined]
+            kernel.pack_weight(weight.data_ptr(), code, packed.data_ptr())  # type: ignore[attr-defined]
             into, out = ("y", "x") if kind == 2 else ("x", "y")
             epilogue = () if kind == 2 else (0, 0, 0, (0, 0, 0, 0), 0)
             kernel.run(threads, *views[into], packed.data_ptr(), *views[out], *epilogue)  # type: ignore[attr-defined]
