@@ -25,7 +25,11 @@ TESTS = (
 )
 SELECT = "cpu_ and not forked and not gil and not DataLoader"
 # Whole networks in one native call: CallList, LaneNetwork.
-NETWORKS = ("tests/compile/test_program.py", "tests/compile/test_resident.py")
+NETWORKS = (
+    "tests/compile/test_program.py",
+    "tests/compile/test_resident.py",
+    "tests/compile/test_front.py",
+)
 PROBLEMS = ("-m", "tests.generate", "--count", "500", "--seed", "77")
 
 

@@ -34,6 +34,15 @@ def layer_by_layer(network: Network) -> Network:
     return other
 
 
+def native(network: Network) -> Network:
+    """The network with native kernels in all its layers, whatever the planner takes for faster on this machine."""
+    _cpu = pytest.importorskip("stripe_kernels._cpu")
+    for layer in network.modules():
+        if hasattr(layer, "_op"):
+            layer.kernel = f"cpu_pixels_{_cpu.isas()[0]}"
+    return network
+
+
 @contextmanager
 def no_heads() -> Iterator[None]:
     """Averages and linear layers stay torch's, whose bits are others than a list's."""
@@ -224,21 +233,24 @@ def test_a_list_follows_parameters_into_shared_memory() -> None:
 
 @pytest.mark.parametrize("odd", ["bias of one", "half", "transposed"])
 def test_odd_linear_layers_stay_torchs(odd: str) -> None:
-    network, x = classifier(6)
-    regular = lines_of(network, x)
-    linear: nn.Linear = network.body.get_submodule("4")  # type: ignore[assignment]
-    if odd == "bias of one":
-        linear.bias = nn.Parameter(torch.tensor([3.0]))
-    elif odd == "transposed":
-        linear.weight = nn.Parameter(linear.weight.detach().T.contiguous().T)
-    else:  # torch refuses it, and so do we
+    """Behind a native list that would take an ordinary one. compact makes them ordinary: they are put in later."""
+    network = native(classifier(6)[0])
+    x = torch.randn(2, 3, 9, 9)
+    linear = network.body.get_submodule("4")
+    if odd == "half":  # torch refuses it, and so do we
         linear.half()
         with torch.inference_mode(), pytest.raises(RuntimeError, match="dtype"):
             network(x)
         return
+    assert lines_of(network, x)[-1] == "return v1"
+    if odd == "bias of one":
+        linear.bias = nn.Parameter(torch.tensor([3.0]))
+    if odd == "transposed":
+        linear.weight = nn.Parameter(torch.randn(8, 6).T)
     with torch.inference_mode():
         torch.testing.assert_close(network(x), network.body(x))
-    assert len(lines_of(network, x)) > len(regular)
+    assert len(lists_of(network, x)) == 1
+    assert len(lines_of(network, x)) > 3
 
 
 def test_the_mean_of_a_tall_map() -> None:
@@ -250,12 +262,8 @@ def test_the_mean_of_a_tall_map() -> None:
 
 
 def test_a_residual_network_is_one_list() -> None:
-    _cpu = pytest.importorskip("stripe_kernels._cpu")
     _, frozen, x = masked("resnet20", 0.5)
-    network = layer_by_layer(compact(frozen, (x,)))
-    for layer in network.modules():
-        if hasattr(layer, "_op"):
-            layer.kernel = f"cpu_pixels_{_cpu.isas()[0]}"
+    network = native(layer_by_layer(compact(frozen, (x,))))
     assert len(lists_of(network, x)) == 1
 
 
@@ -301,11 +309,9 @@ def measured_peak(network: Network, x: Tensor) -> int:
 
 @pytest.mark.parametrize("name", ["resnet20", "unet", "yolo_neck", "densenet", "in_place"])
 def test_memory_is_what_the_allocator_gave_out(name: str) -> None:
-    torch.set_num_threads(
-        1
-    )  # more would have tiny layers run in torch, whose operators allocate of their own
+    torch.set_num_threads(1)  # torch's operators allocate of their own, with more threads more of them
     _, frozen, x = masked(name, 0.24)
-    network = layer_by_layer(compact(frozen, (x,)))
+    network = native(layer_by_layer(compact(frozen, (x,))))
     with no_kept_arenas():
         said = network.memory(x)
     given = measured_peak(network, x)
