@@ -15,14 +15,14 @@ Tiling aligned(Tiling t) {
   return t;
 }
 
-// Filters of a tile that taps with so many filters suit best. A product and the end of a sum take as many cycles as a tile has
-// rows, but not fewer than 9; 17 filters are two tiles of 9.
+// Filters of a tile that taps with so many filters suit best: 17 are two tiles of 9. A product takes as many cycles as a tile has
+// rows, but not fewer than 9, the end of a sum 16.
 int fitting_height(const std::vector<int>& filters_of_tap, int steps) {
   int best = kMatrixHeight;
   std::int64_t least = std::numeric_limits<std::int64_t>::max();
   for (int height = kMatrixHeight; height >= 1; --height) {
     std::int64_t cost = 0;
-    for (int n : filters_of_tap) cost += ceil_div(n, height) * (steps * std::max(height, 9) + height);
+    for (int n : filters_of_tap) cost += ceil_div(n, height) * (steps * std::max(height, 9) + 16);
     if (cost < least) least = cost, best = height;
   }
   return best;
