@@ -1,5 +1,5 @@
-"""What is special about kernels in matrix registers (csrc/cpu/fprop_matrix.h): steps of 32 channels, tiles of filters and
-of lanes that are not full, rows that begin at whole vectors."""
+"""What is special about kernels in matrix registers (csrc/cpu/fprop_matrix.h): steps of 32 channels, tiles of filters
+and of lanes that are not full, rows that begin at whole vectors."""
 
 from __future__ import annotations
 

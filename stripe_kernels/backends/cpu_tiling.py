@@ -77,13 +77,13 @@ XEON = Cycles(
     ends=(11.3, 15.3), beyond=1.19,
     pair_fma=0.42, pair_end=154.0, pair_row=10.4, pair_copy=3.95,
 )  # fmt: skip
-# fprop in matrix registers on a Xeon of 2024; vectors of x are of cells: half of 415 timings (32 to 512 channels, 2x2 to
-# 56x56, d = .1 to .5) within 16 %. What was predicted best took 4 % longer than what was best, dense included.
+# fprop in matrix registers on a Xeon of 2024; vectors of x are of cells: half of 415 timings (32 to 512 channels, 2x2
+# to 56x56, d = .1 to .5) within 16 %. What was predicted best took 4 % longer than what was best, dense included.
 AMX = replace(
     XEON, matrix=True, fma=0.078, update=3.25, row=0.32, vector=9.6, apart=1.4, transpose=14.7, run=11.5
 )  # fmt: skip
-# AVX2 on Zen 3, two multiply-adds a cycle; stands for shorter vectors too. Its wgrad: half of 234 layers within 7 % below
-# and 36 % above, channels of 16 to 1024 on 1x1 to 56x56.
+# AVX2 on Zen 3, two multiply-adds a cycle; stands for shorter vectors too. Its wgrad: half of 234 layers within 7 %
+# below and 36 % above, channels of 16 to 1024 on 1x1 to 56x56.
 ZEN3 = Cycles(
     lanes=8, fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, apart=4.5, transpose=13.0, run=0.0,
     filters_fma=0.9, scatter=14.0, weights=3.7, out=8.0, wgrad=0.95, copy=20.0,

@@ -32,8 +32,8 @@ _CPU_EXTRA = {
     "AVX512": {"fprop": 29, "dgrad": 29, "wgrad": 29},
     "AVX2": {"fprop": 29, "dgrad": 29, "wgrad": 12},
 }
-# oneDNN's bfloat16 in AMX, one core of a Xeon of 2024: multiply-adds, reordered weights and (but for channels_last) moved
-# activations a second; weights beyond L2 are read again for every image. Half of 190 timings of fprop within 12 %.
+# oneDNN's bfloat16 in AMX, one core of a Xeon of 2024: multiply-adds, reordered weights and (but for channels_last)
+# moved activations a second; weights beyond L2 are read again for each image. Half of 190 timings of fprop within 12 %.
 _AMX_MACS, _AMX_WEIGHTS, _AMX_MOVED, _AMX_READ = 1.05e12, 3.3e9, 1.2e9, 12.5e9
 _L2_WEIGHTS = 1_000_000
 _DEPTHWISE_MACS = {"fprop": 10e9, "dgrad": 6e9, "wgrad": 6e9}  # loops of their own, bound by memory
