@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,7 +38,13 @@ NATIVE = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC's own headers pass undefined vectors to intrinsics that ignore them.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", *AVX2]
-X86_ISAS = {"avx512bf16": ["-mavx512bf16", *AVX512], "avx512": AVX512, "avx2": AVX2, "generic": []}
+X86_ISAS = {
+    "amx": ["-mamx-tile", "-mamx-bf16", *AVX512],
+    "avx512bf16": ["-mavx512bf16", *AVX512],
+    "avx512": AVX512,
+    "avx2": AVX2,
+    "generic": [],
+}
 ARM_ISAS = {"neon": [], "generic": []}  # NEON is part of the aarch64 baseline
 ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
 
@@ -72,9 +79,18 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def isas(machine: str) -> dict[str, list[str]]:
+def isas(machine: str, cxx: str) -> dict[str, list[str]]:
     """Instruction sets the kernels are compiled for: name -> compiler flags."""
-    return ISAS.get(machine, {"generic": []})
+    known = ISAS.get(machine, {"generic": []})
+    return {name: flags for name, flags in known.items() if name != "amx" or knows_amx(cxx)}
+
+
+@cache
+def knows_amx(cxx: str) -> bool:
+    """Compilers of before 2021 know the other sets; that their assembler knows this one is asked too."""
+    command = [*shlex.split(cxx), *X86_ISAS["amx"], "-x", "c++", "-", "-c", "-o", os.devnull]
+    source = 'void f() { asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }'
+    return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
 
 
 def sources(pattern: str) -> list[Path]:
@@ -124,15 +140,15 @@ class NinjaGraph:
         return subprocess.run(command, check=False).returncode == 0
 
 
-def have_flags(machine: str) -> list[str]:
+def have_flags(machine: str, cxx: str) -> list[str]:
     """What the code above the kernels needs to know to choose among them at run time."""
-    return [f"-DSK_HAVE_{name.upper()}" for name in isas(machine)]
+    return [f"-DSK_HAVE_{name.upper()}" for name in isas(machine, cxx)]
 
 
 def add_cpu_objects(graph: NinjaGraph, cxx: str, machine: str, flags: list[str]) -> list[Path]:
     graph.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-    objects = [graph.compile("cxx", path, flags + have_flags(machine)) for path in sources("cpu/*.cpp")]
-    for name, isa_flags in isas(machine).items():
+    objects = [graph.compile("cxx", path, flags + have_flags(machine, cxx)) for path in sources("cpu/*.cpp")]
+    for name, isa_flags in isas(machine, cxx).items():
         isa = [f"-DSK_ISA={name}", *isa_flags]
         objects += [graph.compile("cxx", path, flags + isa, f".{name}") for path in sources("cpu/isa/*.cpp")]
     return objects
@@ -143,7 +159,7 @@ def add_cpu(graph: NinjaGraph, output: Path, cxx: str) -> None:
 
     machine, flags = platform.machine(), CXXFLAGS + include(CSRC)
     objects = add_cpu_objects(graph, cxx, machine, flags)
-    flags = flags + have_flags(machine) + include(pybind11.get_include(), sysconfig.get_path("include"))
+    flags = flags + have_flags(machine, cxx) + include(pybind11.get_include(), sysconfig.get_path("include"))
     objects.append(graph.compile("cxx", CSRC / "bindings/cpu.cpp", flags))
     graph.rule("link", f"{cxx} -shared $in -o $out $flags")
     graph.build(output, "link", objects, ["-fopenmp"])

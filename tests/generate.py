@@ -48,7 +48,7 @@ from stripe_kernels.testing import (
 )
 from stripe_kernels.version import __version__
 from tests.guarded import guarded
-from tests.passes import KERNELS, NATIVE, problem_of, run, spoil_scratch
+from tests.passes import KERNELS, NATIVE, PAIRED, problem_of, run, spoil_scratch
 
 CHUNK = 500  # problems a child process
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -210,12 +210,18 @@ def draw(rng: np.random.Generator, kernels: list[str]) -> Generated:
             dtype = "float16"  # torch's own convolution in bfloat16 corrupts memory: see SECURITY.md
         if dtype == "float16" and kernel in ("dense", "reference") and made.shape.idle_column():
             dtype = "float32"  # the same
+        if kernel in PAIRED:  # which refuse all else
+            dtype, step = "bfloat16", 32 if kernel.endswith("_amx") else 2
+            channels = -(-made.shape.group_c // step) * step * groups
+            made = dataclasses.replace(made, shape=dataclasses.replace(made.shape, C=channels))
         layout, threads, pick = str(rng.choice(list(LAYOUTS))), size(1, 1, 2, 3), int(rng.integers(16))
         epilogue: tuple[str, ...] = ()
         if which == "fprop" and rng.random() < 0.5:
             terms = [name for name in _TERMS if rng.random() < 0.5]
             epilogue = (*terms, *([str(rng.choice(list(ACTIVATIONS)))] if rng.random() < 0.6 else []))
-        guard = str(rng.choice(["", "end", "begin"], p=[0.5, 0.3, 0.2])) if kernel in NATIVE else ""
+        guard = (
+            str(rng.choice(["", "end", "begin"], p=[0.5, 0.3, 0.2])) if kernel in (*NATIVE, *PAIRED) else ""
+        )
         return Generated(kernel, which, dtype, layout, threads, made, pick, epilogue, guard)
 
 

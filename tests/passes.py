@@ -25,8 +25,8 @@ KERNELS = [
     if not name.startswith("triton") and registry.find(name).refuse(_SAMPLE, "fprop") is None
 ]
 NATIVE = [name for name in KERNELS if name.startswith("cpu_")]
-# Native kernels that multiply pairs of bfloat16 channels and take nothing else, where the processor has them.
-PAIRED = [name for name in list_kernels() if name.startswith("cpu_") and name.endswith("bf16")]
+# Native kernels that multiply several bfloat16 channels at a time and take nothing else, where the processor has them.
+PAIRED = [name for name in list_kernels() if name.startswith("cpu_") and name.endswith(("bf16", "_amx"))]
 
 
 @cache

@@ -15,6 +15,7 @@
 #include "cpu/dgrad.h"
 #include "cpu/fprop.h"
 #include "cpu/fprop_filters.h"
+#include "cpu/fprop_matrix.h"
 #include "cpu/fprop_taps.h"
 #include "cpu/isa/isa.h"
 #include "cpu/lane_network.h"
@@ -166,9 +167,14 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "Instruction sets this build has and this processor runs, best first.");
   m.def(
-      "paired", [](const std::string& name) { return isa(name).paired[1][1] != nullptr; },
-      "Whether Fprop multiplies pairs of bfloat16 channels; it then takes bfloat16 and an even C/groups "
-      "only.");
+      "bf16_channels",
+      [](const std::string& name) {
+        const IsaKernels& k = isa(name);
+        return k.matrix.add ? kMatrixChannels : k.paired[1][1] ? 2 : 0;
+      },
+      "Channels of bfloat16 that fprop multiplies at a time: 32 in matrices (FpropMatrix), 2 in pairs "
+      "(Fprop); it "
+      "then takes bfloat16 and a multiple of them only. 0: fprop is in float32.");
   m.def("lanes", [](const std::string& name) { return isa(name).lanes; }, "float32 lanes of a vector.");
   m.def(
       "multiply_adds_a_cycle", [](const std::string& name) { return multiply_adds_a_cycle(isa(name)); },
@@ -187,6 +193,19 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("plane_pitch", &Fprop::plane_pitch)
       .def("pack_weight", &pack_weight<Fprop>, Release())
       .def("run", &run_fprop<Fprop>, Release());
+
+  py::class_<FpropMatrix>(m, "FpropMatrix")
+      .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row,
+                       const Ints& tile, const std::string& name) {
+        const ConvShape s = conv_shape(shape);
+        require(isa(name).matrix.add, "'" + name + "' has no matrix registers");
+        require(s.group_c() % kMatrixChannels == 0,
+                "'" + name + "' multiplies channels in 32s: C/groups is a multiple");
+        return new FpropMatrix(s, stripes(s, tap_ptr, filter, row), tiling(tile, isa(name)), isa(name));
+      }))
+      .def_property_readonly("packed_floats", &FpropMatrix::packed_floats)
+      .def("pack_weight", &pack_weight<FpropMatrix>, Release())
+      .def("run", &run_fprop<FpropMatrix>, Release());
 
   py::class_<FpropFilters>(m, "FpropFilters")
       .def(py::init([](const Ints& shape, const Ints& tap_ptr, const Ints& filter, const Ints& row,
@@ -301,6 +320,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def_static("planes_floats",
                   [](const std::array<int, 5>& v) { return Planes{v[0], v[1], v[2], v[3], v[4]}.floats(); })
       .def("add_fprop", &add_fprop<Fprop>, py::keep_alive<1, 2>())
+      .def("add_fprop", &add_fprop<FpropMatrix>, py::keep_alive<1, 2>())
       .def("add_fprop", &add_fprop<FpropFilters>, py::keep_alive<1, 2>())
       .def("add_fprop", &add_fprop<FpropTaps>, py::keep_alive<1, 2>())
       .def("add_max_pool",

@@ -32,7 +32,7 @@ class CallList {
   // Planes `offset` bytes into the arena. Calls read and write them by their strides, Fprop where they lie if it can.
   int add_planes(const Planes& planes, std::int64_t offset);
 
-  // y = kernel(x) with its epilogue; residual < 0: none. Kernel: Fprop, FpropFilters or FpropTaps.
+  // y = kernel(x) with its epilogue; residual < 0: none. Kernel: Fprop, FpropFilters, FpropMatrix or FpropTaps.
   template <class Kernel>
   void add_fprop(const Kernel& kernel, const float* packed, Epilogue e, int x, int residual, int y) {
     check(x), check(y), check(residual < 0 ? y : residual);

@@ -18,7 +18,7 @@ Dgrad::Dgrad(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
                                         : Part{g, tiles_[p.begin].begin,
                                                tiles_[p.end - 1].begin + tiles_[p.end - 1].channels});
   }
-  for (Lattice& l : dgrad_lattices(shape, stripes_.live_taps(), tiling.mode == LaneMode::gather)) {
+  for (Lattice& l : dgrad_lattices(shape, stripes_.live_taps(), planes_per(tiling.mode))) {
     Phase phase{Schedule(std::move(l), tiling, isa.lanes, shape.N, false), {}};
     const Schedule& s = phase.schedule;
     if (s.panel_floats(shape.group_k()) > std::numeric_limits<std::int32_t>::max())

@@ -58,8 +58,8 @@ Fprop::Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
     : shape_(shape),
       stripes_(std::move(stripes)),
       isa_(isa),
-      schedule_(fprop_lattice(shape, stripes_.live_taps(), tiling.mode == LaneMode::gather), tiling,
-                isa.lanes, shape.N, true),
+      schedule_(fprop_lattice(shape, stripes_.live_taps(), planes_per(tiling.mode)), tiling, isa.lanes,
+                shape.N, true),
       paired_(paired),
       cells_(paired ? shape.group_c() / 2 : shape.group_c()),
       part_count_(std::max(1, tiling.filter_parts)) {

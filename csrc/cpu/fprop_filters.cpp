@@ -34,7 +34,7 @@ FpropFilters::FpropFilters(const ConvShape& shape, Stripes stripes, int images, 
     : shape_(shape),
       stripes_(std::move(stripes)),
       isa_(isa),
-      lattice_(fprop_lattice(shape, stripes_.live_taps(), true)),
+      lattice_(fprop_lattice(shape, stripes_.live_taps(), PlanePer::tap)),
       images_(std::max(1, std::min(images, shape.N))),
       part_count_(std::max(1, filter_parts)) {
   if (images_ * pixel_floats() * shape.H * shape.W > std::numeric_limits<std::int32_t>::max())

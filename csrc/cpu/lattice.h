@@ -59,11 +59,14 @@ struct Lattice {
   }
 };
 
-// fprop: one lattice; `live[t]` says whether any filter keeps tap t. With `plane_per_tap` every tap owns a plane
-// (an im2col that is exact for small maps: no lane is spent on the halo, and every load is aligned).
-Lattice fprop_lattice(const ConvShape& s, const std::vector<bool>& live, bool plane_per_tap);
+// Which taps share a plane: all of a phase; those of a column (an im2col along the width: where rows are whole vectors every
+// load is aligned); none (an im2col that is exact for small maps: no lane is spent on the halo, every load is aligned).
+enum class PlanePer { phase, column, tap };
+
+// fprop: one lattice; `live[t]` says whether any filter keeps tap t.
+Lattice fprop_lattice(const ConvShape& s, const std::vector<bool>& live, PlanePer per);
 
 // dgrad: stride_h * stride_w lattices over the input pixels, each with the taps that reach it.
-std::vector<Lattice> dgrad_lattices(const ConvShape& s, const std::vector<bool>& live, bool plane_per_tap);
+std::vector<Lattice> dgrad_lattices(const ConvShape& s, const std::vector<bool>& live, PlanePer per);
 
 }  // namespace sk

@@ -47,6 +47,10 @@ Schedule::Schedule(Lattice lattice, const Tiling& tiling, int lanes, int batch_s
     // A tap left of column 0 lands in the previous row's zeros; one right of the last column must not reach data.
     pitch_ = gather ? l.cols : std::max({cols.hi + std::max(0, -ds_min), l.cols, l.cols + ds_max});
     panel_cols_ = pitch_;
+    if (tiling_.aligned && !gather) {  // planes by column hold what their taps read and no more
+      panel_cols_ = l.cols;
+      pitch_ = static_cast<int>(round_up(l.cols, lanes_));
+    }
     out_pitch_ = pitch_;
     lead_ = round_up(std::max(0, -ds_min), lanes_);
     const std::int64_t rows = gather ? static_cast<std::int64_t>(tiling_.rows) * tiling_.images : panel_rows_;

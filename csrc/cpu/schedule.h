@@ -24,7 +24,12 @@ struct Tiling {
   // Batch lanes only: the panel is a whole activation that already lies in lanes, channels this many floats further apart
   // than the map is large. 0: the panel is packed from a tensor.
   int resident_gap = 0;
+  bool aligned = false;  // pixel lanes: rows are whole vectors, and taps have planes by column
 };
+inline PlanePer planes_per(LaneMode mode, bool aligned = false) {
+  if (mode == LaneMode::gather) return PlanePer::tap;
+  return mode == LaneMode::pixels && aligned ? PlanePer::column : PlanePer::phase;
+}
 
 // `vectors` vectors of lanes that the same taps reach: input at panel + x (+ the tap's offset), output at y.
 struct Run {

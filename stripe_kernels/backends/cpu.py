@@ -20,7 +20,7 @@ except ImportError as error:
         f"the extension stripe_kernels._cpu is not built or does not load ({error}); run: pip install -e ."
     ) from error
 
-if not hasattr(_cpu, "FpropTaps"):
+if not hasattr(_cpu, "FpropMatrix"):
     raise ImportError("the extension stripe_kernels._cpu is older than this code; run: pip install -e .")
 
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -85,7 +85,8 @@ class _WeightRunner(_Runner):
 class CpuFprop(_WeightRunner):
     def __init__(self, problem: Problem, config: Config, isa: str) -> None:
         super().__init__(problem)
-        make = {1: _cpu.FpropTaps, 2: _cpu.FpropFilters}.get(len(config), _cpu.Fprop)
+        whole = _cpu.FpropMatrix if _cpu.bf16_channels(isa) > 2 else _cpu.Fprop
+        make = {1: _cpu.FpropTaps, 2: _cpu.FpropFilters}.get(len(config), whole)
         self.native = make(*self.arguments, list(config), isa)
         self.size = self.shape.output_size
         self.run = self.native.run
@@ -162,24 +163,29 @@ def _refuse(problem: Problem, which: Pass) -> str | None:
     return None
 
 
-def _refuse_but_pairs(problem: Problem, which: Pass) -> str | None:
-    """What an instruction set that multiplies pairs of bfloat16 channels refuses on top."""
-    if problem.dtype != "bfloat16":
-        return f"multiplies bfloat16, not {problem.dtype}"
-    if problem.shape.group_c % 2:
-        return f"multiplies channels in pairs, and a group has {problem.shape.group_c}"
-    return _refuse(problem, which)
+def _refuse_but(channels: int) -> Callable[[Problem, Pass], str | None]:
+    """What an instruction set that multiplies so many bfloat16 channels at a time refuses on top."""
+
+    def refuse(problem: Problem, which: Pass) -> str | None:
+        if problem.dtype != "bfloat16":
+            return f"multiplies bfloat16, not {problem.dtype}"
+        if problem.shape.group_c % channels:
+            return f"multiplies channels in {channels}s, and a group has {problem.shape.group_c}"
+        return _refuse(problem, which)
+
+    return refuse
 
 
 def _candidates_of(
-    mode: int, cost: cpu_tiling.Cycles, step: float
+    mode: int, fprop: cpu_tiling.Cycles, gradients: cpu_tiling.Cycles, step: float
 ) -> Callable[[Problem, Pass], Mapping[Config, float]]:
     def candidates(problem: Problem, which: Pass) -> Mapping[Config, float]:
+        cost = fprop if which == "fprop" else gradients
         if which == "wgrad":
             return {(): cpu_tiling.predict_wgrad(problem, cost, _WGRAD_PIXELS)}
         # Lanes along filters and pairs of filters exist for fprop; their names' dgrad runs along pixels.
         loops = cpu_tiling.PIXELS if which == "dgrad" and mode in cpu_tiling.FPROP_ONLY else mode
-        tilings = cpu_tiling.tilings(problem, which, loops, cost.lanes)
+        tilings = cpu_tiling.tilings(problem, which, loops, cost.lanes, cost.matrix)
         return {
             t: cpu_tiling.predict(problem, which, t, cost, step if which == "fprop" else 1.0) for t in tilings
         }
@@ -196,33 +202,38 @@ def _builder(isa: str) -> Callable[[Problem, Pass, Config], _Runner]:
     return build
 
 
-def _speed(isa: str) -> tuple[cpu_tiling.Cycles, float]:
-    """What this machine takes with an instruction set, and its instructions for a multiply-add in units of float32's:
-    one half where a pair of bfloat16 channels takes as long as one float."""
-    pairs = _cpu.paired(isa)
+def _speed(isa: str) -> tuple[cpu_tiling.Cycles, cpu_tiling.Cycles, float]:
+    """What this machine takes with an instruction set, in fprop and in the other passes, and fprop's instructions for a
+    multiply-add in units of float32's: one half where a pair of bfloat16 channels takes as long as one float."""
+    channels, lanes = _cpu.bf16_channels(isa), _cpu.lanes(isa)
     floats = next(
-        i for i in _cpu.isas() if not _cpu.paired(i) and (i == isa or _cpu.lanes(i) == _cpu.lanes(isa))
+        i for i in _cpu.isas() if not _cpu.bf16_channels(i) and (i == isa or _cpu.lanes(i) == lanes)
     )
     rate = _cpu.multiply_adds_a_cycle(floats)
-    step = 0.5 * rate / _cpu.multiply_adds_a_cycle(isa) if pairs else 1.0
-    return cpu_tiling.cycles(_cpu.lanes(isa), rate), step
+    cost = cpu_tiling.cycles(lanes, rate)
+    if channels > 2:
+        return cpu_tiling.AMX, cost, 1.0
+    return cost, cost, 0.5 * rate / _cpu.multiply_adds_a_cycle(isa) if channels else 1.0
 
 
 provide(
-    "multiply-adds a cycle", _cpu.multiply_adds_a_cycle(next(i for i in _cpu.isas() if not _cpu.paired(i)))
+    "multiply-adds a cycle",
+    _cpu.multiply_adds_a_cycle(next(i for i in _cpu.isas() if not _cpu.bf16_channels(i))),
 )
 for _isa in _cpu.isas():
-    _pairs = _cpu.paired(_isa)
-    _cost, _step = _speed(_isa)
+    _channels = _cpu.bf16_channels(_isa)
+    _speeds = _speed(_isa)
     for _name, _mode in cpu_tiling.MODES.items():
-        if _pairs and _mode in cpu_tiling.FPROP_ONLY:
-            continue  # no loops over pairs of channels
+        if _channels and _mode in cpu_tiling.FPROP_ONLY:
+            continue  # no loops over bfloat16
+        if _channels > 2 and _mode == cpu_tiling.GATHER:
+            continue  # pixels are aligned there too: an im2col by taps won 5 % at most and lost 25 %
         register(
             Kernel(
                 f"cpu_{_name}_{_isa}",
-                _refuse_but_pairs if _pairs else _refuse,
-                _candidates_of(_mode, _cost, _step),
+                _refuse_but(_channels) if _channels else _refuse,
+                _candidates_of(_mode, *_speeds),
                 _builder(_isa),
-                automatic=_pairs or _isa == _cpu.isas()[0],
+                automatic=_channels > 0 or _isa == _cpu.isas()[0],
             )
         )

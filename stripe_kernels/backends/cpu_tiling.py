@@ -29,6 +29,7 @@ SHORT_ROWS = 7
 SPILL = 1.06  # of the multiply-adds' time, for blocks of more than 2 * SHORT_BYTES
 CHUNK_BYTES = 600_000  # both copies of a chunk of wgrad: where larger ones were slower on Zen 4
 TAPS_BYTES = 300_000  # panel and output of a block of pairs of filters
+MATRIX_FILTERS = 9  # of a tap: fewer take as long
 WINDOW = 12  # vectors: a common multiple of the register tiles 2, 3, 4, 6, 12
 
 
@@ -57,6 +58,7 @@ class Cycles:
     pair_end: float  # of a pair: the end of a sum and its vectors of y
     pair_row: float  # of an im2col along the width: beginning a row
     pair_copy: float  # the same: copying a vector
+    matrix: bool = False  # fprop multiplies matrices; vectors hold cells of two channels
 
 
 # AVX-512 on Zen 4, one multiply-add a cycle. What its name ends in was not measured there.
@@ -74,6 +76,11 @@ XEON = Cycles(
     filters_fma=0.80, scatter=28.6, weights=6.7, out=26.9, wgrad=0.69, copy=10.9,
     ends=(11.3, 15.3), beyond=1.19,
     pair_fma=0.42, pair_end=154.0, pair_row=10.4, pair_copy=3.95,
+)  # fmt: skip
+# fprop in matrix registers on a Xeon of 2024; vectors of x are of cells: half of 415 timings (32 to 512 channels, 2x2
+# to 56x56, d = .1 to .5) within 16 %. What was predicted best took 4 % longer than what was best, dense included.
+AMX = replace(
+    XEON, matrix=True, fma=0.078, update=3.25, row=0.32, vector=9.6, apart=1.4, transpose=14.7, run=11.5
 )  # fmt: skip
 # AVX2 on Zen 3, two multiply-adds a cycle; stands for shorter vectors too. Half of 234 of its layers' wgrad within 7 %
 # below and 36 % above, channels of 16 to 1024 on 1x1 to 56x56.
@@ -106,7 +113,7 @@ class Sides:
     phases: int
 
     @classmethod
-    def of(cls, s: ConvShape, which: Pass) -> Sides:
+    def of(cls, s: ConvShape, which: Pass, mode: int = PIXELS, matrix: bool = False) -> Sides:
         spread_h, spread_w = s.dilation[0] * (s.R - 1), s.dilation[1] * (s.S - 1)
         strides = s.stride[0] * s.stride[1]
         if which == "dgrad":
@@ -115,17 +122,28 @@ class Sides:
             return cls(s.group_k, s.group_c, rows, cols, spread_h // s.stride[0], pitch, 1, strides)
         pitch = max(s.Q, -(-s.W // s.stride[1]) + (1 if s.S > 1 else 0))
         planes = min(strides, s.taps)
-        return cls(s.group_c, s.group_k, s.P, s.Q, spread_h // s.stride[0], pitch, planes, 1)
+        if matrix and mode == PIXELS:  # rows of whole vectors, a plane for every column of taps
+            pitch, planes = -(-s.Q // 16) * 16, s.S * min(s.stride[0], s.R)
+        return cls(
+            s.group_c // 2 if matrix else s.group_c,
+            s.group_k,
+            s.P,
+            s.Q,
+            spread_h // s.stride[0],
+            pitch,
+            planes,
+            1,
+        )
 
     def block_bytes(self, rows: int, lanes: int) -> int:
         panel = self.channels_in * (rows + self.halo) * self.pitch * self.planes
         return 4 * lanes * (panel + self.channels_out * rows * self.pitch)
 
 
-def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Config]:
+def tilings(problem: Problem, which: Pass, mode: int, lanes: int, matrix: bool = False) -> Iterator[Config]:
     """Tilings of one lane mode worth measuring, the expected best first."""
     s = problem.shape
-    sides = Sides.of(s, which)
+    sides = Sides.of(s, which, mode, matrix)
     rows_all = max(1, sides.rows)
     if mode == FILTERS:
         blocks = s.N * s.groups
@@ -151,7 +169,7 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Co
     )
     for images in batches:
         image_blocks = -(-s.N // images)
-        for rows in _heights(sides, mode, images, lanes):
+        for rows in _heights(sides, mode, images, lanes, matrix and not problem.channels_last):
             blocks = image_blocks * s.groups * -(-rows_all // rows)
             if blocks % problem.threads and blocks < 8 * problem.threads:
                 # Too few blocks to share out: split the filters of one block, or cut the map into more rows.
@@ -163,7 +181,7 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int) -> Iterator[Co
             yield (mode, images, rows, 1, WINDOW)
 
 
-def _heights(sides: Sides, mode: int, images: int, lanes: int) -> list[int]:
+def _heights(sides: Sides, mode: int, images: int, lanes: int, both: bool) -> list[int]:
     """Rows of a block worth measuring: the tallest first; those of one height as even as possible."""
     rows_all = max(1, sides.rows)
 
@@ -172,6 +190,8 @@ def _heights(sides: Sides, mode: int, images: int, lanes: int) -> list[int]:
         return -(-rows_all // -(-rows_all // rows))
 
     whole = sides.block_bytes(rows_all, images)
+    if both and mode == BATCH:  # whole maps of NCHW move faster
+        return list(dict.fromkeys((rows_all, within(BLOCK_BYTES))))
     if lanes == 16 or mode == BATCH:
         return [rows_all if whole <= WHOLE_MAP_BYTES else within(BLOCK_BYTES)]
     tall = within(BLOCK_BYTES)
@@ -193,7 +213,7 @@ def predict(problem: Problem, which: Pass, config: Config, cost: Cycles, step: f
         return _predict_filters(problem, config, cost)
     s, lanes = problem.shape, cost.lanes
     mode, images, rows, parts, _ = config
-    sides = Sides.of(s, which)
+    sides = Sides.of(s, which, mode, cost.matrix)
     if mode == BATCH:
         blocks_n, lanes_n = -(-s.N // images), images
         width, move, per_row = sides.cols, cost.transpose, 0.0
@@ -209,6 +229,8 @@ def predict(problem: Problem, which: Pass, config: Config, cost: Cycles, step: f
     planes = s.taps if mode == GATHER else sides.planes
     in_vectors = -(-in_rows * width * lanes_n // lanes) * planes
     stripes = problem.skeleton.stripes / s.groups
+    if cost.matrix and which == "fprop":
+        stripes = max(stripes, float(MATRIX_FILTERS * problem.skeleton.live.any(0).sum()))
     share = 1.0
     if mode == BATCH:
         share = s.taps_inside() / s.taps

@@ -67,7 +67,8 @@ def one_input(raw: bytes) -> None:
     data = atheris.FuzzedDataProvider(random.Random(raw).randbytes(LENGTH - min(LENGTH, len(raw))) + raw)
     groups = small(data, 1, 3)
     n, c, h, w, k, r, s = (small(data, 0 if i == 0 else 1, 5) for i in range(7))
-    c, k = c * groups, k * groups
+    matrix = "amx" in ISAS and small(data, 0, 5) == 5
+    c, k = c * groups * (32 if matrix else 1), k * groups
     stride, dilation = (small(data, 1, 3), small(data, 1, 3)), (small(data, 1, 2), small(data, 1, 2))
     pad = small(data, 0, 3), small(data, 0, 3)
     p, q = (
@@ -81,8 +82,8 @@ def one_input(raw: bytes) -> None:
         data, [n, c, h, w, k, r, s, p, q, *stride, *pad, *dilation, groups], odd, 64
     )  # what is large and sound takes its memory
     lists = [bent(data, v.tolist(), 2 * odd) for v in (index.tap_ptr, index.filter, index.row)]
-    isa = ISAS[small(data, 0, len(ISAS) - 1)]
-    kind = small(data, 0, 4)
+    isa = "amx" if matrix else ISAS[small(data, 0, len(ISAS) - 1)]
+    kind = 5 if matrix else small(data, 0, 4)
     tiling = [small(data, 0, 2), small(data, 1, 4), small(data, 1, 4), small(data, 1, 4), small(data, 1, 12)]
     if tiling[0] == 2:
         tiling[1] *= _cpu.lanes(isa)
@@ -91,8 +92,8 @@ def one_input(raw: bytes) -> None:
         if kind == 3:
             kernel = _cpu.Wgrad(sizes, *lists, tiling[0] if tiling else 0, isa)
         else:
-            make = {0: _cpu.Fprop, 1: _cpu.FpropFilters, 2: _cpu.Dgrad, 4: _cpu.FpropTaps}[kind]
-            kernel = make(sizes, *lists, tiling, isa)
+            make = {0: "Fprop", 1: "FpropFilters", 2: "Dgrad", 4: "FpropTaps", 5: "FpropMatrix"}[kind]
+            kernel = getattr(_cpu, make)(sizes, *lists, tiling, isa)
     except (ValueError, TypeError) as error:  # TypeError: beyond 32 bits
         count(type(error).__name__)
         return
@@ -103,7 +104,7 @@ def one_input(raw: bytes) -> None:
         count("MemoryError")
         return
     threads = small(data, 1, 3)
-    code = 1 if kind == 0 and _cpu.paired(isa) else small(data, 0, len(DTYPES) - 1)
+    code = 1 if kind == 5 or (kind == 0 and _cpu.bf16_channels(isa) == 2) else small(data, 0, len(DTYPES) - 1)
     run(kernel, kind, sizes, len(lists[1]), threads, code)
 
 

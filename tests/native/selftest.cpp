@@ -13,6 +13,7 @@
 #include "cpu/dgrad.h"
 #include "cpu/fprop.h"
 #include "cpu/fprop_filters.h"
+#include "cpu/fprop_matrix.h"
 #include "cpu/fprop_taps.h"
 #include "cpu/lane_network.h"
 #include "cpu/wgrad.h"
@@ -338,7 +339,13 @@ void check_isa(const Problem& problem, Operands& in, Answers& want, const IsaKer
       {", batch", {LaneMode::batch, isa.lanes, 1000, 1, 12}, 1},
       {", batch, split filters", {LaneMode::batch, 2 * isa.lanes, 1, 2, 3}, 2},
   };
+  const bool matrix =
+      isa.matrix.add && in.x.format().type == DType::bf16 && problem.s.group_c() % kMatrixChannels == 0;
   for (const Plan& plan : plans) {
+    if (matrix)
+      check_fprop(what + plan.name + ", matrix",
+                  FpropMatrix(problem.s, stripes_of(problem.s, in.live), plan.tiling, isa), in, want,
+                  plan.threads);
     check_fprop(what + plan.name, Fprop(problem.s, stripes_of(problem.s, in.live), plan.tiling, isa), in,
                 want, plan.threads);
     check_dgrad(what + plan.name, in, problem.s, want, plan, isa);

@@ -46,6 +46,37 @@ using BoxTile = void (*)(const BoxSteps& box, const float* a, const std::int32_t
 // StridedTile on cells of two bfloat16 values: y += sum_i low(a) * low(b) + high(a) * high(b), float sums.
 using PairedTile = StridedTile;
 
+// One tap's filters over one run of lanes in matrix registers (isa/matrix.h): cells as above, sixteen of them a step.
+//   y[rows[f], v*W + lane] += sum_i low(a_f[i]) * low(b[i, v*W + lane]) + high(a_f[i]) * high(...),  v < vectors
+struct MatrixRun {
+  const float* a;  // [tiles][steps][height][16]: the filters' cells, the last tile filled up with zeros
+  const float* b;  // [16 * steps], b_step apart: begins and steps by whole vectors where loads shall be fast
+  std::int64_t b_step;
+  float* y;
+  std::int64_t ldy;
+  const std::int32_t* rows;
+  int filters, vectors;
+};
+struct MatrixSums {  // on their way to y
+  const float* from;
+  float* y;
+  std::int64_t ldy;
+  const std::int32_t* rows;
+  int filters, vectors;
+};
+struct MatrixWork {
+  alignas(64) float sums[2][4 * 16 * 16];
+  MatrixSums before;  // of the products before, added to y beside the next
+  int steps, height, turn;
+};
+struct MatrixKernels {
+  void (*begin)(MatrixWork& w, int steps,
+                int height);  // of this thread's registers; height: filters of a tile, 16 at most
+  void (*add)(MatrixWork& w, const MatrixRun& run);
+  void (*end)(MatrixWork& w);  // y is complete then
+};
+constexpr int kMatrixHeight = 16, kMatrixChannels = 32;
+
 // Adds (or, first: stores) to V vectors of y0 and of y1 the sums over `stripes` of two filters, C channels c_stride apart:
 // shared: y_f[lane] += sum_i,c a[i, c, f] * b[offsets[i] + c * c_stride + lane];  own: with offsets[2 i + f].
 constexpr int kTapChannels = 3;  // numbers of channels that have loops of their own; 0: any number
@@ -69,6 +100,7 @@ struct IsaKernels {
   int tile_vectors[kMaxTileFilters + 1];  // most vectors a tile of F filters keeps in registers
   StridedTile strided[kMaxTileFilters + 1][kMaxTileVectors + 1];  // [F][V], null beyond tile_vectors[F]
   PairedTile paired[kMaxTileFilters + 1][kMaxTileVectors + 1];    // all null without such an instruction
+  MatrixKernels matrix;                                           // null likewise
   IndexedTile indexed[kMaxTileFilters + 1][kMaxTileVectors + 1];
   StreamTile stream[kMaxTileFilters + 1][kMaxTileVectors + 1];
   BoxTile box[kMaxTileFilters + 1][kMaxTileVectors + 1];

