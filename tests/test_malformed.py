@@ -285,13 +285,22 @@ CORRUPT = {
 }
 
 
-@pytest.mark.parametrize("kind", ["Fprop", "FpropFilters", "FpropTaps", "Dgrad", "Wgrad"])
+@pytest.mark.parametrize("kind", ["Fprop", "FpropFilters", "FpropMatrix", "FpropTaps", "Dgrad", "Wgrad"])
 @pytest.mark.parametrize("fault", CORRUPT)
 def test_a_corrupt_index_builds_no_kernel(fault: str, kind: str) -> None:
     from stripe_kernels import _cpu
 
     last = {"Wgrad": 8, "FpropFilters": [1, 1], "FpropTaps": [1]}.get(kind, [0, 1, 1, 1, 4])
     sound = {"shape": SHAPE, "tap_ptr": TAP_PTR, "filter": FILTER, "row": ROW}
-    getattr(_cpu, kind)(*sound.values(), last, "generic")
+    faulty = sound | CORRUPT[fault]
+    isa = "generic"
+    if kind == "FpropMatrix":
+        if "amx" not in _cpu.isas():
+            pytest.skip("this processor has no matrix registers")
+        isa = "amx"  # takes 32 channels where the others take 2
+        sound, faulty = (
+            {**v, "shape": [*v["shape"][:1], 16 * v["shape"][1], *v["shape"][2:]]} for v in (sound, faulty)
+        )
+    getattr(_cpu, kind)(*sound.values(), last, isa)
     with pytest.raises(ValueError, match=r"stripe_kernels\._cpu"):
-        getattr(_cpu, kind)(*(sound | CORRUPT[fault]).values(), last, "generic")
+        getattr(_cpu, kind)(*faulty.values(), last, isa)
