@@ -204,12 +204,13 @@ def draw(rng: np.random.Generator, kernels: list[str]) -> Generated:
         except RuntimeError:  # the filter is larger than the padded input
             continue
         kernel, which = str(rng.choice(kernels)), PASSES[int(rng.integers(len(PASSES)))]
-        wide = 0.0 if kernel in NATIVE else 0.1  # native kernels refuse float64
+        native = kernel in NATIVE or kernel in PAIRED
+        wide = 0.0 if native else 0.1  # native kernels refuse float64
         dtype = str(rng.choice(_DTYPES, p=[0.5 - wide, 0.25, 0.25, wide]))
         if dtype == "bfloat16" and kernel in ("auto", "dense", "reference"):
             dtype = "float16"  # torch's own convolution in bfloat16 corrupts memory: see SECURITY.md
         if dtype == "float16" and kernel in ("dense", "reference") and made.shape.idle_column():
-            dtype = "float32"  # the same
+            dtype = "float32"  # and in float16 it can end the process there
         if kernel in PAIRED:  # which refuse all else
             dtype, step = "bfloat16", 32 if kernel.endswith("_amx") else 2
             channels = -(-made.shape.group_c // step) * step * groups
@@ -219,16 +220,14 @@ def draw(rng: np.random.Generator, kernels: list[str]) -> Generated:
         if which == "fprop" and rng.random() < 0.5:
             terms = [name for name in _TERMS if rng.random() < 0.5]
             epilogue = (*terms, *([str(rng.choice(list(ACTIVATIONS)))] if rng.random() < 0.6 else []))
-        guard = (
-            str(rng.choice(["", "end", "begin"], p=[0.5, 0.3, 0.2])) if kernel in (*NATIVE, *PAIRED) else ""
-        )
+        guard = str(rng.choice(["", "end", "begin"], p=[0.5, 0.3, 0.2])) if native else ""
         return Generated(kernel, which, dtype, layout, threads, made, pick, epilogue, guard)
 
 
 def problems(count: int, seed: int, kernels: list[str] | None = None, first: int = 0) -> Iterator[Generated]:
     """Problems first, first + 1, ... of a seed; each is drawn on its own."""
     for i in range(first, first + count):
-        yield draw(np.random.default_rng([seed, i]), kernels or ["auto", *KERNELS])
+        yield draw(np.random.default_rng([seed, i]), kernels or ["auto", *KERNELS, *PAIRED])
 
 
 def _smaller(problem: Generated) -> Iterator[Generated]:
@@ -382,7 +381,7 @@ def _write(
             "python": platform.python_version(),
         },
         "kernels": kernels,
-        "instruction sets": sorted({name.rsplit("_", 1)[1] for name in NATIVE}),
+        "instruction sets": sorted({name.rsplit("_", 1)[1] for name in NATIVE + PAIRED}),
         "problems": done,
         "outcome": tables["outcome"],
         **{axis: values for axis, values in tables.items() if axis != "outcome"},

@@ -226,9 +226,10 @@ def test_an_extent_beyond_the_index_is_refused(kernel: str) -> None:
         stripe_conv2d(x, torch.ones(1, 1), torch.ones(1, 1, 1, dtype=torch.bool), padding=3, kernel=kernel)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_where_torchs_own_convolution_crashes_ours_answers(dtype: torch.dtype) -> None:
-    """No column of the filter meets the image: torch 2.13 ends the process in channels_last."""
+    """No column of the filter meets the image: torch 2.13 ends the process in channels_last, of float16 in any layout
+    where the processor has AVX512-FP16."""
     lost = case("", N=3, C=24, H=7, W=1, K=1, R=4, S=2, stride=(2, 3), padding=(0, 4), dilation=(2, 2))
     o = lost.operands(dtype, "channels_last")
     x, weight = o.x.requires_grad_(), o.weight.requires_grad_()

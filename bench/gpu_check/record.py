@@ -28,7 +28,7 @@ SOURCES = (
 # measured again.
 SAME_ON_A_GPU = {
     "144b69dcd74b4713": (
-        "2ae5be730d32af58",
+        "e0cc26a01cfcd784",
         "comments, and a function gone that nobody called: the same machine code, compared; on CPUs, what dense "
         "predicts and refuses",
     ),

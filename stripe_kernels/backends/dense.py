@@ -192,8 +192,8 @@ def _candidates(problem: Problem, which: Pass) -> dict[Config, float]:
 
 
 def _refuse(problem: Problem, which: Pass) -> str | None:
-    # Found by generated problems: its dw holds garbage there, and where no column meets the image it crashes; float16
-    # on processors that multiply it.
+    # Found by generated problems: its dw, with AMX its y, holds garbage there, and where no column meets the image it
+    # crashes; in float16 the latter, on processors with AVX512-FP16.
     if problem.device == "cpu" and problem.dtype in ("bfloat16", "float16") and problem.shape.idle_column():
         return f"torch's {problem.dtype} convolution is wrong where a stride keeps a filter's column off the image"
     return None
