@@ -70,6 +70,7 @@ class ListFunction {
   // A Python function that returns the tuple of outputs, and raises TypeError or ValueError for inputs other than those
   // the list was made for. With conditions: one that returns the first output, and NotImplemented where it may not.
   static pybind11::object bind(std::shared_ptr<ListFunction> list, std::unique_ptr<Conditions> conditions) {
+    // NOLINTNEXTLINE(bugprone-casting-through-void): CPython's own way to name a function of another type
     static PyMethodDef method{"list_function", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&enter)),
                               METH_FASTCALL, "The outputs of a list of native calls."};
     auto entry = std::make_unique<Entry>(Entry{std::move(list), std::move(conditions)});

@@ -124,9 +124,9 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
       const Range out{mine.p0, mine.p1};
       const int x_parts = ceil_div(in.size(), rows_at_once(s.W)),
                 dy_parts = ceil_div(out.size(), rows_at_once(s.Q));
-      const int parts = mine.images * (x_parts + dy_parts);
+      const int each = std::max(1, x_parts + dy_parts), parts = mine.images * each;  // dy has one at least
       for (int i = static_cast<int>(team.begin(parts)); i < team.end(parts); ++i) {
-        const int image = i / (x_parts + dy_parts), part = i % (x_parts + dy_parts);
+        const int image = i / each, part = i % each;
         if (part < x_parts)
           turn(x, n0 + image, s.C, in, part, s.W, px.x_ld,
                px.x + static_cast<std::int64_t>(image) * in.size() * s.W * px.x_ld);
