@@ -48,8 +48,7 @@ void multiply_warp(float* const* d, const std::uint32_t* const* registers, const
                    int warp) {
   static float b[N][16];
   for (int n = 0; n < N; ++n)
-    for (int k = 0; k < 16; ++k)
-      b[n][k] = Columns ? described_column<T>(p.b, n, k) : described<T>(p.b, n, k);
+    for (int k = 0; k < 16; ++k) b[n][k] = Columns ? described_column<T>(p.b, n, k) : described<T>(p.b, n, k);
   for (int row = 0; row < 16; ++row) {
     float a[16];
     for (int k = 0; k < 16; ++k)
