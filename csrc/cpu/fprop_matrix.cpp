@@ -88,7 +88,7 @@ void FpropMatrix::pack_weight(const void* weight, DType type, float* packed) con
 
 void FpropMatrix::accumulate(int part, const BlockPlan& block, const float* packed,
                              Channels<const float> panel, Channels<float> lanes) const {
-  const TapFilters* const filters = &filters_[part * tap_offsets_.size()];
+  const TapFilters* const filters = filters_.data() + part * tap_offsets_.size();  // may be none
   MatrixWork work;
   isa_.matrix.begin(work, steps_, height_);
   for (const Run& run : block.runs) {
