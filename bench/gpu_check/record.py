@@ -28,7 +28,7 @@ SOURCES = (
 # measured again.
 SAME_ON_A_GPU = {
     "144b69dcd74b4713": (
-        "e0cc26a01cfcd784",
+        "32bce4b51302e094",
         "comments, and a function gone that nobody called: the same machine code, compared; on CPUs, what dense "
         "predicts and refuses",
     ),

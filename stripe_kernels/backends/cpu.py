@@ -216,10 +216,9 @@ def _speed(isa: str) -> tuple[cpu_tiling.Cycles, cpu_tiling.Cycles, float]:
     return cost, cost, 0.5 * rate / _cpu.multiply_adds_a_cycle(isa) if channels else 1.0
 
 
-provide(
-    "multiply-adds a cycle",
-    _cpu.multiply_adds_a_cycle(next(i for i in _cpu.isas() if not _cpu.bf16_channels(i))),
-)
+_best = next(i for i in _cpu.isas() if not _cpu.bf16_channels(i))
+if _cpu.lanes(_best) == 16:
+    provide("multiply-adds a cycle", _cpu.multiply_adds_a_cycle(_best))
 for _isa in _cpu.isas():
     _channels = _cpu.bf16_channels(_isa)
     _speeds = _speed(_isa)

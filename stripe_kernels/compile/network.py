@@ -213,7 +213,11 @@ class Network(nn.Module):
 def threads_of(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
     """torch's number of threads is the one that `model` uses on `inputs`, for a while."""
     before = torch.get_num_threads()
-    torch.set_num_threads(model.threads(inputs) if isinstance(model, Network) else before)
+    threads = model.threads(inputs) if isinstance(model, Network) else before
+    if threads == before:  # to set it is to change it: torch takes it for the user's wish
+        yield
+        return
+    torch.set_num_threads(threads)
     try:
         yield
     finally:

@@ -195,6 +195,8 @@ def _choose_threads(
     torch.set_num_threads(1)
     try:
         alone = _fastest(model, example, folder, cuda_graphs=False)
+    except ValueError:  # what stands is worth keeping
+        return network
     finally:
         torch.set_num_threads(threads)
     alone.unbind()
