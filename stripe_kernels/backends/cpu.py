@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -202,6 +202,11 @@ def _builder(isa: str) -> Callable[[Problem, Pass, Config], _Runner]:
     return build
 
 
+_rate = cache(
+    _cpu.multiply_adds_a_cycle
+)  # measured once a set: the kernels and `dense` are ranked by one value
+
+
 def _speed(isa: str) -> tuple[cpu_tiling.Cycles, cpu_tiling.Cycles, float]:
     """What this machine takes with an instruction set, in fprop and in the other passes, and fprop's instructions for a
     multiply-add in units of float32's: one half where a pair of bfloat16 channels takes as long as one float."""
@@ -209,16 +214,16 @@ def _speed(isa: str) -> tuple[cpu_tiling.Cycles, cpu_tiling.Cycles, float]:
     floats = next(
         i for i in _cpu.isas() if not _cpu.bf16_channels(i) and (i == isa or _cpu.lanes(i) == lanes)
     )
-    rate = _cpu.multiply_adds_a_cycle(floats)
+    rate = _rate(floats)
     cost = cpu_tiling.cycles(lanes, rate)
     if channels > 2:
         return cpu_tiling.AMX, cost, 1.0
-    return cost, cost, 0.5 * rate / _cpu.multiply_adds_a_cycle(isa) if channels else 1.0
+    return cost, cost, 0.5 * rate / _rate(isa) if channels else 1.0
 
 
 _best = next(i for i in _cpu.isas() if not _cpu.bf16_channels(i))
 if _cpu.lanes(_best) == 16:
-    provide("multiply-adds a cycle", _cpu.multiply_adds_a_cycle(_best))
+    provide("multiply-adds a cycle", _rate(_best))
 for _isa in _cpu.isas():
     _channels = _cpu.bf16_channels(_isa)
     _speeds = _speed(_isa)
