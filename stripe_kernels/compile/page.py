@@ -17,7 +17,7 @@ from stripe_kernels.compile.style import STYLE
 if TYPE_CHECKING:
     from stripe_kernels.compile.explain import Explanation
 
-_TIMES = ("predicted_ms", "measured_ms", "dense_ms")
+_TIMES = {"predicted_ms": "predicted, ms", "measured_ms": "measured, ms", "dense_ms": "dense, ms"}
 _HOW_TO_RUN = (
     "No accuracy is recorded for this network. Runs leave records: <code>iessp train digits --out runs/a</code>, "
     "then <code>iessp report runs/a</code>; or <code>iessp reproduce digits</code>, every method with several seeds, "
@@ -136,12 +136,13 @@ def _percent(share: float) -> str:
 
 def _layers(e: Explanation) -> str:
     """Density, taps and time, one line a layer; above them the taps of all layers of one filter size."""
-    longest = max((row[key] or 0.0 for row in e.rows for key in _TIMES), default=0.0)
+    shown = [t for row in e.rows for t in (row["dense_ms"], row["measured_ms"] or row["predicted_ms"]) if t]
+    longest, room = max(shown, default=0.0), 0.5 + 0.64 * max((len(f"{_ms(t)} ms") for t in shown), default=0)
     lines = []
     for row in e.rows:
         time = row["measured_ms"] or row["predicted_ms"]
         pairs = [("dense", row["dense_ms"]), ("stripes", time)]
-        bars = "".join(_bar(t / longest, kind, f"{_ms(t)} ms", 5) for kind, t in pairs if t and longest)
+        bars = "".join(_bar(t / longest, kind, f"{_ms(t)} ms", room) for kind, t in pairs if t and longest)
         ratio = f"{row['dense_ms'] / time:.1f}×" if row["dense_ms"] and time else ""
         lines.append(
             f"<div class='layer'><span>{_name(row)}</span>"
@@ -150,10 +151,17 @@ def _layers(e: Explanation) -> str:
         )
     lines += [_sum(part, longest) for part in ([*e.parts, e.total] if e.ordinary else [e.total])]
     heads = "".join(f"<span>{head}</span>" for head in ("", "stripes kept", "by tap", "time"))
-    measured = all(row["measured_ms"] for row in e.rows)
+    measured = [bool(row["measured_ms"]) for row in e.rows]
+    how = (
+        "measured"
+        if all(measured)
+        else "predicted where no kernel was measured"
+        if any(measured)
+        else "predicted"
+    )
     caption = (
         f"Stripes kept, filters that keep each tap, and the time of a call: {_key('dense bars')}dense, "
-        f"{_key('stripes bars')}stripes, {'measured.' if measured else 'predicted where no kernel was measured.'}"
+        f"{_key('stripes bars')}stripes, {how}."
     )
     return _section(
         "Layers", caption, _all_taps(e) + f"<div class='layer head'>{heads}</div>{''.join(lines)}"
@@ -282,17 +290,22 @@ def _accuracy(runs: Sequence[dict[str, Any]] | None) -> str:
 
 def _decisions(e: Explanation) -> str:
     """The plan, layer by layer, with everything that was in the race."""
-    heads = ("layer", "kernel", "predicted, ms", "measured, ms", "dense, ms", "why")
+    known = [key for key in _TIMES if any(row[key] for row in e.rows)]
+    heads = ("layer", "kernel", *(_TIMES[key] for key in known), "why")
     body = []
     for row in e.rows:
-        times = [_ms(row[key]) if row[key] else "" for key in _TIMES]
+        times = [_ms(row[key]) if row[key] else "–" for key in known]
         race = f"<details><summary>{escape(row['reason'])}</summary>{_race(row['candidates'])}</details>"
         cells = [escape(row["layer"]), f"<code>{escape(row['kernel'])}</code>", *times, race]
-        line = "".join(f"<td data-head='{h}'>{c}</td>" for h, c in zip(heads, cells, strict=True))
-        body.append(f"<tr>{line}</tr>")
-    head = "".join(f"<th>{h}</th>" for h in heads)
+        body.append(f"<tr>{''.join(map(_cell, heads, cells))}</tr>")
+    head = "".join(_cell(h, h, "th") for h in heads)
     table = f"<table class='plan'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return _section("Decisions", "Which kernel runs each layer; open a reason to see every candidate.", table)
+
+
+def _cell(head: str, text: str, tag: str = "td") -> str:
+    kind = " class='ms'" if head in _TIMES.values() else ""
+    return f"<{tag}{kind} data-head='{head}'>{text}</{tag}>"
 
 
 def _race(candidates: Iterable[dict[str, Any]]) -> str:
@@ -318,9 +331,9 @@ def _name(row: dict[str, Any]) -> str:
     return f"<span class='name'>{escape(row['layer'])}</span> <small>{c}→{k}, {r}×{s}</small>"
 
 
-def _bar(share: float, kind: str, label: str, room: int) -> str:
+def _bar(share: float, kind: str, label: str, room: float) -> str:
     """A thin bar of `share` of the width that `room` em for its label leave."""
-    return f"<div class='bar {kind}' style='--share:{share:.4f};--room:{room}em'><i></i><span>{label}</span></div>"
+    return f"<div class='bar {kind}' style='--share:{share:.4f};--room:{room:g}em'><i></i><span>{label}</span></div>"
 
 
 def _ms(value: float) -> str:

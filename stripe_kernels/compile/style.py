@@ -72,13 +72,13 @@ border-left:1px solid var(--ink)}
 table{border-collapse:collapse;width:100%;font-size:13.5px}
 th{font-weight:400;font-size:12px;color:var(--soft);text-align:left;padding:0 14px 5px 0;white-space:nowrap}
 td{border-top:1px solid var(--rule);padding:5px 14px 5px 0;vertical-align:top;overflow-wrap:anywhere}
-th:nth-child(n+3):nth-child(-n+5),td:nth-child(n+3):nth-child(-n+5){text-align:right;white-space:nowrap}
+th.ms,td.ms{text-align:right;white-space:nowrap}
 summary{cursor:pointer}
 ul{margin:0;padding-left:18px;font-size:13.5px}
 details ul{padding:6px 0 4px 4px;list-style:none;font-size:12.5px;color:var(--soft)}
 @media(max-width:640px){
-main{padding:24px 12px 60px}
-.skeletons{gap:22px 8px}
+main{padding:24px 10px 60px}
+.skeletons{gap:22px 16px}
 .layer .kept span::after{content:" kept"}
 .layer .kept{--room:6em!important}
 .times{margin-top:5px}
@@ -90,9 +90,9 @@ main{padding:24px 12px 60px}
 .pair{grid-template-columns:minmax(90px,140px) 1fr auto;gap:0 10px}
 thead{display:none}
 tr{display:grid;grid-template-columns:1fr 1fr 1fr;gap:2px 12px;border-top:1px solid var(--rule);padding:8px 0}
-td,td:nth-child(n+3):nth-child(-n+5){border:0;padding:0;text-align:left}
-td:nth-child(1){font-weight:600}td:nth-child(1),td:nth-child(2),td:nth-child(6){grid-column:1/4}
-td:nth-child(n+3):nth-child(-n+5)::before{content:attr(data-head);display:block;color:var(--soft);font-size:11.5px}
+td,td.ms{border:0;padding:0;text-align:left}
+td:first-child{font-weight:600}td:not(.ms){grid-column:1/4}
+td.ms::before{content:attr(data-head);display:block;color:var(--soft);font-size:11.5px}
 }
 @media print{details[open] summary{font-weight:600}}
 """

@@ -216,10 +216,41 @@ def browse(page: Path, *arguments: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.parametrize(
+    ("measured", "headed", "said"),
+    [
+        ((1.0, 2.0, 3.0), True, "stripes, measured."),
+        ((None, 2.0, None), True, "stripes, predicted where no kernel was measured."),
+        ((None, None, None), False, "stripes, predicted."),
+    ],
+)
+def test_no_heading_stands_over_nothing(
+    explained: Explanation, measured: tuple[float | None, ...], headed: bool, said: str
+) -> None:
+    """A column of times is there when a layer has one; in it, a layer without a time has a dash."""
+    rows = [
+        {**row, "measured_ms": ms, "share_of_peak": None}
+        for row, ms in zip(explained.rows, measured, strict=True)
+    ]
+    page = Explanation(rows, [], explained.skeletons).html()
+    heads = re.findall(r"<th [^>]*>([^<]*)", page)
+    assert ("measured, ms" in heads) == headed
+    cells = re.findall(r"<td[^>]* data-head='([^']*)'>([^<]*)", page)
+    assert [head for head, _ in cells] == heads * len(rows)
+    texts = [text for head, text in cells if head == "measured, ms"]
+    assert texts == (["–" if ms is None else f"{ms:.2f}" for ms in measured] if headed else [])
+    assert all(text for head, text in cells if head.endswith(", ms"))
+    assert said in Tags(page).text
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH: apt-get install chromium")
-def test_a_browser_shows_it_without_overflow(explained: Explanation, tmp_path: Path) -> None:
-    """Asks the browser itself, in frames of both widths, whether anything is wider than the window."""
-    rows = [{**row, "density": 1.0} for row in explained.rows]  # labels at the end of their longest bars
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_browser_shows_it_without_overflow(explained: Explanation, tmp_path: Path, measured: bool) -> None:
+    """Asks the browser itself, in frames of both widths, whether anything is wider than the window or too close."""
+    # Labels at the end of their longest bars, and as long as they get.
+    rows = [{**row, "density": 1.0, "dense_ms": 0.01234} for row in explained.rows]
+    if not measured:
+        rows = [{**row, "measured_ms": None, "predicted_ms": 0.01234, "share_of_peak": None} for row in rows]
     everything = Explanation(rows, explained.notes, explained.skeletons, explained.roof, explained.ordinary)
     page = everything.html("Report", NETWORKS, RUNS)
     frames = "".join(
@@ -231,7 +262,12 @@ def test_a_browser_shows_it_without_overflow(explained: Explanation, tmp_path: P
         "outside:[...d.querySelectorAll('main *')].filter(n=>n.getBoundingClientRect().right>e.clientWidth+1)"
         ".map(n=>n.tagName+'.'+n.getAttribute('class')),touching:[...d.querySelectorAll('.layer:not(.head,.sum)')]"
         ".filter(n=>{const a=n.querySelector('.kept span').getBoundingClientRect(),"
-        "b=n.querySelector('.taps').getBoundingClientRect();return a.right>b.left&&a.bottom>b.top}).length}});"
+        "b=n.querySelector('.taps').getBoundingClientRect();return a.right>b.left&&a.bottom>b.top}).length,"
+        "gaps:[...d.querySelectorAll('.layer:not(.head,.sum)')].flatMap(n=>{const t=n.querySelector('.taps')"
+        ".getBoundingClientRect(),p=n.lastChild.getBoundingClientRect();return[...n.querySelectorAll('.times span')]"
+        ".map(l=>{const b=l.getBoundingClientRect();return(b.left<t.left?t:p).left-b.right})}),"
+        "apart:[...d.querySelectorAll('.skeleton')].map(n=>n.getBoundingClientRect()).flatMap((a,i,all)=>"
+        "i&&a.left>all[i-1].left&&a.top<all[i-1].bottom&&a.bottom>all[i-1].top?[a.left-all[i-1].right]:[])}});"
         "document.body.textContent=JSON.stringify(found)}"
     )
     framed = tmp_path / "framed.html"
@@ -245,6 +281,10 @@ def test_a_browser_shows_it_without_overflow(explained: Explanation, tmp_path: P
     assert narrow["height"] > wide["height"] > 600
     assert wide["outside"] == narrow["outside"] == []
     assert wide["touching"] == narrow["touching"] == 0
+    for window in (wide, narrow):
+        assert len(window["gaps"]) == 2 * len(rows)
+        assert min(window["gaps"]) >= 8
+        assert min(window["apart"]) >= 15  # two filters of one layer lie up to 5 apart
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH: apt-get install chromium")
