@@ -19,6 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from stripe_kernels import _cpu
 from tests.generate import sources
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,7 @@ class Fault:
     right: str
     wrong: str
     tests: tuple[str, ...]  # arguments of pytest, or of python -m where the first begins with "-m"
+    needs: str = ""  # the instruction set that runs the code
 
 
 PYTEST = ("-m", "pytest", "-q", "-x", "-n", "0", "--no-header", "-p", "no:cacheprovider")
@@ -41,6 +43,9 @@ RACES = ("-m", "tests.sanitized", "thread")
 
 def suite(*files: str, only: str = "") -> tuple[str, ...]:
     return (*PYTEST, *(f"tests/{name}.py" for name in files), *(("-k", only) if only else ()))
+
+
+MATRICES = suite("test_matrix", only="every_configuration and 0.4-2")
 
 
 # "class: where": Fault
@@ -99,6 +104,34 @@ FAULTS = {
         "floor_div(x.w + s.pad_w - s.kernel_w, s.stride_w) + 2}",
         suite("compile/test_resident", only="float64"),
     ),
+    "off by one in a border tap: copies of x by column": Fault(
+        "csrc/cpu/schedule.cpp",
+        "      panel_cols_ = l.cols;\n      pitch_ = static_cast<int>",
+        "      panel_cols_ = l.cols - 1;\n      pitch_ = static_cast<int>",
+        MATRICES,
+        "amx",
+    ),
+    "off by one at a border: a matrix of few filters": Fault(
+        "csrc/cpu/isa/matrix.h",
+        "left < most ? left : most, V};",
+        "left < most ? left - 1 : most, V};",
+        MATRICES,
+        "amx",
+    ),
+    "off by one at a border: the last product's sums": Fault(
+        "csrc/cpu/isa/matrix.h",
+        "  add_sums(w.before);\n  asm volatile",
+        "  asm volatile",
+        MATRICES,
+        "amx",
+    ),
+    "off by one at a border: the last of some pairs of vectors": Fault(
+        "csrc/cpu/isa/matrix.h",
+        "  if (vectors) add_product<T, 1>",
+        "  if (vectors > 1) add_product<T, 1>",
+        MATRICES,
+        "amx",
+    ),
     "race: wgrad's sums": Fault(
         "csrc/cpu/wgrad.cpp",
         "      team.barrier();\n    }\n    if (whole) return;",
@@ -129,6 +162,13 @@ FAULTS = {
         "      in = staging;",
         RACES,
     ),
+    "race: threads share the sums of matrices": Fault(
+        "csrc/cpu/fprop_matrix.cpp",
+        "  MatrixWork work;\n",
+        "  static MatrixWork work;\n",
+        RACES,
+        "amx",
+    ),
     "wrong permutation: stripes of a tap": Fault(
         "stripe_kernels/packed.py",
         "order = np.lexsort((k, tap, group))",
@@ -152,6 +192,23 @@ FAULTS = {
         "&stripes_.filter[t->first + at * isa_.lanes];",
         "&stripes_.filter[t->first];",
         suite("test_fprop", only="filters_generic and many"),
+    ),
+    "wrong permutation: filters of a matrix": Fault(
+        "csrc/cpu/fprop_matrix.cpp",
+        "order_[t.first + f] * c",
+        "order_[t.last - 1 - f] * c",
+        MATRICES,
+        "amx",
+    ),
+    "wrong permutation: steps of channels": Fault(
+        "csrc/cpu/fprop_matrix.cpp",
+        "(tile * steps_ + i) * height_",
+        "(tile * steps_ + steps_ - 1 - i) * height_",
+        MATRICES,
+        "amx",
+    ),
+    "wrong permutation: sums of a matrix": Fault(
+        "csrc/cpu/isa/matrix.h", "r.rows + first, left", "r.rows, left", MATRICES, "amx"
     ),
     "stale cache: packed weights": Fault(
         "stripe_kernels/snapshots.py",
@@ -201,6 +258,9 @@ FAULTS = {
         "      ;\n",
         suite("test_fprop", "test_taps", only="taps_generic and (lopsided or pairs or reaches)"),
     ),
+    "memory read before it is written: sums of a matrix": Fault(
+        "csrc/cpu/isa/matrix.h", "  (zero_matrix<I>(), ...);\n", "", MATRICES, "amx"
+    ),
     "threads: calls share an arena": Fault(
         "csrc/bindings/list_function.h",
         "kept_ ? std::exchange(kept_, {}) :",
@@ -224,6 +284,13 @@ FAULTS = {
         '.def("run", &run_fprop<FpropTaps>, Release());',
         '.def("run", &run_fprop<FpropTaps>);',
         suite("test_threads", only="gil"),
+    ),
+    "threads: matrix registers kept": Fault(
+        "csrc/cpu/isa/matrix.h",
+        '  asm volatile("tilerelease" ::: "memory");\n',
+        "",
+        suite("test_selftest", only="sanitizers"),
+        "amx",
     ),
     "threads: exit inside a kernel": Fault(
         "csrc/bindings/gil.h",
@@ -285,11 +352,17 @@ def main() -> int:
     parser.add_argument("--record", type=Path, help="write what noticed each fault here as JSON")
     arguments = parser.parse_args()
     caught: dict[str, str | None] = {}
+    elsewhere: list[str] = []  # what cannot run on this processor
     sound: set[tuple[str, ...]] = set()  # tests that pass without a fault
     chosen = {name: FAULTS[name] for name in arguments.fault or FAULTS}
     for name, fault in chosen.items():
         if (ROOT / fault.file).read_text().count(fault.right) != 1:
             sys.exit(f"{fault.file} no longer has once what {name!r} replaces: {fault.right!r}")
+    for name, fault in list(chosen.items()):
+        if fault.needs and fault.needs not in _cpu.isas():
+            print(f"{name:64s} not planted: this processor has no {fault.needs}", flush=True)
+            elsewhere.append(name)
+            del chosen[name]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "tree"
         shutil.copytree(ROOT, folder, ignore=IGNORED)
@@ -311,7 +384,7 @@ def main() -> int:
             print(f"{name:64s} {caught[name] or 'NOT NOTICED'}", flush=True)
             path.write_text(text)
             if arguments.record:
-                written = {"kernels": sources(), "noticed by": caught}
+                written = {"kernels": sources(), "noticed by": caught, "not planted": elsewhere}
                 arguments.record.write_text(json.dumps(written, indent=1) + "\n")
     return 0 if all(caught.values()) else 1
 

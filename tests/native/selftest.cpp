@@ -184,6 +184,17 @@ struct Plan {
 
 Tensor like(const Tensor& t) { return Tensor(t.shape(), t.format(), t.channels_last()); }
 
+// Of this thread, by XGETBV's word of what is in use: tile configuration and tile data.
+bool matrix_registers_in_use() {
+#ifdef __x86_64__
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1));
+  return (low >> 17 & 3) != 0;
+#else
+  return false;
+#endif
+}
+
 template <class Kernel>
 void check_fprop(const std::string& what, const Kernel& kernel, Operands& in, Answers& want, int threads) {
   const std::unique_ptr<float[]> packed(new float[kernel.packed_floats()]);
@@ -342,10 +353,16 @@ void check_isa(const Problem& problem, Operands& in, Answers& want, const IsaKer
   const bool matrix =
       isa.matrix.add && in.x.format().type == DType::bf16 && problem.s.group_c() % kMatrixChannels == 0;
   for (const Plan& plan : plans) {
-    if (matrix)
+    if (matrix) {
       check_fprop(what + plan.name + ", matrix",
                   FpropMatrix(problem.s, stripes_of(problem.s, in.live), plan.tiling, isa), in, want,
                   plan.threads);
+      ++checks;
+      if (matrix_registers_in_use()) {
+        ++failures;
+        std::printf("%s: matrix registers are not released\n", (what + plan.name).c_str());
+      }
+    }
     check_fprop(what + plan.name, Fprop(problem.s, stripes_of(problem.s, in.live), plan.tiling, isa), in,
                 want, plan.threads);
     check_dgrad(what + plan.name, in, problem.s, want, plan, isa);
