@@ -3,10 +3,14 @@ hangs (2.13 on Python 3.11). Imported first, before torch."""
 
 from __future__ import annotations
 
-import ctypes
-
 
 def _main() -> bool:
+    try:
+        import ctypes
+    except ImportError as error:
+        if "subinterpreters" in str(error):  # CPython 3.12 has no ctypes there
+            return False
+        raise
     api = ctypes.pythonapi
     here, main = api.PyInterpreterState_Get, api.PyInterpreterState_Main
     here.restype = main.restype = ctypes.c_void_p

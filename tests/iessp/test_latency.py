@@ -123,7 +123,8 @@ def test_a_recipe_in_milliseconds_trains_resumes_and_keeps_to_it(exact_clock: No
     trainer = Trainer(recipe, splits, tmp_path)
     trainer.run()
     stored = Latency(**json.loads((tmp_path / "latency.json").read_text()))
-    assert 2 - OTHERS_MS < stored.of(trainer.skeletons) <= 2 + 1e-9
+    # One stripe more does not fit, or fits to the last bit, which sum() rounds otherwise from CPython 3.12 on.
+    assert 2 - OTHERS_MS - 1e-9 < stored.of(trainer.skeletons) <= 2 + 1e-9
     (tmp_path / "latency.json").write_text(json.dumps({**stored.as_dict(), "fixed": 1.0}))
     assert Trainer(recipe, splits, tmp_path).budget < trainer.budget, "read back, not measured again"
 
