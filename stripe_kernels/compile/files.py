@@ -288,6 +288,11 @@ def _network(graph: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModul
         for keyword in kwargs:  # torch.fx and the flat program write names of arguments into source
             if not isinstance(keyword, str) or not keyword.isidentifier():
                 raise ValueError(f"node {name!r} has an argument {keyword!r}, which is not a name")
+        if op == "placeholder":  # torch.fx writes its default where no node's result is there yet
+            reads: list[fx.Node] = []
+            fx.node.map_arg(args, reads.append)
+            if reads or len(args) > 1 or kwargs:
+                raise ValueError(f"input {name!r} has a default that is no constant")
         if op == "get_attr" and target not in modules:
             _attach(root, target, found[target])
         nodes[name] = built.create_node(

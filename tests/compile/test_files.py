@@ -251,6 +251,9 @@ def changes() -> dict[str, object]:
         "code in the name of an argument": lambda g, t: node("call_function")(g).__setitem__(
             4, {"dict": [["a=exit(), b", 1]]}
         ),  # type: ignore[operator]
+        "an input whose default is a node": lambda g, t: g["nodes"].insert(
+            1, ["extra", "placeholder", "extra", {"tuple": [{"node": g["nodes"][0][0]}]}, {"dict": []}]
+        ),
         "a keyword as a placeholder": set_target("placeholder", "import"),
         "a module that is not there": set_target("call_module", "stem.99"),
         "an unknown kind of node": lambda g, t: g["nodes"][1].__setitem__(1, "exec"),
