@@ -25,7 +25,7 @@ from stripe_kernels import FilterSkeleton
 from stripe_kernels.testing import GPU_MARGIN, Case, Operands, Prepared, case, poisoned_memory, prepared
 
 ROUNDS = 21
-CONFIGS = 4  # of one kernel that are measured, the best predicted first
+CONFIGS = 6  # of one kernel that are measured, the best predicted first
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,

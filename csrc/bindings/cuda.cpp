@@ -70,6 +70,8 @@ const Spec kSpecs[] = {
     {"wgrad_mma", wgrad_mma, wgrad_mma_bytes,
      [](const TableCheck& t, const Layout& l) { t.wgrad(4, 8, 8, l.slab); }},
     {"fprop_sm90", fprop_sm90, fprop_sm90_bytes, [](const TableCheck& t, const Layout&) { t.fprop_sm90(); }},
+    {"fprop_taps_sm90", fprop_taps_sm90, fprop_taps_sm90_bytes,
+     [](const TableCheck& t, const Layout&) { t.fprop_taps_sm90(); }},
     {"dgrad_sm90", dgrad_sm90, dgrad_sm90_bytes, [](const TableCheck& t, const Layout&) { t.dgrad_sm90(); }},
 };
 

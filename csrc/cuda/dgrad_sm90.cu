@@ -10,11 +10,8 @@
 #include "cuda/epilogue.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/mbarrier.h"
 #include "cuda/tensor_map.h"
-#include "cuda/tma.h"
-#include "cuda/walk.h"
-#include "cuda/warpgroup.h"
+#include "cuda/tiles_sm90.h"
 #include "cuda/wgmma.h"
 
 namespace sk::cuda {
@@ -23,26 +20,10 @@ namespace {
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kLoader = 72, kComputer = 216;  // registers a thread
 static_assert(kLoader + 2 * kComputer <= kTradedRegisters);
-constexpr int kPixels = 128;   // of a tile
-constexpr int kStripes = 64;   // of a step: four products' worth
-constexpr int kColumns = 64;   // channels of a row of weights in shared memory: 128 bytes, swizzled
-constexpr int kFetchers = 96;  // threads that load patches
+constexpr int kPixels = 128;  // of a tile
+constexpr int kStripes = 64;  // of a step: four products' worth
+constexpr int kColumns = 64;  // channels of a row of weights in shared memory: 128 bytes, swizzled
 
-// The tables.
-struct PixelTile {
-  int phase;
-  int first;      // pixel, of all images of the phase
-  int low, rows;  // of the patch: pixels of dy, of all images
-  int n, i, j;    // of the first pixel
-  int pad;
-};
-struct Phase {
-  int group, h0, w0;  // the phase's pixels of dx: (h0 + i * step, w0 + j * step)
-  int rows, columns;
-  int taps, tap_count;  // in the lists: i and j of pixel (p, q) = (i, j) - tap of dy
-  int steps, steps_end;
-  int pad[3];
-};
 // What eight stripes share.
 struct Tap {
   unsigned bit;  // of those in a pixel's `met`
@@ -60,8 +41,7 @@ struct Launch {
   Params params;
 };
 
-// patch: [64 filters][pixel][128 bytes, swizzled], l.pitch bytes from 64 filters to the next; the row behind the pixels of
-// each holds zeros. What a tile needs beside it: how many steps and the first channel of dx, and of every pixel
+// What a tile needs beside its patch: how many steps and the first channel of dx, and of every pixel
 // where in the patch it would lie itself, in bytes, which taps meet dy, and where its dx is.
 struct Header {
   int steps, channel;
@@ -76,22 +56,13 @@ struct Memory {
   int weights, patch, patch_size, steps, pixels, headers, barriers, end;
 };
 
-__host__ __device__ inline int chunks_of(const Layout& l) { return (l.group_in + kColumns - 1) / kColumns; }
-// Where the row of zeros lies: behind the rows that boxes fill.
-__host__ __device__ inline int zeros_of(const Layout& l) {
-  const int box = l.walk.load_w;
-  return (l.chunk + box - 1) / box * box * kColumns * 2;
-}
-__host__ __device__ inline int most_steps(const Layout& l) { return l.walk.patch_w; }
-__host__ __device__ inline int buffers_of(const Layout& l) { return l.walk.load_h; }  // of tiles: 1 or 2
-
 template <int N>
 constexpr int kStagePitch =
     N * 2 + 16;  // bytes between pixels that wait to be stored: eight begin in different banks
 
 template <int N>
 __host__ __device__ inline Memory memory_of(const Layout& l) {
-  const int buffers = buffers_of(l), patch = chunks_of(l) * l.pitch, stage = kPixels * kStagePitch<N>;
+  const int buffers = buffers_of(l), patch = patch_chunks(l) * l.pitch, stage = kPixels * kStagePitch<N>;
   Memory m;
   m.weights = 0;
   m.patch = l.slab * kStripes * N * 2;
@@ -146,47 +117,18 @@ __device__ inline void for_each_item(const Layout& l, const int* tables, const I
   }
 }
 
-// dy of the tile into the patch (one thread), zeros behind.
-__device__ inline void load_patch(const Launch& launch, const PixelTile& tile, const Phase& phase,
-                                  const Shared& s, int thread) {
-  const Layout& l = launch.params.layout;
-  const int chunks = chunks_of(l), box = l.walk.load_w, boxes = (l.chunk + box - 1) / box;
-  if (thread == 0) {
-    stores_ready();  // what was done here before comes before what the copy engine does
-    mbarrier_expect(s.ready, chunks * boxes * box * kColumns * 2);
-    for (int c = 0; c < chunks; ++c)
-      for (int b = 0; b < boxes; ++b)
-        copy_box(s.patch + c * l.pitch + b * box * kColumns * 2, &launch.dy,
-                 {{phase.group * l.group_in + c * kColumns, tile.low + b * box, 0, 0, 0}}, s.ready);
-  }
-  for (int i = thread; i < chunks * 8; i += kFetchers)
-    *reinterpret_cast<uint4*>(s.patch + i / 8 * l.pitch + zeros_of(l) + i % 8 * 16) = {0, 0, 0, 0};
-}
-
-// x / d of small numbers: exact below 2^20, since a quotient lies half a divisor's share from the next.
-__device__ inline int divide(int x, float reciprocal) { return static_cast<int>((x + 0.5f) * reciprocal); }
-
 __device__ inline void list_pixels(const Layout& l, const Call& call, const PixelTile& tile,
-                                   const Phase& phase, const Shared& s, int thread) {
+                                   const Phase& phase, Pixel* pixels, int thread) {
   const Walk& w = l.walk;
   const auto* taps = reinterpret_cast<const int2*>(call.tables + l.lists + phase.taps);
-  const float columns = 1.f / phase.columns, rows = 1.f / phase.rows;
   for (int mine = thread; mine < kPixels; mine += kFetchers) {
-    const int down = divide(tile.j + mine, columns), j = tile.j + mine - down * phase.columns;
-    const int images = divide(tile.i + down, rows), i = tile.i + down - images * phase.rows,
-              n = tile.n + images;
-    const Strides& o = call.out_strides;
-    Pixel pixel = {((n * w.in_h + i) * w.in_w + j - tile.low) * kColumns * 2, 0, -1};
-    if (n < w.images) {
-      pixel.offset = n * o.n + (phase.h0 + i * w.out_step_h) * o.h + (phase.w0 + j * w.out_step_w) * o.w;
-      for (int t = 0; t < phase.tap_count; ++t) {
-        const int p = i - taps[t].x, q = j - taps[t].y;
-        const bool inside = static_cast<unsigned>(p) < static_cast<unsigned>(w.in_h) &&
-                            static_cast<unsigned>(q) < static_cast<unsigned>(w.in_w);
-        pixel.met |= static_cast<unsigned>(inside) << t;
-      }
-    }
-    s.pixels[mine] = pixel;
+    const Tile p = pixel_of(tile, phase, mine);
+    Pixel pixel = {((p.n * w.in_h + p.i) * w.in_w + p.j - tile.low) * kRowBytes, 0,
+                   offset_of_pixel(w, phase, call.out_strides, p)};
+    if (p.n < w.images)
+      for (int t = 0; t < phase.tap_count; ++t)
+        pixel.met |= static_cast<unsigned>(meets(w, p.i - taps[t].x, p.j - taps[t].y)) << t;
+    pixels[mine] = pixel;
   }
 }
 
@@ -199,7 +141,7 @@ __device__ inline void load_tiles(const Launch& launch, int thread) {
       l, call.tables, [&](const PixelTile& tile, const Phase& phase, int channels, int buffer, int parity) {
         const Shared s = shared_of<N>(l, buffer);
         mbarrier_wait(s.read, parity ^ 1);
-        load_patch(launch, tile, phase, s, thread);
+        load_patch(l, patch_chunks(l), &launch.dy, tile, phase.group, s.patch, s.ready, thread);
         if ((buffer ? second : first) != tile.phase) {
           constexpr int kPieces = sizeof(StripeStep) / 16;
           const auto* steps = reinterpret_cast<const uint4*>(call.tables + l.entries) + phase.steps * kPieces;
@@ -210,7 +152,7 @@ __device__ inline void load_tiles(const Launch& launch, int thread) {
           second = tile.phase;
         else
           first = tile.phase;
-        list_pixels(l, call, tile, phase, s, thread);
+        list_pixels(l, call, tile, phase, s.pixels, thread);
         if (thread == 0)
           *s.header = {phase.steps_end - phase.steps, phase.group * l.group_out + channels * N};
         mbarrier_arrive(s.ready);

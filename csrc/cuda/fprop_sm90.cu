@@ -102,7 +102,7 @@ __device__ __forceinline__ void multiply(const Layout& l, const Shared<N>& s, in
     // Gives the last chunk back and awaits the next one.
     const auto turn = [&] {
       if (c > 0) {
-        wgmma_wait<kAhead ? 0 : 1>();
+        wgmma_wait<1>();
         if (lane == 0) mbarrier_arrive(s.empty + (stage > 0 ? stage : l.slab) - 1);
         if (lane == 0 && last) mbarrier_arrive(s.x_empty + chunk - 1);
       }
@@ -111,7 +111,7 @@ __device__ __forceinline__ void multiply(const Layout& l, const Shared<N>& s, in
     };
     wgmma_fence();
     start(0), start(1), start(2);
-    if constexpr (kAhead) turn();
+    if constexpr (kAhead) wgmma_commit(), turn(), wgmma_fence();
     start(3);
     wgmma_commit();
     if constexpr (!kAhead) turn();
@@ -142,7 +142,7 @@ __device__ inline void compute(const Launch& launch, const Shared<N>& s, const T
     multiply<T, Tiles, N>(l, s, more ? chunks : 0, patch, last, ring, acc);
     const int stage = ring.stage;
     if (more) ring.advance(l.slab);
-    if (any) mbarrier_wait(s.full + ring.stage, ring.parity);
+    mbarrier_wait(s.full + ring.stage, ring.parity);
     const Record<N>& record = s.records[ring.stage];
     gather<Tiles, N>(s.products, pixels, record, a);
     const Block before = record.block;
@@ -163,8 +163,8 @@ __device__ inline void compute(const Launch& launch, const Shared<N>& s, const T
       for (int t = 0; t < Tiles; ++t) wgmma_keep(y[t]);
       finish_sums<T, Tiles>(call.finish, before, s.offsets, y);
       store<T, Tiles>(call, before, s.offsets, aligned, s.products, y);
+      if (!more) break;  // in here: behind it the assembler would wait for y before products are put away
     }
-    if (!more) break;
     put_products<T, Tiles, N>(acc, s.products);
     wgmma_wait<0>();
 #pragma unroll

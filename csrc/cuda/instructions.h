@@ -49,6 +49,16 @@ __device__ inline void barrier() { __syncthreads(); }
 // What all lanes of a warp have in common: the compiler computes with it once a warp.
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+// Brings the line of an address in global memory to the second-level cache.
+__device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// threadIdx.x, read anew: what follows from it is computed where it is needed and keeps no register until then.
+__device__ inline int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // Copies Bytes (4 or 16) from global to shared memory; zeros arrive instead where `valid` is false, and
 // nothing is read.
 template <int Bytes>

@@ -18,6 +18,7 @@ int wgrad_mma(const Params&, void* stream);
 
 // Hopper alone (sm_90a): wgmma and its copy engine; bfloat16, float16; channels last.
 int fprop_sm90(const Params&, void* stream);
+int fprop_taps_sm90(const Params&, void* stream);
 int dgrad_sm90(const Params&, void* stream);
 
 // Shared memory of a block in bytes, so that Python can choose layouts that fit.
@@ -28,6 +29,7 @@ int fprop_mma_bytes(const Layout&);
 int dgrad_mma_bytes(const Layout&);
 int wgrad_mma_bytes(const Layout&);
 int fprop_sm90_bytes(const Layout&);
+int fprop_taps_sm90_bytes(const Layout&);
 int dgrad_sm90_bytes(const Layout&);
 
 // out[i] = finish(partial[0][i] + partial[1][i] + ...), in this order; channel of i: i / channel_stride %

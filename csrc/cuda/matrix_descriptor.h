@@ -21,4 +21,10 @@ __device__ inline std::uint64_t column_descriptor(std::uint32_t address, int row
          kSwizzle128 << 62;
 }
 
+// A matrix of 16 values of K a row, without a swizzle: [eight rows][eight values of K][row] of 16 bytes each, one after the
+// other; a multiple of 16 bytes.
+__device__ inline std::uint64_t sixteens_descriptor(std::uint32_t address) {
+  return (address & 0x3ffff) >> 4 | std::uint64_t{128 >> 4} << 16 | std::uint64_t{256 >> 4} << 32;
+}
+
 }  // namespace sk::cuda

@@ -91,13 +91,18 @@ SK_WGMMA_BOTH(256, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                   \
   }
 #define SK_WGMMA_REGISTERS_BOTH(...) SK_WGMMA_REGISTERS(bf16, "bf16", 1, __VA_ARGS__) SK_WGMMA_REGISTERS(f16, "f16", 1, __VA_ARGS__)
-SK_WGMMA_REGISTERS(bf16, "bf16", 0, 64, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3, "32", "33", "34", "35", "36", "37", SK_D32(0))
-SK_WGMMA_REGISTERS(f16, "f16", 0, 64, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3, "32", "33", "34", "35", "36", "37", SK_D32(0))
+#define SK_WGMMA_REGISTERS_ROWS(...) SK_WGMMA_REGISTERS(bf16, "bf16", 0, __VA_ARGS__) SK_WGMMA_REGISTERS(f16, "f16", 0, __VA_ARGS__)
+SK_WGMMA_REGISTERS_ROWS(32, SK_N0 ", " SK_N1, "16", "17", "18", "19", "20", "21", SK_D8(0), SK_D8(8))
+SK_WGMMA_REGISTERS_ROWS(48, SK_N0 ", " SK_N1 ", " SK_N2, "24", "25", "26", "27", "28", "29", SK_D8(0), SK_D8(8), SK_D8(16))
+SK_WGMMA_REGISTERS_ROWS(64, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3, "32", "33", "34", "35", "36", "37", SK_D32(0))
+SK_WGMMA_REGISTERS_ROWS(80, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4, "40", "41", "42", "43", "44", "45", SK_D32(0), SK_D8(32))
+SK_WGMMA_REGISTERS_ROWS(128, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5 ", " SK_N6 ", " SK_N7, "64", "65", "66", "67", "68", "69", SK_D32(0), SK_D32(32))
 SK_WGMMA_REGISTERS_BOTH(64, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3, "32", "33", "34", "35", "36", "37", SK_D32(0))
 SK_WGMMA_REGISTERS_BOTH(128, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5 ", " SK_N6 ", " SK_N7, "64", "65", "66", "67", "68", "69", SK_D32(0), SK_D32(32))
 SK_WGMMA_REGISTERS_BOTH(256, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5 ", " SK_N6 ", " SK_N7 ", " SK_N8 ", " SK_N9 ", " SK_N10 ", " SK_N11 ", " SK_N12 ", " SK_N13 ", " SK_N14 ", " SK_N15, "128", "129", "130", "131", "132", "133", SK_D32(0), SK_D32(32), SK_D32(64), SK_D32(96))
 #undef SK_WGMMA_REGISTERS
 #undef SK_WGMMA_REGISTERS_BOTH
+#undef SK_WGMMA_REGISTERS_ROWS
 #undef SK_N0
 #undef SK_N1
 #undef SK_N2

@@ -18,6 +18,8 @@ from stripe_kernels.backends import (
     cuda_gather,
     cuda_mma,
     cuda_mma_grad,
+    cuda_taps,
+    cuda_tiles,
     cuda_wgmma,
 )
 from stripe_kernels.backends.cuda_tables import Layout
@@ -33,7 +35,6 @@ except ImportError as error:
 
 _GRID = 65535  # most blocks in y and z
 _CLASSES = 1024
-_WGMMA: dict[str, Any] = {"fprop": cuda_wgmma.WgmmaFprop, "dgrad": cuda_gather.WgmmaDgrad}
 _MMA = {"fprop": cuda_mma.MmaFprop, "dgrad": cuda_mma_grad.MmaDgrad, "wgrad": cuda_mma_grad.MmaWgrad}
 
 
@@ -113,9 +114,11 @@ def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
         if all(layout is None for layout in layouts):
             return (
                 f"a patch with the halo of its taps and {s.group_k} filters exceeds {cuda_wgmma.SHARED_BYTES} bytes of "
-                f"shared memory, or a phase has more than {cuda_gather.TAPS} taps or {cuda_gather.SIDE} pixels a side"
+                f"shared memory, or a phase has more than {cuda_tiles.TAPS} taps or {cuda_tiles.SIDE} pixels a side"
             )
         return next((reason for layout in layouts if layout and (reason := _too_many_blocks(layout))), None)
+    if any(cuda_taps.layout_of(problem, config) for config in cuda_taps.CONFIGS):
+        return None
     if s.stride[0] * s.stride[1] > cuda_wgmma.PHASES:
         return f"takes strides of at most {cuda_wgmma.PHASES} phases, got {s.stride}"
     if not any(cuda_wgmma.room(problem, config) for config in cuda_wgmma.CONFIGS):
@@ -127,7 +130,10 @@ def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
 
 
 def _build_wgmma(problem: Problem, which: Pass, config: Config) -> Any:
-    return _WGMMA[which](_cuda, problem, config)
+    if which == "dgrad":
+        return cuda_gather.WgmmaDgrad(_cuda, problem, config)
+    runner = cuda_taps.TapsFprop if config in cuda_taps.CONFIGS else cuda_wgmma.WgmmaFprop
+    return runner(_cuda, problem, config)
 
 
 def _build_ffma(problem: Problem, which: Pass, config: Config) -> Any:

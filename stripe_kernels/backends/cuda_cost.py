@@ -6,7 +6,14 @@ problem until tune() replaces it.
 
 from __future__ import annotations
 
-from stripe_kernels.backends import cuda_ffma, cuda_gather, cuda_mma, cuda_mma_grad, cuda_wgmma
+from stripe_kernels.backends import (
+    cuda_ffma,
+    cuda_gather,
+    cuda_mma,
+    cuda_mma_grad,
+    cuda_taps,
+    cuda_wgmma,
+)
 from stripe_kernels.backends.cuda_columns import BANDS, STRIPES, WHOLE, column_tiles
 from stripe_kernels.backends.cuda_tables import Layout
 from stripe_kernels.registry import Config, Pass, Problem
@@ -113,7 +120,27 @@ def _mma_fprop(problem: Problem) -> dict[Config, float]:
 
 
 def wgmma(problem: Problem, which: Pass) -> dict[Config, float]:
-    return _wgmma_dgrad(problem) if which == "dgrad" else _wgmma_fprop(problem)
+    return _wgmma_dgrad(problem) if which == "dgrad" else _wgmma_taps(problem) | _wgmma_fprop(problem)
+
+
+def _wgmma_taps(problem: Problem) -> dict[Config, float]:
+    """Fitted to three warpgroups on an H200: 12 products a 64 channels and step, the step's second ones and what a warp
+    does beside them, the epilogue."""
+    found: dict[Config, float] = {}
+    for config in cuda_taps.CONFIGS:
+        layout = cuda_taps.layout_of(problem, config)
+        if layout is None or config[0] >= 2 * max(64, problem.shape.group_k):
+            continue
+        filters, serve, _ = config
+        columns = cuda_taps.SIXTEEN * (filters // serve + 1)
+        chunks = -(-layout.group_in // cuda_wgmma.CHUNK)
+        step = 0.86 * (12 * chunks * (11 + 0.75 * columns) + 280 + 3.75 * filters)
+        patch = chunks * layout.chunk * cuda_wgmma.ROW / 40 if layout.walk.load[0] == 1 else 0
+        items = layout.walk.tiles[0] * layout.tiles_out
+        cycles = layout.walk.patch[1] * step + 21 * filters + patch
+        waves = -(-items // MULTIPROCESSORS)
+        found[config] = _seconds(problem, "fprop", cycles * waves * MULTIPROCESSORS, MULTIPROCESSORS, 1, 2)
+    return found
 
 
 def _wgmma_dgrad(problem: Problem) -> dict[Config, float]:

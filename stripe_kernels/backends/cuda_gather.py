@@ -13,6 +13,7 @@ from torch import Tensor
 from stripe_kernels.backends.cuda_mma import dense_channels_last, empty_channels_last
 from stripe_kernels.backends.cuda_runner import CudaRunner
 from stripe_kernels.backends.cuda_tables import Layout, Tables
+from stripe_kernels.backends.cuda_tiles import MOST_ROWS, PIXEL_BYTES, SIDE, TAPS, patches_of
 from stripe_kernels.backends.cuda_walk import Walk
 from stripe_kernels.backends.cuda_wgmma import CHUNK, ROW, SHARED_BYTES
 from stripe_kernels.geometry import ConvShape
@@ -24,10 +25,7 @@ from stripe_kernels.skeleton import FilterSkeleton
 PIXELS = 128  # of a block
 STRIPES = 64  # of a step
 EIGHT = 8  # stripes of one tap
-MOST_ROWS = 256  # of a copy
-STEP_BYTES, PIXEL_BYTES = 320, 16
-TAPS = 32  # of a phase, most
-SIDE = 1 << 19  # pixels of a phase in either direction: the kernel divides in float32
+STEP_BYTES = 320
 STAGES = (2, 4)  # of the ring of weights: least, and most
 CONFIGS = ((256,), (128,), (64,))  # channels of a block
 
@@ -81,29 +79,13 @@ def lists_of(phase: Phase) -> Lists:
     )  # fmt: skip
 
 
-def patches_of(phase: Phase, s: ConvShape) -> tuple[np.ndarray, np.ndarray]:
-    """First pixel of dy and count, of all images, that each tile of PIXELS pixels reads."""
-    area = phase.pixels
-    tiles = -(-s.N * area // PIXELS)
-    low = np.full(tiles, s.N * s.P * s.Q, np.int64)
-    high = np.full(tiles, -1, np.int64)
-    n, i, j = (
-        a.astype(np.int32) for a in np.unravel_index(np.arange(s.N * area), (s.N, phase.rows, phase.columns))
-    )
-    starts = np.arange(0, s.N * area, PIXELS)
-    for tap in phase.taps:
-        p, q = i - tap.i, j - tap.j
-        inside = (p >= 0) & (p < s.P) & (q >= 0) & (q < s.Q)
-        pixel = (n * s.P + p) * s.Q + q
-        low = np.minimum(low, np.minimum.reduceat(np.where(inside, pixel, s.N * s.P * s.Q), starts))
-        high = np.maximum(high, np.maximum.reduceat(np.where(inside, pixel, -1), starts))
-    count = np.maximum(high - low + 1, 0)
-    return np.where(count > 0, low, 0), count
-
-
 @lru_cache(maxsize=128)
 def _patches(skeleton: FilterSkeleton, s: ConvShape) -> tuple[tuple[Phase, np.ndarray, np.ndarray], ...]:
-    return tuple((p, *patches_of(p, s)) for p in phases(skeleton, s) if p.pixels)
+    return tuple(
+        (p, *patches_of([(t.i, t.j) for t in p.taps], (s.N, p.rows, p.columns), (s.P, s.Q), PIXELS))
+        for p in phases(skeleton, s)
+        if p.pixels
+    )
 
 
 @lru_cache(maxsize=512)

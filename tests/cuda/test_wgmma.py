@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from stripe_kernels import list_kernels, registry
+from stripe_kernels.backends.cuda_runner import CudaRunner
 from stripe_kernels.backends.cuda_stripes import (
     OCTET,
     Patch,
@@ -154,9 +155,11 @@ def test_at_the_limits(native: ModuleType, c: Case) -> None:
 class Built:
     """The integers that a runner hands to the binding, and where the sections of its tables start."""
 
-    def __init__(self, native: ModuleType, problem: Problem, config: Config) -> None:
+    def __init__(
+        self, native: ModuleType, problem: Problem, config: Config, runner: type[CudaRunner] = WgmmaFprop
+    ) -> None:
         self.native = native
-        WgmmaFprop(self, problem, config)
+        runner(self, problem, config)
         self.items, self.steps, self.entries, self.lists, self.classes, _ = self.layout[-6:]
 
     def Kernel(self, name: str, code: int, layout: list[int], tables: list[int]) -> object:

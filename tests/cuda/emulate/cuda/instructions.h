@@ -66,6 +66,13 @@ inline std::uint32_t shared_address(const void* p) { return emulate::address_of(
 
 inline int uniform(int x) { return x; }
 
+inline int fresh_thread() { return static_cast<int>(threadIdx.x); }
+
+inline void prefetch(const void* p) {
+  volatile char value = *static_cast<const char*>(p);  // an address sanitizer sees it
+  (void)value;
+}
+
 inline void barrier() {
   emulate::meet(emulate::block.meeting, static_cast<int>(blockDim.x), [] {});
 }

@@ -1,0 +1,155 @@
+"""fprop on Hopper's own instructions tap by tap, run on the CPU, against the float64 oracle: copies and products at
+once and as late as they may, threads in both orders."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from stripe_kernels.backends.cuda_tables import DTYPES as CODES
+from stripe_kernels.backends.cuda_taps import CONFIGS, TapsFprop, layout_of, steps_by_tile
+from stripe_kernels.backends.cuda_wgmma import SHARED_BYTES
+from stripe_kernels.geometry import ConvShape
+from stripe_kernels.registry import Config
+from stripe_kernels.testing import Budget, Case, budgets, case
+from tests.cuda import emulated
+from tests.cuda.problems import check, problem_of
+from tests.cuda.test_layouts import SHAPES
+from tests.cuda.test_layouts import problem as random_problem
+from tests.cuda.test_mma import WIDE
+from tests.cuda.test_wgmma import Built
+
+EVERYTHING = case("several of everything", N=3, C=200, H=13, W=17, K=200, density=0.5)
+PROBLEMS = (
+    *(c for c in WIDE if c.shape.stride == (1, 1)), EVERYTHING,
+    case("five by four", N=2, C=16, H=11, W=9, K=24, R=5, S=4, padding=(2, 1)),
+    case("padding wider than the map", N=2, C=8, H=2, W=1, K=8, R=5, S=4, padding=(4, 5), density=0.5),
+    case("one row", N=2, C=8, H=1, W=40, K=16, R=1, S=3, padding=(0, 1)),
+)  # fmt: skip
+
+
+def check_fprop(native: ModuleType, c: Case, dtype: torch.dtype, config: Config) -> torch.Tensor:
+    runner = TapsFprop(native, problem_of(c, "channels_last", dtype), config)
+    return check(runner, c, "fprop", dtype, "channels_last", f"taps {config}")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("c", PROBLEMS, ids=lambda c: c.name)
+def test_within_the_budget(native: ModuleType, c: Case, config: Config) -> None:
+    dtype = torch.float16 if config[2] == 192 else torch.bfloat16
+    at_once = check_fprop(native, c, dtype, config)
+    with emulated.late(native):
+        assert torch.equal(check_fprop(native, c, dtype, config), at_once)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_no_wait_is_missing(native: ModuleType, config: Config) -> None:
+    """The bits depend neither on the order of threads nor on when copies and products happen."""
+    first = check_fprop(native, EVERYTHING, torch.bfloat16, config)
+    with emulated.backwards(native):
+        assert torch.equal(check_fprop(native, EVERYTHING, torch.bfloat16, config), first)
+        with emulated.late(native):
+            assert torch.equal(check_fprop(native, EVERYTHING, torch.bfloat16, config), first)
+        with emulated.greedy(native):
+            assert torch.equal(check_fprop(native, EVERYTHING, torch.bfloat16, config), first)
+
+
+@pytest.mark.parametrize("c", PROBLEMS, ids=lambda c: c.name)
+def test_steps_hold_every_stripe_once(c: Case) -> None:
+    problem = problem_of(c, "channels_last", torch.bfloat16)
+    for config in CONFIGS:
+        filters, serve, _ = config
+        rows = []
+        for phase, tiles in steps_by_tile(problem, config):
+            for which, steps in enumerate(tiles):
+                for step in steps:
+                    for place, column in enumerate(step.columns):
+                        if column is None:
+                            continue
+                        k, row = column
+                        tap = phase.taps[step.tap]
+                        of = dict(zip(tap.row.tolist(), tap.filters.tolist(), strict=True))
+                        assert of[row] == which * filters + k
+                        assert place // 16 in (k // serve, filters // serve)
+                        rows.append(row)
+        assert sorted(rows) == list(range(c.skeleton.stripes))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.C}x{s.H}x{s.W}-{s.K}x{s.R}x{s.S}")
+def test_candidates_fit_a_block_of_sm_90(native: ModuleType, shape: ConvShape) -> None:
+    p = random_problem(shape, "bfloat16")
+    for config in CONFIGS:
+        layout = layout_of(p, config)
+        if layout is not None:
+            used = native.shared_bytes("fprop_taps_sm90", CODES["bfloat16"], layout.integers())
+            assert used <= SHARED_BYTES, f"{config} needs {used} bytes"
+
+
+def test_epilogue(native: ModuleType) -> None:
+    """In float32 after the sums, rounded once: against the float64 epilogue of the float32 convolution."""
+    for c in (
+        case("a filter more than a tile", N=3, C=136, H=5, W=5, K=129, density=0.3),
+        case("whole pieces", N=2, C=64, H=9, W=13, K=72, density=0.3),
+    ):
+        o = c.operands(torch.bfloat16, "channels_last")
+        for config in CONFIGS:
+            runner = TapsFprop(native, problem_of(c, "channels_last", torch.bfloat16), config)
+            packed = runner.pack(o.weight)
+            conv = budgets(c, o).y.expected
+            for bias, scale, residual, activation in (
+                (o.bias, o.scale, o.residual, "relu"),
+                (None, o.scale, None, "silu"),
+                (o.bias, None, o.residual.contiguous(), "hardswish"),
+            ):
+                z = conv if scale is None else conv * scale.double()[:, None, None]
+                z = z if bias is None else z + bias.double()[:, None, None]
+                z = getattr(torch.nn.functional, activation)(z if residual is None else z + residual.double())
+                y = runner(o.x, packed, bias, scale, residual, activation)
+                Budget.of(z, z.to(torch.bfloat16)).check(y, activation)
+
+
+def test_nan_stays_with_its_tile_of_filters(native: ModuleType) -> None:
+    """Filters of a tile may share columns: a NaN that one reads may reach the others, at that pixel, and no further."""
+    c = case("one image", N=2, C=24, H=9, W=8, K=83)
+    o = c.operands(torch.bfloat16, "channels_last")
+    x = o.x.clone()
+    for n, h, w in ((0, 6, 5), (0, 0, 7), (1, 8, 0)):
+        x[n, 3, h, w] = torch.nan
+    live = torch.from_numpy(c.skeleton.live.copy())
+    reads = torch.nn.functional.conv2d(
+        x.isnan().float(), live[:, None].expand(-1, 24, -1, -1).float(), padding=1
+    )
+    for config in CONFIGS:
+        runner = TapsFprop(native, problem_of(c, "channels_last", torch.bfloat16), config)
+        found = runner(x, runner.pack(o.weight), None, None, None, "none").isnan()
+        for first in range(0, 83, config[0]):
+            mine = slice(first, first + config[0])
+            assert (found[:, mine] | ~(reads[:, mine] > 0)).all()
+            assert not (found[:, mine].any(1) & ~(reads[:, mine] > 0).any(1)).any()
+
+
+def test_tables_that_lead_elsewhere_are_refused(native: ModuleType) -> None:
+    c = case("two tiles", N=3, C=16, H=9, W=8, K=83, density=0.3)
+    built = Built(native, problem_of(c, "channels_last", torch.bfloat16), CONFIGS[0], TapsFprop)
+    tables = built.tables
+    for reason, changed in (
+        ("a tile's group exists", {"items_0": 1}),
+        ("a tile begins at its first pixel", {"items_1": 1}),
+        ("a patch lies in x", {"items_2": -1}),
+        ("a patch lies in x", {"items_3": 1 << 20}),
+        ("a patch lies in x", {"items_10": tables[built.items + 10] + 1}),
+        ("a tap stays in its patch", {"items_2": tables[built.items + 2] + 1}),
+        ("a tap stays in its patch", {"items_3": tables[built.items + 3] - 1}),
+        ("a tile begins at its first pixel", {"items_5": 9}),
+        ("a phase is its group's", {"steps_0": 1}),
+        ("a phase is its group's", {"steps_3": 10}),
+        ("steps exist and have room", {"steps_8": 1000}),
+        ("steps exist and have room", {"steps_7": tables[built.steps + 8]}),
+        ("filters lie in their group", {"steps_9": -1}),
+        ("filters lie in their group", {"steps_10": 65}),
+        ("filters lie in their group", {"steps_22": 20}),
+        ("a tap stays in its patch", {"entries_0": tables[built.entries] - 1}),
+    ):
+        assert built.refusal(**changed) == reason, changed
