@@ -2,7 +2,7 @@
 
 cuda_ffma       float32, strict; exact at one filter or stripe, any strides
 cuda_mma        bfloat16, float16 on tensor cores, channels last
-cuda_mma_tf32   float32 operands rounded to tf32 on tensor cores, channels last
+cuda_mma_tf32   float32 operands rounded to tf32 on tensor cores, channels last; fprop, dgrad
 cuda_wgmma      bfloat16, float16 on Hopper's own instructions, channels last; fprop, dgrad
 """
 
@@ -79,6 +79,8 @@ def _refuse_mma(dtypes: tuple[str, ...]) -> Any:
             return f"needs C/groups in multiples of {pieces} (16 bytes), got {s.group_c}"
         if which != "fprop" and s.group_k % pieces:
             return f"needs K/groups in multiples of {pieces} (16 bytes), got {s.group_k}"
+        if which == "wgrad" and problem.dtype == "float32":
+            return "computes fprop and dgrad: tensor cores cut wgrad's long sums off; stripe_gemm has wgrad in tf32"
         if which == "fprop":
             return _too_many_blocks(cuda_mma.fprop_layout(problem, (cuda_mma.PATCH, 0, 1)))
         return _too_many_blocks(cuda_mma_grad.dgrad_layout(problem, (1,))) if which == "dgrad" else None

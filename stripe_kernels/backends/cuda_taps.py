@@ -16,7 +16,7 @@ from stripe_kernels.backends.cuda_runner import CudaRunner
 from stripe_kernels.backends.cuda_tables import Layout, Tables
 from stripe_kernels.backends.cuda_tiles import MOST_ROWS, SIDE, patches_of
 from stripe_kernels.backends.cuda_walk import Walk
-from stripe_kernels.backends.cuda_wgmma import CHUNK, ROW, SHARED_BYTES
+from stripe_kernels.backends.cuda_wgmma import CHUNK, ROW, SHARED_BYTES, swizzled
 from stripe_kernels.phases import Phase, phases
 from stripe_kernels.registry import Config, Problem
 
@@ -176,9 +176,7 @@ class TapsFprop(CudaRunner):
         # One row of zeros for columns without a stripe, zeros behind the channels.
         padded = torch.nn.functional.pad(weight.detach(), (0, chunks * CHUNK - weight.shape[1], 0, 1))
         pieces = padded[arrays["rows"].long()].view(-1, self.columns, chunks, 8, 8).transpose(1, 2)
-        column = torch.arange(self.columns, device=weight.device)[:, None]
-        place = torch.arange(8, device=weight.device)
-        weights = pieces[:, :, column, place ^ column % 8].reshape(len(pieces), stage.of_step, -1)
+        weights = swizzled(pieces).reshape(len(pieces), stage.of_step, -1)
         behind = stage.bytes // 2 - weights.shape[2]
         weights = torch.nn.functional.pad(weights, (0, behind)).flatten(1)
         return torch.cat([weights, arrays["ones"].view(weight.dtype)], 1)

@@ -3,7 +3,7 @@ pieces of channels."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -82,8 +82,9 @@ def tiles_of(problem: Problem, config: Config) -> tuple[Patch, tuple[StripeTile,
 
 
 def swizzled(pieces: Any) -> Any:
-    """[..., column, piece, 8]: piece p of column c at place p ^ (c % 8)."""
-    column, place = np.indices(pieces.shape[-3:-1])
+    """[..., column, piece, 8], an array or a tensor: piece p of column c at place p ^ (c % 8)."""
+    arange = partial(torch.arange, device=pieces.device) if isinstance(pieces, Tensor) else np.arange
+    column, place = arange(pieces.shape[-3])[:, None], arange(8)
     return pieces[..., column, place ^ column % 8, :]
 
 
@@ -149,10 +150,7 @@ class WgmmaFprop(CudaRunner):
         # One row of zeros for columns without a stripe, zeros behind the channels.
         padded = torch.nn.functional.pad(weight.detach(), (0, channels - weight.shape[1], 0, 1))
         pieces = padded[arrays["rows"]].view(-1, self.width, self.chunks, 8, 8).transpose(1, 2)
-        column = torch.arange(self.width, device=weight.device)[:, None]
-        place = torch.arange(8, device=weight.device)
-        weights = pieces[:, :, column, place ^ column % 8].flatten(1)
-        return torch.cat([weights, arrays["filters"].view(weight.dtype)], 1)
+        return torch.cat([swizzled(pieces).flatten(1), arrays["filters"].view(weight.dtype)], 1)
 
     def __call__(
         self,

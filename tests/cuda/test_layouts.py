@@ -82,4 +82,7 @@ def test_refusals_give_the_reason() -> None:
     assert "multiples of 8 (16 bytes), got 12" in mma.refuse(odd, "fprop")
     assert "multiples of 8 (16 bytes), got 9" in mma.refuse(odd, "dgrad")
     assert "not bfloat16" in ffma.refuse(p, "fprop")
+    tf32, single = registry.find("cuda_mma_tf32"), replace(p, dtype="float32")
+    assert tf32.refuse(single, "fprop") is tf32.refuse(single, "dgrad") is None
+    assert "fprop and dgrad" in tf32.refuse(single, "wgrad")
     assert ffma.refuse(replace(odd, dtype="float32", channels_last=False), "wgrad") is None

@@ -60,7 +60,7 @@ def test_fprop_within_the_budget(native: ModuleType, c: Case) -> None:
         check_mma(native, c, "fprop", dtype, config)
 
 
-@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("which", ["fprop", "dgrad"])
 def test_tf32_is_exact_on_rounded_operands(native: ModuleType, which: Pass) -> None:
     """Products of values rounded to tf32 are exact in float32: what is left are the errors of its sums."""
     for c in (WIDE[0], WIDE[3]):
