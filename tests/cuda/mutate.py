@@ -33,6 +33,7 @@ class Fault:
 
 
 KERNEL, DGRAD = "csrc/cuda/fprop_sm90.cu", "csrc/cuda/dgrad_sm90.cu"
+TAPS, TILES = "csrc/cuda/fprop_taps_sm90.cu", "csrc/cuda/tiles_sm90.h"
 SCATTER, WGMMA = "csrc/cuda/scatter_sm90.h", "stripe_kernels/backends/cuda_wgmma.py"
 _ENDED = "    wgmma_wait<0>();\n#pragma unroll\n    for (int t = 0; t < Tiles; ++t) "
 FAULTS = {
@@ -41,10 +42,7 @@ FAULTS = {
     ),
     "eight rows in half their distance": Fault("csrc/cuda/matrix_descriptor.h", "1024 >> 4", "512 >> 4"),
     "every other step of channels": Fault(KERNEL, "w + 2 * k, c + k", "w + 4 * k, c + k"),
-    "weights swizzled for other rows": Fault(
-        WGMMA, "pieces[:, :, column, place ^ column % 8]", "pieces[:, :, column, place ^ column % 4]"
-    ),
-    "ones swizzled for other rows": Fault(
+    "weights and ones swizzled for other rows": Fault(
         WGMMA, "pieces[..., column, place ^ column % 8, :]", "pieces[..., column, place ^ column % 4, :]"
     ),
     "a column added to the filter beside its own": Fault(
@@ -65,7 +63,7 @@ FAULTS = {
     "x not awaited": Fault(KERNEL, "    mbarrier_wait(s.x_full + chunk, patch.parity);\n", ""),
     "weights not awaited": Fault(KERNEL, "    mbarrier_wait(s.full + ring.stage, ring.parity);\n  };", "  };"),
     "what columns add to not awaited": Fault(
-        KERNEL, "    if (any) mbarrier_wait(s.full + ring.stage, ring.parity);\n", ""
+        KERNEL, "    mbarrier_wait(s.full + ring.stage, ring.parity);\n    const Record", "    const Record"
     ),
     "a full stage overwritten": Fault(
         KERNEL,
@@ -75,7 +73,7 @@ FAULTS = {
     "more bytes announced than come": Fault(
         KERNEL, "kBytes + (last ? kRecord : 0));", "kBytes + (last ? kRecord : 0) + 16);"
     ),
-    "a stage given back while it is read": Fault(KERNEL, "        wgmma_wait<kAhead ? 0 : 1>();\n", ""),
+    "a stage given back while it is read": Fault(KERNEL, "        wgmma_wait<1>();\n", ""),
     "products put away before they end": Fault(KERNEL, _ENDED + "wgmma_keep(acc[t]);\n    scatter", "    scatter"),
     "registers filled while wgmma reads them": Fault(
         KERNEL, "acc, s.products);\n    wgmma_wait<0>();\n", "acc, s.products);\n"
@@ -100,7 +98,7 @@ FAULTS = {
         DGRAD, "    computers_barrier();  // nobody reads the patch any more\n", ""
     ),
     "dgrad: no zeros behind the patch": Fault(
-        DGRAD, "zeros_of(l) + i % 8 * 16) = {0, 0, 0, 0};", "zeros_of(l) + i % 8 * 16);"
+        TILES, "zeros_of(l) + i % 8 * 16) = {0, 0, 0, 0};", "zeros_of(l) + i % 8 * 16);"
     ),
     "dgrad: weights not awaited": Fault(
         DGRAD,
@@ -112,6 +110,40 @@ FAULTS = {
         "stripe_kernels/backends/cuda_gather.py", "taps.append(np.full(len(f), number, np.int32))",
         "taps.append(np.full(len(f), max(0, number - 1), np.int32))",
     ),
+    "taps: x not awaited": Fault(TAPS, "    mbarrier_wait(s.ready, parity);\n", ""),
+    "taps: a patch overwritten while it is read": Fault(
+        TAPS, "if (thread % 32 == 0) mbarrier_wait(s.read, parity ^ 1);", ""
+    ),
+    "taps: weights not awaited": Fault(
+        TAPS, "if (waits) mbarrier_wait(s.full + ring.stage, ring.parity);", ""
+    ),
+    "taps: a full stage overwritten": Fault(
+        TAPS, "        mbarrier_wait(s.empty + ring.stage, ring.parity ^ 1);\n", ""
+    ),
+    "taps: a stage given back while it is read": Fault(
+        TAPS, "          wgmma_wait<1>();\n          if (p == 0) release();\n", "          if (p == 0) release();\n"
+    ),
+    "taps: registers filled while wgmma reads them": Fault(
+        TAPS, "(part + 1) % S::Parts, behind);", "(part + 1) % S::Parts, current);"
+    ),
+    "taps: sums rounded before they end": Fault(
+        TAPS, "      wgmma_wait<0>();\n      wgmma_keep(z);", "      wgmma_keep(z);"
+    ),
+    "taps: y stored before it ends": Fault(
+        TAPS, "    wgmma_wait<0>();\n    waits = !kept;", "    waits = !kept;"
+    ),
+    "taps: a tap meets what is beside the image": Fault(
+        TAPS, "meets(w, p.i + tap.x, p.j + tap.y)", "meets(w, p.i + tap.x, p.j)"
+    ),
+    "taps: a step reads the pixels of the one before": Fault(
+        TAPS, "s.rows[min(i + 1, count - 1) * kPixels + row]", "s.rows[min(i, count - 1) * kPixels + row]"
+    ),
+    "taps: weights kept that another tile of filters needs": Fault(
+        TAPS, "  if (l.groups * l.tiles_out > 1) return 0;\n", ""
+    ),
+    "taps: what is left over added to a bundle's own": Fault(
+        "stripe_kernels/backends/cuda_taps.py", "2 * bundle + (place // SIXTEEN == bundles)", "2 * bundle"
+    ),
 }  # fmt: skip
 
 
@@ -120,11 +152,15 @@ def check(extension: str) -> None:
     import torch
 
     from stripe_kernels.backends.cuda_gather import CONFIGS as DGRAD_CONFIGS
+    from stripe_kernels.backends.cuda_taps import CONFIGS as TAPS_CONFIGS
     from stripe_kernels.backends.cuda_wgmma import CONFIGS
     from tests.cuda.problems import problem_of
     from tests.cuda.test_gather import EVERYTHING as GATHERED
     from tests.cuda.test_gather import check_dgrad
     from tests.cuda.test_mma import WIDE
+    from tests.cuda.test_taps import EVERYTHING as TAPPED
+    from tests.cuda.test_taps import PROBLEMS as TAPS_PROBLEMS
+    from tests.cuda.test_taps import check_fprop
     from tests.cuda.test_wgmma import (
         BUNDLES,
         DEEP,
@@ -165,6 +201,14 @@ def check(extension: str) -> None:
                 assert torch.equal(check_dgrad(native, c, torch.bfloat16, config), first), (
                     f"{order.__name__}: other bits"
                 )
+    cases = (*(c for c in TAPS_PROBLEMS if c.name in ("grouped", "taps far apart", "full")), TAPPED)
+    for c, config in product(cases, TAPS_CONFIGS):
+        first = check_fprop(native, c, torch.bfloat16, config)
+        for order in (emulated.late, emulated.backwards, emulated.greedy):
+            with order(native):
+                assert torch.equal(check_fprop(native, c, torch.bfloat16, config), first), (
+                    f"{order.__name__}: other bits"
+                )
 
 
 class Builder:
@@ -199,7 +243,8 @@ class Builder:
 
     def link(self, tree: Path, changed: str = "") -> Path:
         """The extension with the kernels that a changed file is part of compiled anew, from the tree."""
-        anew = {KERNEL: (KERNEL,), SCATTER: (KERNEL,), DGRAD: (DGRAD,)}.get(changed, (KERNEL, DGRAD))
+        sources = {KERNEL: (KERNEL,), SCATTER: (KERNEL,), DGRAD: (DGRAD,), TAPS: (TAPS,)}
+        anew = sources.get(changed, (TAPS, DGRAD) if changed == TILES else (KERNEL, DGRAD, TAPS))
         anew = anew if changed.startswith("csrc") else ()
         target, objects = tree / "_cuda.so", []
         for source in self.sources:
