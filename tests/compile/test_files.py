@@ -277,6 +277,21 @@ def test_hand_made_files_are_refused(what: str, path: Path) -> None:
         load(rewritten(path, changes()[what]))
 
 
+@pytest.mark.parametrize("depth", [250, 400, 100_000])
+def test_a_description_nested_too_deep_is_refused(depth: int, path: Path) -> None:
+    """Deeper than Python's compiler, what rebuilds arguments, or the JSON parser follows; it is written as text, since
+    no encoder follows either."""
+    with safe_open(path, "pt") as file:
+        text = file.metadata()["stripe_kernels"]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    graph = json.loads(text)
+    graph["nodes"][-1][3] = {"tuple": ["here"]}
+    text = json.dumps(graph).replace('"here"', '{"tuple": [' * depth + "1" + "]}" * depth)
+    save_file(tensors, path, {"stripe_kernels": text, "sha256": files._checksum(text, tensors)})
+    with pytest.raises(ValueError, match=r"describes no network|its description is not what save writes"):
+        load(path)
+
+
 def test_a_failed_write_leaves_the_old_file(
     frozen: nn.Module, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

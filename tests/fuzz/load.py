@@ -9,6 +9,7 @@ over the tensors of a sound file, so that the parser behind the checksum is reac
 from __future__ import annotations
 
 import json
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -60,15 +61,17 @@ def one_input(data: bytes) -> None:
 
 def mutate(data: bytes, most: int, seed: int) -> bytes:
     """Half the time a change of the description's structure, which flipped bits seldom keep parseable."""
-    import random
-
     rng = random.Random(seed)
     if rng.random() < 0.5 or not data.startswith(b"J"):
         return atheris.Mutate(data, most)
     try:
-        tree = json.loads(data[1:])
-    except ValueError:
+        return restructure(data, rng)[:most]
+    except (ValueError, RecursionError):  # no JSON, nothing to change, or copied into itself too often
         return atheris.Mutate(data, most)
+
+
+def restructure(data: bytes, rng: random.Random) -> bytes:
+    tree = json.loads(data[1:])
     places: list[tuple[object, object]] = []
 
     def walk(value: object) -> None:
@@ -81,7 +84,7 @@ def mutate(data: bytes, most: int, seed: int) -> bytes:
 
     walk(tree)
     if not places:
-        return atheris.Mutate(data, most)
+        raise ValueError("neither a list nor a dict with anything in it")
     inside, key = rng.choice(places)
     other, place = rng.choice(places)
     odd = [
@@ -105,7 +108,7 @@ def mutate(data: bytes, most: int, seed: int) -> bytes:
         del inside[key]  # type: ignore[attr-defined]
     else:
         inside[key] = rng.choice(odd) if change == "odd" else json.loads(json.dumps(other[place]))  # type: ignore[index]
-    return (b"J" + json.dumps(tree).encode())[:most]
+    return b"J" + json.dumps(tree).encode()
 
 
 def main() -> None:

@@ -68,8 +68,10 @@ std::vector<Live> live_stripes(const Problem& p) {
   std::vector<Live> live;
   unsigned seed = 7;
   for (int k = 0; k < p.s.K; ++k)
-    for (int t = 0; t < p.s.taps(); ++t)
-      if (static_cast<int>((seed = Tensor::next(seed)) >> 16) % 8 < p.keep) live.push_back({k, t});
+    for (int t = 0; t < p.s.taps(); ++t) {
+      seed = Tensor::next(seed);
+      if (static_cast<int>(seed >> 16) % 8 < p.keep) live.push_back({k, t});
+    }
   return live;
 }
 
@@ -146,7 +148,7 @@ struct Operands {
         residual({p.s.N, p.s.K, p.s.P, p.s.Q}, f, !channels_last) {
     x.fill(1), dy.fill(2), w.fill(3), residual.fill(4);
     for (int k = 0; k < p.s.K; ++k)
-      scale.push_back(k % 3 ? 0.5f : -2.f), shift.push_back((k % 7 - 3) * 0.25f);
+      scale.push_back(k % 3 ? 0.5f : -2.f), shift.push_back(static_cast<float>(k % 7 - 3) * 0.25f);
   }
 };
 
@@ -236,7 +238,7 @@ Expected pooled(Expected& from, int size, int stride, int pad, bool mean) {
     for (int b = 0; b < n[1]; ++b)
       for (int i = 0; i < to.shape[2]; ++i)
         for (int j = 0; j < to.shape[3]; ++j) {
-          double sum = 0, most = -INFINITY;
+          double sum = 0, most = -HUGE_VAL;
           for (int h = std::max(0, i * stride - pad); h < std::min(n[2], i * stride - pad + size); ++h)
             for (int w = std::max(0, j * stride - pad); w < std::min(n[3], j * stride - pad + size); ++w)
               sum += from.at(a, b, h, w), most = std::max(most, from.at(a, b, h, w));
