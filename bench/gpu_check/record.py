@@ -28,8 +28,9 @@ SOURCES = (
 # measured again.
 SAME_ON_A_GPU = {
     "a7dd3ca2f2792c38": (
-        "743e100c152a9315",
-        "cuda_mma_tf32 without wgrad, which no row has; the swizzle of packed weights written once",
+        "f9a0b1df877d66ae",
+        "cuda_mma_tf32 without wgrad, groups whose channels the taps kernel would mix refused, checks of tables, an "
+        "unused width of wgmma gone: nothing that a row has met; the swizzle of packed weights written once",
     ),
 }
 # Stages without which a record says too little to be quoted; rows there was no time for are named in it.

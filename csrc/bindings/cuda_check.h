@@ -229,38 +229,43 @@ class TableCheck {
   // A tile as dgrad's; a phase is a tile of filters, its taps are its steps', with their signs as they are.
   void fprop_taps_sm90() const {
     const Walk& w = l_.walk;
-    const int chunks = (l_.group_in + 63) / 64, box = w.load_w, phases = l_.groups * l_.tiles_out;
+    const int chunks = (l_.group_in + 63) / 64, padded = chunks > 1 ? (chunks + 1) / 2 * 2 : 1;
+    const int box = w.load_w, phases = l_.groups * l_.tiles_out;
     require(l_.dtype != DType::f32, "16-bit values");
     require((l_.tile_out == 64 || l_.tile_out == 128) && (l_.width == 64 || l_.width == 128) &&
                 l_.width <= l_.tile_out,
             "a tile has 64 or 128 filters, and so has what shares columns");
     require(l_.group_in % 8 == 0, "channels come in pieces of 16 bytes");
-    require(box <= 256 && l_.pitch % 1024 == 0 && l_.pitch >= 1024 && l_.chunk <= 1 << 15 &&
-                (l_.chunk + box - 1) / box * box * 128 + 128 <= l_.pitch,
+    require(l_.groups == 1 || l_.group_in == padded * 64, "channels of a group are not read with another's");
+    require(box <= 256 && (box >= l_.chunk || box % 8 == 0) && l_.pitch % 1024 == 0 && l_.pitch >= 1024 &&
+                l_.chunk <= 1 << 15 && (l_.chunk + box - 1) / box * box * 128 + 128 <= l_.pitch,
             "a patch and its zeros have room");
-    require(chunks == 1 || l_.pitch <= 1 << 18, "a patch fits shared memory");
+    require(static_cast<long long>(padded) * l_.pitch <= 1 << 18 && w.patch_w <= 1 << 10,
+            "a tile fits shared memory");
     require(l_.slab >= 2 && l_.slab <= 64 && l_.splits == 1 && w.load_h <= 2, "two stages, no splits");
     require(w.tile_n == 192 && w.in_step_h == 1 && w.in_step_w == 1 && w.out_step_h == 1 && w.out_step_w == 1,
             "a tile has 192 pixels, a stride is 1");
     require(static_cast<long long>(l_.tiles_out) * l_.tile_out >= l_.group_out,
             "tiles of filters hold them all");
     require(w.classes == phases && w.tiles_n % l_.groups == 0, "every tile of filters has steps");
-    const int steps = (l_.lists - l_.entries) / 2, of_group = w.tiles_n / l_.groups;
+    const int steps = w.row_w, of_group = w.tiles_n / l_.groups;
     const long long images = w.images, pixels = images * w.in_h * w.in_w;
+    require(pixels < 1LL << 31 && images * w.out_h * w.out_w < 1LL << 31, "32 bits number all pixels");
+    require(l_.lists - l_.entries >= 2LL * steps, "a step has two integers");
     require(l_.entries - l_.steps >= 12 * phases, "a phase has twelve integers");
     require(l_.steps - l_.items >= 8 * w.tiles_n, "a tile has eight integers");
     std::vector<std::vector<std::pair<int, int>>> taps(l_.groups);
-    for (int i = 0; i < phases; ++i) {
+    for (int i = 0, next = 0; i < phases; ++i) {
       const int* f = &t_[l_.steps + 12 * i];
-      const int group = i / l_.tiles_out;
-      require(f[0] == group && f[1] == 0 && f[2] == 0 && f[3] == w.out_h && f[4] == w.out_w &&
-                  images * w.out_h * w.out_w < 1LL << 31,
+      const int group = i / l_.tiles_out, first = i % l_.tiles_out * l_.tile_out;
+      require(f[0] == group && f[1] == 0 && f[2] == 0 && f[3] == w.out_h && f[4] == w.out_w,
               "a phase is its group's");
-      require(0 <= f[7] && f[7] < f[8] && f[8] <= steps && f[8] - f[7] <= w.patch_w,
-              "steps exist and have room");
-      require(f[10] > 0 && f[10] <= l_.tile_out && f[9] >= group * l_.group_out &&
-                  f[9] <= (group + 1) * l_.group_out - f[10],
-              "filters lie in their group");
+      require(f[7] == next && f[7] < f[8] && f[8] <= steps && f[8] - f[7] <= w.patch_w,
+              "steps follow each other and have room");
+      require(f[9] == group * l_.group_out + first && f[10] > 0 &&
+                  f[10] == std::min(l_.tile_out, l_.group_out - first),
+              "tiles of filters follow each other");
+      next = f[8];
       for (int s = f[7]; s < f[8]; ++s) taps[group].emplace_back(entry(2 * s), entry(2 * s + 1));
     }
     for (auto& of : taps) {
@@ -270,16 +275,18 @@ class TableCheck {
     // Every pixel that a tap reads has to lie in the patch; the kernel does not look.
     for (int i = 0; i < w.tiles_n; ++i) {
       const int* tile = &t_[l_.items + 8 * i];
-      require(tile[0] == i / of_group && tile[1] >= 0, "a tile's group exists");
-      require(0 <= tile[2] && 0 <= tile[3] && tile[3] <= l_.chunk && tile[2] + tile[3] <= pixels,
+      require(tile[0] == i / of_group, "a tile's group exists");
+      require(0 <= tile[2] && 0 <= tile[3] && tile[3] <= l_.chunk && pixels - tile[2] >= tile[3],
               "a patch lies in x");
-      require(tile[1] == (tile[4] * w.out_h + tile[5]) * w.out_w + tile[6] && 0 <= tile[5] &&
-                  tile[5] < w.out_h && 0 <= tile[6] && tile[6] < w.out_w,
+      require(tile[1] == i % of_group * w.tile_n && 0 <= tile[4] && tile[4] < std::max(1LL, images) &&
+                  0 <= tile[5] && tile[5] < w.out_h && 0 <= tile[6] && tile[6] < w.out_w &&
+                  tile[1] == (static_cast<long long>(tile[4]) * w.out_h + tile[5]) * w.out_w + tile[6],
               "a tile begins at its first pixel");
       bool stays = true;
       for (int m = 0, n = tile[4], p = tile[5], q = tile[6]; m < w.tile_n && n < images; ++m) {
         for (const auto& tap : taps[tile[0]]) {
-          const int h = p + tap.first, v = q + tap.second;
+          const long long h = static_cast<long long>(p) + tap.first,
+                          v = static_cast<long long>(q) + tap.second;
           if (h < 0 || h >= w.in_h || v < 0 || v >= w.in_w) continue;
           const long long at = (n * static_cast<long long>(w.in_h) + h) * w.in_w + v - tile[2];
           stays = stays && 0 <= at && at < tile[3];

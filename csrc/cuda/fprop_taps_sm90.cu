@@ -477,7 +477,7 @@ int fprop_taps_sm90_bytes(const Layout& l) {
 
 // width: filters that share 16 columns, 64 or 128; tile_out: filters of a tile, as many or 128; slab: stages of the ring;
 // chunk: rows of the largest patch; pitch: bytes from 64 channels of a patch to the next; of the walk patch_w: most steps of
-// a tile of filters, load_h: buffers of tiles, load_w: rows of x that are copied at once.
+// a tile of filters, row_w: steps of all, load_h: buffers of tiles, load_w: rows of x that are copied at once.
 int fprop_taps_sm90(const Params& p, void* stream) {
   if (p.layout.dtype == DType::bf16) return launch_type<bf16>(p, stream);
   if (p.layout.dtype == DType::f16) return launch_type<f16>(p, stream);

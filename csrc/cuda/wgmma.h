@@ -95,7 +95,6 @@ SK_WGMMA_BOTH(256, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5 
 SK_WGMMA_REGISTERS_ROWS(32, SK_N0 ", " SK_N1, "16", "17", "18", "19", "20", "21", SK_D8(0), SK_D8(8))
 SK_WGMMA_REGISTERS_ROWS(48, SK_N0 ", " SK_N1 ", " SK_N2, "24", "25", "26", "27", "28", "29", SK_D8(0), SK_D8(8), SK_D8(16))
 SK_WGMMA_REGISTERS_ROWS(64, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3, "32", "33", "34", "35", "36", "37", SK_D32(0))
-SK_WGMMA_REGISTERS_ROWS(80, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4, "40", "41", "42", "43", "44", "45", SK_D32(0), SK_D8(32))
 SK_WGMMA_REGISTERS_ROWS(128, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5 ", " SK_N6 ", " SK_N7, "64", "65", "66", "67", "68", "69", SK_D32(0), SK_D32(32))
 SK_WGMMA_REGISTERS_BOTH(64, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3, "32", "33", "34", "35", "36", "37", SK_D32(0))
 SK_WGMMA_REGISTERS_BOTH(128, SK_N0 ", " SK_N1 ", " SK_N2 ", " SK_N3 ", " SK_N4 ", " SK_N5 ", " SK_N6 ", " SK_N7, "64", "65", "66", "67", "68", "69", SK_D32(0), SK_D32(32))

@@ -126,7 +126,7 @@ def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
     if not any(cuda_wgmma.room(problem, config) for config in cuda_wgmma.CONFIGS):
         return (
             f"a patch with the halo of its taps and {s.group_c} channels exceeds {cuda_wgmma.SHARED_BYTES} bytes of "
-            f"shared memory, or a phase has more than {cuda_wgmma.TAPS} taps"
+            f"shared memory, and tap by tap too, or a phase has more than {cuda_wgmma.TAPS} taps"
         )
     return None
 

@@ -82,7 +82,7 @@ def lists_of(phase: Phase) -> Lists:
 @lru_cache(maxsize=128)
 def _patches(skeleton: FilterSkeleton, s: ConvShape) -> tuple[tuple[Phase, np.ndarray, np.ndarray], ...]:
     return tuple(
-        (p, *patches_of([(t.i, t.j) for t in p.taps], (s.N, p.rows, p.columns), (s.P, s.Q), PIXELS))
+        (p, *patches_of(tuple((t.i, t.j) for t in p.taps), (s.N, p.rows, p.columns), (s.P, s.Q), PIXELS))
         for p in phases(skeleton, s)
         if p.pixels
     )

@@ -23,6 +23,8 @@ from stripe_kernels.registry import Config, Problem
 SIXTEEN = 16  # columns of a bundle, and of what is left over of all
 SUMS_BYTES = 2048  # of a warp's results
 MOST_STAGES = 64  # of the ring
+MOST_STEPS = 1024  # of a tile of filters
+MOST_BLOCKS = 65535  # of filters
 NOWHERE = 1 << 20  # a tap that meets no image
 PIXELS = 192  # of a tile
 # Filters of a tile, and of a bundle: they share 16 columns. The third number tells these from cuda_wgmma's own.
@@ -89,23 +91,26 @@ def steps_by_tile(problem: Problem, config: Config) -> tuple[tuple[Phase, tuple[
     )
 
 
-@lru_cache(maxsize=128)
-def _patches(problem: Problem, pixels: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+def _patches(problem: Problem, pixels: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """By group."""
     s = problem.shape
-    return tuple(
-        patches_of([(-t.i, -t.j) for t in p.taps], (s.N, s.P, s.Q), (s.H, s.W), pixels)
+    return [
+        patches_of(tuple((-t.i, -t.j) for t in p.taps), (s.N, s.P, s.Q), (s.H, s.W), pixels)
         for p in phases(problem.skeleton, s)
         if p.pixels
-    )
+    ]
 
 
 @lru_cache(maxsize=512)
 def layout_of(problem: Problem, config: Config) -> Layout | None:
-    """None where a block of sm_90 has too little shared memory, or there are too many pixels."""
+    """None where a block of sm_90 has too little shared memory, there are too many pixels or blocks, or channels of the
+    next group would be read, times zero, with those of a group: its infinities would not stay its own."""
     s, (filters, serve, pixels) = problem.shape, config
+    if s.stride != (1, 1) or max(s.P, s.Q) > SIDE or s.group_c == 0:
+        return None
     stage = Stages.of(problem, config)
     chunks = stage.chunks * stage.of_step
-    if s.stride != (1, 1) or max(s.P, s.Q) > SIDE or serve > filters:
+    if (s.groups > 1 and s.group_c != chunks * CHUNK) or s.groups * -(-s.group_k // filters) > MOST_BLOCKS:
         return None
     for phase in phases(problem.skeleton, s):
         away = [t.i * s.W + t.j for t in phase.taps]
@@ -118,6 +123,8 @@ def layout_of(problem: Problem, config: Config) -> Layout | None:
     found = steps_by_tile(problem, config)
     steps = max(len(tile) for _, tiles in found for tile in tiles)
     tiles_out = -(-s.group_k // filters)
+    if steps > MOST_STEPS:
+        return None
     tile = chunks * pitch + steps * pixels * 2 + pixels * 8 + 16
     fixed = pixels // 16 * SUMS_BYTES + 4 * 8 + 1024
     for buffers in (2, 1):
@@ -129,7 +136,7 @@ def layout_of(problem: Problem, config: Config) -> Layout | None:
     count = len(_patches(problem, pixels)[0][0]) * s.groups
     walk = Walk(
         s.N, (pixels, 1, 1), (count, 1, 1), (s.P, s.Q), (1, 1), (s.H, s.W), (1, 1), (1, steps),
-        (buffers, box), (1, 1), s.groups * tiles_out,
+        (buffers, box), (1, sum(len(tile) for _, tiles in found for tile in tiles)), s.groups * tiles_out,
     )  # fmt: skip
     return Layout(
         walk, s.groups, s.group_c, s.group_k, filters, tiles_out, max(1, most), pitch, stages, 1, serve

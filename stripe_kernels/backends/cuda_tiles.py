@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from stripe_kernels.geometry import IntPair
@@ -12,8 +14,9 @@ TAPS = 32  # of a phase, most
 SIDE = 1 << 19  # pixels of a phase in either direction: the kernels divide in float32
 
 
+@lru_cache(maxsize=128)
 def patches_of(
-    taps: list[IntPair], written: tuple[int, int, int], read: IntPair, pixels: int
+    taps: tuple[IntPair, ...], written: tuple[int, int, int], read: IntPair, pixels: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """First pixel read and count, of all images, of each tile of `pixels` pixels: (n, i, j) of those written reads
     (i, j) - tap."""

@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 
 from stripe_kernels.backends import cuda_ffma, cuda_mma, cuda_mma_grad, cuda_wgmma
+from stripe_kernels.backends.cuda_taps import CONFIGS as TAPS_CONFIGS
 from stripe_kernels.registry import PASSES
 from stripe_kernels.testing import CASES
 from tests.cuda import emulated
 from tests.cuda.problems import check, problem_of
 from tests.cuda.test_ffma import FAR
+from tests.cuda.test_gather import check_dgrad
 from tests.cuda.test_mma import WIDE
+from tests.cuda.test_taps import PROBLEMS as TAPS_PROBLEMS
+from tests.cuda.test_taps import check_fprop
 from tests.cuda.test_wgmma import EVERYTHING, check_wgmma, refused
 
 # Odd everywhere, so that no row, chunk or tile ends where its memory does.
@@ -45,6 +49,11 @@ def main(extension: str) -> None:
             with emulated.late(native):
                 check_wgmma(native, c, torch.bfloat16, config)
             count += 2
+    for number, c in enumerate(TAPS_PROBLEMS):
+        with emulated.late(native):
+            check_fprop(native, c, torch.bfloat16, TAPS_CONFIGS[number % 3])
+        check_dgrad(native, c, torch.bfloat16, (128,))
+        count += 2
     print(f"{count} launches within their budgets")
 
 

@@ -22,8 +22,10 @@ from tests.cuda.test_mma import WIDE
 from tests.cuda.test_wgmma import Built
 
 EVERYTHING = case("several of everything", N=3, C=200, H=13, W=17, K=200, density=0.5)
+GROUPS = case("groups of whole chunks", N=3, C=128, H=5, W=6, K=144, groups=2)
 PROBLEMS = (
-    *(c for c in WIDE if c.shape.stride == (1, 1)), EVERYTHING,
+    *(c for c in WIDE if c.shape.stride == (1, 1) and c.shape.groups == 1), EVERYTHING, GROUPS,
+    case("groups of two chunks", N=1, C=256, H=4, W=5, K=16, groups=2),
     case("five by four", N=2, C=16, H=11, W=9, K=24, R=5, S=4, padding=(2, 1)),
     case("padding wider than the map", N=2, C=8, H=2, W=1, K=8, R=5, S=4, padding=(4, 5), density=0.5),
     case("one row", N=2, C=8, H=1, W=40, K=16, R=1, S=3, padding=(0, 1)),
@@ -38,7 +40,7 @@ def check_fprop(native: ModuleType, c: Case, dtype: torch.dtype, config: Config)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("c", PROBLEMS, ids=lambda c: c.name)
 def test_within_the_budget(native: ModuleType, c: Case, config: Config) -> None:
-    dtype = torch.float16 if config[2] == 192 else torch.bfloat16
+    dtype = torch.float16 if config[1] == 128 else torch.bfloat16
     at_once = check_fprop(native, c, dtype, config)
     with emulated.late(native):
         assert torch.equal(check_fprop(native, c, dtype, config), at_once)
@@ -54,6 +56,25 @@ def test_no_wait_is_missing(native: ModuleType, config: Config) -> None:
             assert torch.equal(check_fprop(native, EVERYTHING, torch.bfloat16, config), first)
         with emulated.greedy(native):
             assert torch.equal(check_fprop(native, EVERYTHING, torch.bfloat16, config), first)
+
+
+def test_groups_that_share_a_chunk_are_left_to_others() -> None:
+    for c in (24, 136, 192):
+        p = problem_of(
+            case("shared", N=1, C=2 * c, H=5, W=5, K=16, groups=2), "channels_last", torch.bfloat16
+        )
+        assert not any(layout_of(p, config) for config in CONFIGS)
+
+
+def test_nan_stays_in_its_group(native: ModuleType) -> None:
+    o = GROUPS.operands(torch.bfloat16, "channels_last")
+    x = o.x.clone()
+    x[:, 64:, 2, 3] = torch.inf
+    for config in CONFIGS:
+        runner = TapsFprop(native, problem_of(GROUPS, "channels_last", torch.bfloat16), config)
+        y = runner(x, runner.pack(o.weight), None, None, None, "none")
+        assert y[:, :72].isfinite().all()
+        assert not y[:, 72:].isfinite().all()
 
 
 @pytest.mark.parametrize("c", PROBLEMS, ids=lambda c: c.name)
@@ -136,6 +157,7 @@ def test_tables_that_lead_elsewhere_are_refused(native: ModuleType) -> None:
     tables = built.tables
     for reason, changed in (
         ("a tile's group exists", {"items_0": 1}),
+        ("a tile begins at its first pixel", {"items_4": 3}),
         ("a tile begins at its first pixel", {"items_1": 1}),
         ("a patch lies in x", {"items_2": -1}),
         ("a patch lies in x", {"items_3": 1 << 20}),
@@ -145,11 +167,14 @@ def test_tables_that_lead_elsewhere_are_refused(native: ModuleType) -> None:
         ("a tile begins at its first pixel", {"items_5": 9}),
         ("a phase is its group's", {"steps_0": 1}),
         ("a phase is its group's", {"steps_3": 10}),
-        ("steps exist and have room", {"steps_8": 1000}),
-        ("steps exist and have room", {"steps_7": tables[built.steps + 8]}),
-        ("filters lie in their group", {"steps_9": -1}),
-        ("filters lie in their group", {"steps_10": 65}),
-        ("filters lie in their group", {"steps_22": 20}),
+        ("steps follow each other and have room", {"steps_8": 1000}),
+        ("steps follow each other and have room", {"steps_7": tables[built.steps + 8]}),
+        ("steps follow each other and have room", {"steps_20": tables[built.steps + 20] + 1}),
+        ("tiles of filters follow each other", {"steps_9": 8}),
+        ("tiles of filters follow each other", {"steps_10": 60}),
+        ("tiles of filters follow each other", {"steps_22": 20}),
+        ("a patch and its zeros have room", {"layout_10": 1000}),
+        ("a tile fits shared memory", {"layout_10": 2**31 - 1024}),
         ("a tap stays in its patch", {"entries_0": tables[built.entries] - 1}),
     ):
         assert built.refusal(**changed) == reason, changed
