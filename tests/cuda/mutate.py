@@ -147,8 +147,9 @@ FAULTS = {
 }  # fmt: skip
 
 
-def check(extension: str) -> None:
-    """The problems, in every order; AssertionError at the first that shows a fault."""
+def check(extension: str, part: str) -> None:
+    """The problems of "fprop", "dgrad" or "taps", or of all ("all"), in every order; AssertionError at the first that
+    shows a fault."""
     import torch
 
     from stripe_kernels.backends.cuda_gather import CONFIGS as DGRAD_CONFIGS
@@ -174,7 +175,9 @@ def check(extension: str) -> None:
 
     native = emulated.load(Path(extension))
     few = (c for c in MMA_PROBLEMS if c.name in ("lopsided", "grouped", "strided"))
-    cases = (*few, DEEP, EVERYTHING, BUNDLES, MANY, *PHASES_IN_FULL_BLOCKS)
+    cases = (
+        (*few, DEEP, EVERYTHING, BUNDLES, MANY, *PHASES_IN_FULL_BLOCKS) if part in ("all", "fprop") else ()
+    )
     for c, config in product(cases, CONFIGS[:2]):
         if refused(problem_of(c, "channels_last", torch.bfloat16), config):
             continue
@@ -192,9 +195,8 @@ def check(extension: str) -> None:
             with emulated.greedy(native):  # the second warpgroup gets ahead
                 last = check_wgmma(native, c, torch.bfloat16, config)
                 assert torch.equal(last, first), "a warpgroup that gets ahead changes the bits"
-    for c, config in product(
-        (*(c for c in WIDE if c.name in ("lopsided", "grouped", "strided")), GATHERED), DGRAD_CONFIGS[1:]
-    ):
+    cases = (*(c for c in WIDE if c.name in ("lopsided", "grouped", "strided")), GATHERED)
+    for c, config in product(cases if part in ("all", "dgrad") else (), DGRAD_CONFIGS[1:]):
         first = check_dgrad(native, c, torch.bfloat16, config)
         for order in (emulated.late, emulated.backwards, emulated.greedy):
             with order(native):
@@ -205,7 +207,7 @@ def check(extension: str) -> None:
         *(c for c in TAPS_PROBLEMS if c.name in ("groups of whole chunks", "taps far apart", "full")),
         TAPPED,
     )
-    for c, config in product(cases, TAPS_CONFIGS):
+    for c, config in product(cases if part in ("all", "taps") else (), TAPS_CONFIGS):
         first = check_fprop(native, c, torch.bfloat16, config)
         for order in (emulated.late, emulated.backwards, emulated.greedy):
             with order(native):
@@ -260,14 +262,20 @@ class Builder:
         return target
 
 
-def verdict(tree: Path, extension: Path) -> str | None:
+def part_of(fault: str) -> str:
+    """Whose problems show it: those of the kernel it is named after, fprop's where it is named after none."""
+    kernel = fault.partition(":")[0]
+    return kernel if kernel in ("dgrad", "taps") else "fprop"
+
+
+def verdict(tree: Path, extension: Path, part: str) -> str | None:
     """What noticed a fault; None when nothing did."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "python")]),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "tests.cuda.mutate", "--check", str(extension)]
+    command = [sys.executable, "-m", "tests.cuda.mutate", "--check", str(extension), "--part", part]
     try:
         done = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS
@@ -287,16 +295,17 @@ def main() -> int:
     parser.add_argument("fault", nargs="*", choices=[[], *FAULTS], help="all without a name")
     parser.add_argument("--record", type=Path, help="write what noticed each fault here as JSON")
     parser.add_argument("--check", metavar="SO", help=argparse.SUPPRESS)
+    parser.add_argument("--part", default="all", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.check:
-        check(arguments.check)
+        check(arguments.check, arguments.part)
         return 0
     caught: dict[str, str | None] = {}
     with tempfile.TemporaryDirectory() as temporary:
         builder, tree = Builder(Path(temporary)), Path(temporary) / "tree"
         for part in ("csrc", "stripe_kernels", "python", "tests"):
             shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
-        sound = verdict(tree, builder.link(tree))
+        sound = verdict(tree, builder.link(tree), "all")
         if sound:
             sys.exit(f"without a fault: {sound}")
         for name in arguments.fault or FAULTS:
@@ -306,7 +315,7 @@ def main() -> int:
             if text.count(fault.right) != 1:
                 sys.exit(f"{fault.file} no longer has what {name!r} replaces once: {fault.right!r}")
             path.write_text(text.replace(fault.right, fault.wrong))
-            caught[name] = verdict(tree, builder.link(tree, fault.file))
+            caught[name] = verdict(tree, builder.link(tree, fault.file), part_of(name))
             path.write_text(text)
             print(f"{name:40s} {caught[name] or 'NOT NOTICED'}", flush=True)
     if arguments.record:
