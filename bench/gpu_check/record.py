@@ -28,9 +28,10 @@ SOURCES = (
 # measured again.
 SAME_ON_A_GPU = {
     "a7dd3ca2f2792c38": (
-        "f9a0b1df877d66ae",
+        "ec3edef96db7309e",
         "cuda_mma_tf32 without wgrad, groups whose channels the taps kernel would mix refused, checks of tables, an "
-        "unused width of wgmma gone: nothing that a row has met; the swizzle of packed weights written once",
+        "unused width of wgmma gone: nothing that a row has met; what kernels and runners said twice said once: the "
+        "same machine code, compared",
     ),
 }
 # Stages without which a record says too little to be quoted; rows there was no time for are named in it.

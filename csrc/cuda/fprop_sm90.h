@@ -2,6 +2,7 @@
 #pragma once
 #include "cuda/epilogue.h"
 #include "cuda/mbarrier.h"
+#include "cuda/ring.h"
 #include "cuda/walk.h"
 #include "cuda/warpgroup.h"
 
@@ -136,15 +137,6 @@ __device__ inline void copy_tables(const Layout& l, const int* global, int* shar
   for (int i = threadIdx.x; i < all; i += kThreads)
     shared[i] = global[i < first ? l.items + i : l.lists + i - first];
 }
-
-// A place in a ring, and the parity of its current round.
-struct Cursor {
-  int stage = 0, parity = 0;
-
-  __device__ void advance(int stages) {
-    if (++stage == stages) stage = 0, parity ^= 1;
-  }
-};
 
 // The blocks of columns that a block of threads multiplies, one after the other: filter tiles with most work come first in
 // the tables, and their pixel tiles go around the grid.

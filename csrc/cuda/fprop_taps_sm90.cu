@@ -16,6 +16,7 @@
 #include "cuda/epilogue.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/ring.h"
 #include "cuda/tensor_map.h"
 #include "cuda/tiles_sm90.h"
 #include "cuda/wgmma.h"
@@ -160,15 +161,6 @@ __device__ inline int kept_stages(const Layout& l, const int* tables) {
   const int stages = reinterpret_cast<const Phase*>(tables + l.steps)->steps_end * (stages_of<S>(l) + 1);
   return stages <= l.slab ? stages : 0;
 }
-
-// A place in the ring, and the parity of its current round.
-struct Cursor {
-  int stage = 0, parity = 0;
-
-  __device__ void advance(int stages) {
-    if (++stage == stages) stage = 0, parity ^= 1;
-  }
-};
 
 template <class S>
 __device__ inline void load_weights(const Launch& launch) {

@@ -84,7 +84,25 @@ def empty_channels_last(size: tuple[int, int, int, int], like: Tensor) -> Tensor
     return torch.empty(n, h, w, c, dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
 
 
-class MmaFprop(CudaRunner):
+class ChannelsLastFprop(CudaRunner):
+    """fprop of a kernel that takes and gives channels last."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        act: str,
+    ) -> Tensor:
+        y = empty_channels_last(self.shape.output_size, x)
+        return self.launch(
+            dense_channels_last(x), packed, y, None, (bias, scale, residual, act), (self.shape.K, 1)
+        )
+
+
+class MmaFprop(ChannelsLastFprop):
     """An entry is one tap of a step: row of the tap, and the blocks that live there as bits. Fragments of a
     step lie in the order they are executed: by entry, unit of channels, block."""
 
@@ -126,20 +144,6 @@ class MmaFprop(CudaRunner):
         # column, unit, step of the tensor core, half of it, lane's word, value -> lane (column, word) first
         parts = rows.view(-1, COLUMNS, self.units, 2, 2, 4, 4 // size).permute(0, 2, 1, 5, 3, 4, 6)
         return parts.reshape(-1, FRAGMENT // size)[arrays["fragments"]]
-
-    def __call__(
-        self,
-        x: Tensor,
-        packed: Tensor,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        residual: Tensor | None,
-        act: str,
-    ) -> Tensor:
-        y = empty_channels_last(self.shape.output_size, x)
-        return self.launch(
-            dense_channels_last(x), packed, y, None, (bias, scale, residual, act), (self.shape.K, 1)
-        )
 
 
 class _FragmentOrder:

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stripe_kernels.backends.cuda_mma import dense_channels_last, empty_channels_last
-from stripe_kernels.backends.cuda_runner import CudaRunner
+from stripe_kernels.backends.cuda_mma import ChannelsLastFprop
 from stripe_kernels.backends.cuda_tables import Layout, Tables
 from stripe_kernels.backends.cuda_tiles import MOST_ROWS, SIDE, patches_of
 from stripe_kernels.backends.cuda_walk import Walk
@@ -143,7 +142,7 @@ def layout_of(problem: Problem, config: Config) -> Layout | None:
     )
 
 
-class TapsFprop(CudaRunner):
+class TapsFprop(ChannelsLastFprop):
     """Items are tiles of pixels, steps the tiles of filters of every group, entries the steps with their tap."""
 
     def __init__(self, native: Any, problem: Problem, config: Config) -> None:
@@ -169,7 +168,7 @@ class TapsFprop(CudaRunner):
                     columns.append(step.columns)
                     tap = phase.taps[step.tap] if step.tap >= 0 else None
                     tables.entries += [tap.i, tap.j] if tap else [NOWHERE, NOWHERE]
-        rows = np.array([[-1 if c is None else c[1] for c in step] for step in columns], np.int32)
+        rows = np.array([[-1 if c is None else c[1] for c in step] for step in columns], np.int64)
         super().__init__(
             native, "fprop_taps_sm90", problem, layout, tables, rows=rows,
             ones=_ones(columns, config, self.stage.bytes, problem.dtype),
@@ -182,25 +181,11 @@ class TapsFprop(CudaRunner):
         chunks = stage.chunks * stage.of_step
         # One row of zeros for columns without a stripe, zeros behind the channels.
         padded = torch.nn.functional.pad(weight.detach(), (0, chunks * CHUNK - weight.shape[1], 0, 1))
-        pieces = padded[arrays["rows"].long()].view(-1, self.columns, chunks, 8, 8).transpose(1, 2)
+        pieces = padded[arrays["rows"]].view(-1, self.columns, chunks, 8, 8).transpose(1, 2)
         weights = swizzled(pieces).reshape(len(pieces), stage.of_step, -1)
         behind = stage.bytes // 2 - weights.shape[2]
         weights = torch.nn.functional.pad(weights, (0, behind)).flatten(1)
         return torch.cat([weights, arrays["ones"].view(weight.dtype)], 1)
-
-    def __call__(
-        self,
-        x: Tensor,
-        packed: Tensor,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        residual: Tensor | None,
-        act: str,
-    ) -> Tensor:
-        y = empty_channels_last(self.shape.output_size, x)
-        return self.launch(
-            dense_channels_last(x), packed, y, None, (bias, scale, residual, act), (self.shape.K, 1)
-        )
 
 
 def _ones(columns: list[tuple[Column | None, ...]], config: Config, stage: int, dtype: str) -> np.ndarray:

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stripe_kernels.backends.cuda_mma import dense_channels_last, empty_channels_last
-from stripe_kernels.backends.cuda_runner import CudaRunner
+from stripe_kernels.backends.cuda_mma import ChannelsLastFprop
 from stripe_kernels.backends.cuda_stripes import (
     BUNDLES,
     OCTET,
@@ -88,7 +87,7 @@ def swizzled(pieces: Any) -> Any:
     return pieces[..., column, place ^ column % 8, :]
 
 
-class WgmmaFprop(CudaRunner):
+class WgmmaFprop(ChannelsLastFprop):
     """Items are tiles of filters, steps their segments, entries the blocks with their octets, lists the taps of every
     segment."""
 
@@ -151,20 +150,6 @@ class WgmmaFprop(CudaRunner):
         padded = torch.nn.functional.pad(weight.detach(), (0, channels - weight.shape[1], 0, 1))
         pieces = padded[arrays["rows"]].view(-1, self.width, self.chunks, 8, 8).transpose(1, 2)
         return torch.cat([swizzled(pieces).flatten(1), arrays["filters"].view(weight.dtype)], 1)
-
-    def __call__(
-        self,
-        x: Tensor,
-        packed: Tensor,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        residual: Tensor | None,
-        act: str,
-    ) -> Tensor:
-        y = empty_channels_last(self.shape.output_size, x)
-        return self.launch(
-            dense_channels_last(x), packed, y, None, (bias, scale, residual, act), (self.shape.K, 1)
-        )
 
 
 def _bit(number: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stripe_kernels.registry import Pass, Problem
-from stripe_kernels.testing import Budgets, Case, Operands, Trial, budgets, failure, poisoned_memory
+from stripe_kernels.testing import Budget, Budgets, Case, Operands, Trial, budgets, failure, poisoned_memory
 
 RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
 
@@ -49,3 +49,18 @@ def check(runner: Any, c: Case, which: Pass, dtype: torch.dtype, layout: str, wh
     found = failure(trial)
     assert found is None, f"{what} {which} of {c}, {dtype}, {layout}: the result {found}"
     return result
+
+
+def check_epilogue(runner: Any, c: Case, o: Operands, what: str = "") -> None:
+    """In float32 after the sums, rounded once: against the float64 epilogue of the float32 convolution."""
+    packed, conv = runner.pack(o.weight), budgets(c, o).y.expected
+    for bias, scale, residual, activation in (
+        (o.bias, o.scale, o.residual, "relu"),
+        (None, o.scale, None, "silu"),
+        (o.bias, None, o.residual.contiguous(), "hardswish"),
+    ):
+        z = conv if scale is None else conv * scale.double()[:, None, None]
+        z = z if bias is None else z + bias.double()[:, None, None]
+        z = getattr(torch.nn.functional, activation)(z if residual is None else z + residual.double())
+        y = runner(o.x, packed, bias, scale, residual, activation)
+        Budget.of(z, z.to(torch.bfloat16)).check(y, f"{activation} {what}")

@@ -12,9 +12,9 @@ from stripe_kernels.backends.cuda_columns import BANDS, STRIPES, WHOLE
 from stripe_kernels.backends.cuda_mma import PATCH, POSITION, MmaFprop, round_to_tf32
 from stripe_kernels.backends.cuda_mma_grad import MmaDgrad, MmaWgrad
 from stripe_kernels.registry import PASSES, Pass
-from stripe_kernels.testing import Budget, Case, budgets, case
+from stripe_kernels.testing import Case, budgets, case
 from tests.cuda import emulated
-from tests.cuda.problems import RESULT, check, problem_of, run
+from tests.cuda.problems import RESULT, check, check_epilogue, problem_of, run
 
 # Channels of a group come in pieces of 16 bytes; the rest is as lopsided as can be.
 PROBLEMS = (
@@ -88,22 +88,9 @@ def test_no_barrier_is_missing(native: ModuleType, which: Pass) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2])
 def test_epilogue(native: ModuleType, splits: int) -> None:
-    """In float32 after the sums, rounded once: against the float64 epilogue of the float32 convolution."""
     c = case("several chunks", N=1, C=136, H=5, W=5, K=19, density=0.3)
-    o = c.operands(torch.bfloat16, "channels_last")
     runner = MmaFprop(native, problem_of(c, "channels_last", torch.bfloat16), (PATCH, BANDS, splits))
-    packed = runner.pack(o.weight)
-    conv = budgets(c, o).y.expected
-    for bias, scale, residual, activation in (
-        (o.bias, o.scale, o.residual, "relu"),
-        (None, o.scale, None, "silu"),
-        (o.bias, None, o.residual.contiguous(), "hardswish"),
-    ):
-        z = conv if scale is None else conv * scale.double()[:, None, None]
-        z = z if bias is None else z + bias.double()[:, None, None]
-        z = getattr(torch.nn.functional, activation)(z if residual is None else z + residual.double())
-        y = runner(o.x, packed, bias, scale, residual, activation)
-        Budget.of(z, z.to(torch.bfloat16)).check(y, f"{activation}, {splits} splits")
+    check_epilogue(runner, c, c.operands(torch.bfloat16, "channels_last"), f"{splits} splits")
 
 
 def test_misaligned_and_sliced_inputs_are_copied(native: ModuleType) -> None:

@@ -13,9 +13,9 @@ from stripe_kernels.backends.cuda_taps import CONFIGS, TapsFprop, layout_of, ste
 from stripe_kernels.backends.cuda_wgmma import SHARED_BYTES
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.registry import Config
-from stripe_kernels.testing import Budget, Case, budgets, case
+from stripe_kernels.testing import Case, case
 from tests.cuda import emulated
-from tests.cuda.problems import check, problem_of
+from tests.cuda.problems import check, check_epilogue, problem_of
 from tests.cuda.test_layouts import SHAPES
 from tests.cuda.test_layouts import problem as random_problem
 from tests.cuda.test_mma import WIDE
@@ -109,26 +109,13 @@ def test_candidates_fit_a_block_of_sm_90(native: ModuleType, shape: ConvShape) -
 
 
 def test_epilogue(native: ModuleType) -> None:
-    """In float32 after the sums, rounded once: against the float64 epilogue of the float32 convolution."""
     for c in (
         case("a filter more than a tile", N=3, C=136, H=5, W=5, K=129, density=0.3),
         case("whole pieces", N=2, C=64, H=9, W=13, K=72, density=0.3),
     ):
-        o = c.operands(torch.bfloat16, "channels_last")
         for config in CONFIGS:
             runner = TapsFprop(native, problem_of(c, "channels_last", torch.bfloat16), config)
-            packed = runner.pack(o.weight)
-            conv = budgets(c, o).y.expected
-            for bias, scale, residual, activation in (
-                (o.bias, o.scale, o.residual, "relu"),
-                (None, o.scale, None, "silu"),
-                (o.bias, None, o.residual.contiguous(), "hardswish"),
-            ):
-                z = conv if scale is None else conv * scale.double()[:, None, None]
-                z = z if bias is None else z + bias.double()[:, None, None]
-                z = getattr(torch.nn.functional, activation)(z if residual is None else z + residual.double())
-                y = runner(o.x, packed, bias, scale, residual, activation)
-                Budget.of(z, z.to(torch.bfloat16)).check(y, activation)
+            check_epilogue(runner, c, c.operands(torch.bfloat16, "channels_last"), str(config))
 
 
 def test_nan_stays_with_its_tile_of_filters(native: ModuleType) -> None:

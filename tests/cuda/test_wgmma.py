@@ -35,9 +35,9 @@ from stripe_kernels.geometry import ConvShape
 from stripe_kernels.phases import phases
 from stripe_kernels.registry import Config, Problem
 from stripe_kernels.skeleton import FilterSkeleton
-from stripe_kernels.testing import Budget, Case, budgets, case
+from stripe_kernels.testing import Case, case
 from tests.cuda import emulated
-from tests.cuda.problems import check, problem_of
+from tests.cuda.problems import check, check_epilogue, problem_of
 from tests.cuda.test_layouts import SHAPES
 from tests.cuda.test_layouts import problem as random_problem
 from tests.cuda.test_mma import PROBLEMS as MMA_PROBLEMS
@@ -214,22 +214,9 @@ def test_tables_that_lead_elsewhere_are_refused(native: ModuleType) -> None:
 
 
 def test_epilogue(native: ModuleType) -> None:
-    """In float32 after the sums, rounded once: against the float64 epilogue of the float32 convolution."""
     c = case("several chunks", N=3, C=136, H=5, W=5, K=19, density=0.3)
-    o = c.operands(torch.bfloat16, "channels_last")
     runner = WgmmaFprop(native, problem_of(c, "channels_last", torch.bfloat16), CONFIGS[0])
-    packed = runner.pack(o.weight)
-    conv = budgets(c, o).y.expected
-    for bias, scale, residual, activation in (
-        (o.bias, o.scale, o.residual, "relu"),
-        (None, o.scale, None, "silu"),
-        (o.bias, None, o.residual.contiguous(), "hardswish"),
-    ):
-        z = conv if scale is None else conv * scale.double()[:, None, None]
-        z = z if bias is None else z + bias.double()[:, None, None]
-        z = getattr(torch.nn.functional, activation)(z if residual is None else z + residual.double())
-        y = runner(o.x, packed, bias, scale, residual, activation)
-        Budget.of(z, z.to(torch.bfloat16)).check(y, activation)
+    check_epilogue(runner, c, c.operands(torch.bfloat16, "channels_last"))
 
 
 def test_nan_reaches_the_readers_of_its_bundle(native: ModuleType) -> None:
