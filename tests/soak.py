@@ -8,10 +8,15 @@ threads and in every layout; now and then a network with a skeleton of its own i
 Every new skeleton takes a place in the caches of settings, skeletons and plans, which are bounded. The same mix, with
 more networks, fills them first, until what a new network pushes out is like what it brings: a plan of three threads has
 more candidates than one of a single thread, and caches full of the latter would grow as the former replace them. What
-grows then grows for ever. Three sizes are sampled: the bytes malloc has given out, in which a leak of native code or of
-a tensor shows; Python's blocks, in which one of objects does; and what is resident, to which fragmentation adds.
-Through each goes a straight line over the rounds. Flat is where the upper end of its 95 % interval stays below 1 % of
-the size over the whole run and, however many rounds that was, below what a round may keep (A_ROUND).
+grows then grows for ever. Sampled are the bytes malloc has given out, in which a leak of native code or of a tensor
+shows; Python's blocks, in which one of objects does; the anonymous memory beyond what malloc keeps free, in which any
+other does; and the mappings. Through each goes a straight line over the rounds. Flat is where the upper end of its 95 %
+interval stays below 1 % of the size over the whole run and, however many rounds that was, below what a round may keep
+(A_ROUND).
+
+What malloc keeps free is a high-water mark: it rises in steps of MiB where large tensors find no hole, ever more
+rarely, and no line describes it. It is bounded instead (FREE), as threads are by those of the run's first half. What is
+resident is told, not judged: malloc's steps are in it.
 
 Others keep something without us. What torch.fx keeps of every graph, and CPython of looked-up names, is dropped before
 each sample. What safetensors loses with every tensor that it reads cannot be: it is measured in the same run, on the
@@ -27,7 +32,6 @@ import itertools
 import json
 import linecache
 import math
-import os
 import random
 import sys
 import tempfile
@@ -55,6 +59,13 @@ A_ROUND = {  # and a round: one chunk of malloc's smallest; one of Python's bloc
     "MiB from malloc": 32 / 2**20,
     "thousand Python blocks": 1 / 1000 / STORE,
 }
+FREE = 0.5  # of the bytes given out, that malloc may keep free besides
+JUDGED = (
+    "MiB from malloc",
+    "thousand Python blocks",
+    "MiB anonymous beyond malloc's free",
+    "mappings",
+)  # by a line
 BATCHES = 20  # means of so many stretches of samples are nearly independent
 
 
@@ -69,15 +80,22 @@ class _Mallinfo(ctypes.Structure):
 
 
 def sizes() -> dict[str, float]:
-    """What this process holds: MiB from malloc (glibc), thousands of Python's blocks, MiB resident."""
+    """What this process holds: MiB and thousands of blocks, mappings and threads. malloc's figures are glibc's, of all
+    its arenas."""
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = _Mallinfo
     info = mallinfo()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    status = dict(row.split(":", 1) for row in Path("/proc/self/status").read_text().splitlines())
+    anonymous, resident = (int(status[name].split()[0]) / 2**10 for name in ("RssAnon", "VmRSS"))
+    free = info.fordblks / 2**20
     return {
         "MiB from malloc": (info.uordblks + info.hblkhd) / 2**20,
         "thousand Python blocks": sys.getallocatedblocks() / 1000,
-        "MiB resident": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
+        "MiB anonymous beyond malloc's free": anonymous - free,
+        "mappings": Path("/proc/self/maps").read_text().count("\n"),
+        "MiB free in malloc": free,
+        "threads": int(status["Threads"]),
+        "MiB resident": resident,
     }
 
 
@@ -168,36 +186,38 @@ def lost_by_safetensors(path: Path, reads: int = 500) -> float:
     return (counts[1] - counts[0]) / reads
 
 
-def line(rounds: list[int], samples: list[float]) -> tuple[float, float]:
+def means(values: list[float]) -> np.ndarray:
+    """Of BATCHES stretches, in their order."""
+    return np.array([stretch.mean() for stretch in np.array_split(np.array(values, dtype=float), BATCHES)])
+
+
+def line(rounds: list[float], samples: list[float]) -> tuple[float, float]:
     """A size's growth a round, by a straight line through the means of BATCHES stretches: the estimate, and the upper
     end of its two-sided 95 % interval."""
-    at, size = (
-        np.array([b.mean() for b in np.array_split(np.array(v, dtype=float), BATCHES)])
-        for v in (rounds, samples)
-    )
+    at, size = means(rounds), means(samples)
     slope = np.polyfit(at, size, 1)[0]
     rest = size - size.mean() - slope * (at - at.mean())
     error = math.sqrt(float(rest @ rest) / (BATCHES - 2) / float(((at - at.mean()) ** 2).sum()))
     return float(slope), float(slope + 2.101 * error)  # Student's t, of 18 degrees of freedom
 
 
-def judge(rounds: list[int], samples: list[dict[str, float]]) -> tuple[dict[str, dict[str, float]], bool]:
+def judge(rounds: list[float], samples: list[dict[str, float]]) -> tuple[dict[str, dict[str, Any]], bool]:
     """What is told of every size, and whether all are flat. ValueError for too few samples."""
     if len(samples) < 2 * BATCHES:
         raise ValueError(
             f"{len(samples)} samples are too few for a line through {BATCHES} means: soak longer"
         )
-    found: dict[str, dict[str, float]] = {}
+    values = {name: [s[name] for s in samples] for name in samples[0]}
+    found = {
+        name: {"largest": round(max(v), 3), "means over time": [round(m, 3) for m in means(v).tolist()]}
+        for name, v in values.items()
+    }
     flat = True
-    for name in samples[0]:
-        values = [s[name] for s in samples]
-        tenth = len(values) // 10
-        slope, upper = line(rounds, values)
-        share = (rounds[-1] - rounds[0]) / float(np.mean(values))
+    for name in JUDGED:
+        slope, upper = line(rounds, values[name])
+        share = (rounds[-1] - rounds[0]) / float(np.mean(values[name]))
         flat &= upper * share < GROWTH and upper < A_ROUND.get(name, math.inf)
-        found[name] = {
-            "mean of the first tenth": round(float(np.mean(values[:tenth])), 3),
-            "mean of the last tenth": round(float(np.mean(values[-tenth:])), 3),
+        found[name] |= {
             "growth in the run": round(slope * share, 5),
             "upper end of its 95 % interval": round(upper * share, 5),
             "growth in 1,000 rounds": round(slope * 1000, 5),
@@ -205,6 +225,11 @@ def judge(rounds: list[int], samples: list[dict[str, float]]) -> tuple[dict[str,
         }
         if name in A_ROUND:
             found[name]["that has to stay below"] = round(A_ROUND[name] * 1000, 5)
+    free, threads = "MiB free in malloc", values["threads"]
+    found[free]["that has to stay below"] = round(FREE * min(values["MiB from malloc"]), 3)
+    flat &= max(values[free]) < FREE * min(values["MiB from malloc"])
+    found["threads"]["largest of the first half"] = max(threads[: len(threads) // 2])
+    flat &= max(threads) == found["threads"]["largest of the first half"]
     return found, flat
 
 
@@ -234,7 +259,7 @@ def main() -> int:
             if rounds % STORE == 0:
                 mix.network()
     width = 1 + len(sample)
-    at = [int(r) for r in kept[::width]]
+    at = list(kept[::width])
     samples = [dict(zip(sample, kept[i + 1 : i + width], strict=True)) for i in range(0, len(kept), width)]
     found, flat = judge(at, samples)
     written = {
@@ -244,6 +269,7 @@ def main() -> int:
         "rounds": rounds,
         "networks among them": mix.stored - networks,
         "Python blocks a network that safetensors loses, not counted": round(lost, 2),
+        "seconds": round(time.monotonic() - begin),
         "samples": len(samples),
         "sizes": found,
         "flat": flat,
