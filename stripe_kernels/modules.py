@@ -8,8 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from stripe_kernels import functional, ops, snapshots
+from stripe_kernels.front import Front, Seen, front_after
 from stripe_kernels.geometry import pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
 
@@ -98,6 +101,8 @@ class StripeConv2d(nn.Module):
             (left, right, top, bottom) if self.padding_mode != "zeros" and any(pads) else None
         )
         inner = (0, 0, 0, 0) if self._explicit_pad else pads
+        self._seen: Seen | None = None
+        self._front: Front | None = None
         self._op = ops.StripeOp.of(live.text, self.stride, inner, self.dilation, self.groups, self._kernel)
 
     def reset_parameters(self) -> None:
@@ -126,12 +131,21 @@ class StripeConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] or [C, H, W] -> [N, K, P, Q] or [K, P, Q]."""
+        if not is_compiling() and self._front is not None and forward_ad._current_level < 0:
+            own = self._parameters
+            y = self._front(x, own.get("weight"), own.get("bias"))
+            if y is not NotImplemented:
+                return y  # type: ignore[no-any-return]
         if self._explicit_pad is not None:
             x = F.pad(x, self._explicit_pad, mode=self.padding_mode)
-        return functional.convolve(self._op, x, self.weight, self.bias)
+        y = functional.convolve(self._op, x, self.weight, self.bias)
+        if not is_compiling() and self._explicit_pad is None:
+            self._seen, self._front = front_after(self._seen, self._op, x, self.weight, self.bias, y)
+        return y
 
     def repack(self) -> None:
         """Forgets packed copies of the weight; needed after writing through ``weight.data``."""
+        self._seen = self._front = None
         snapshots.drop_snapshot(self.weight)
 
     @classmethod
@@ -212,7 +226,7 @@ class StripeConv2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_op"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_op", "_seen", "_front")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

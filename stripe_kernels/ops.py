@@ -79,6 +79,7 @@ class StripeOp:
         self._runners: dict[Any, Any] = {}
         # All that the checks and the plan of a call look at -> its runner.
         self.checked: dict[Any, Any] = {}
+        self.forgotten: dict[Any, Any] = {}  # gets an entry, and a successor, when the runners are dropped
 
     @cached_property
     def skeleton(self) -> FilterSkeleton:
@@ -134,6 +135,8 @@ class StripeOp:
         """Drops the runners, so that the next call plans anew (after tuning)."""
         self._runners.clear()
         self.checked.clear()
+        self.forgotten[None] = None
+        self.forgotten = {}
 
 
 def lane_network(threads: int, vectors: int = 1) -> Any:
@@ -144,6 +147,11 @@ def lane_network(threads: int, vectors: int = 1) -> Any:
 def call_list(threads: int) -> Any:
     """An empty list of native calls (backends/cpu_calls.py); ImportError without the extension."""
     return backends.call_list(threads)
+
+
+def layer_front(*call: Any) -> Any:
+    """A layer's call in native code (backends/cpu_calls.py), or None."""
+    return backends.layer_front(*call)
 
 
 def tf32_allowed(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:

@@ -22,6 +22,7 @@ class _Snapshot:
     pointer: int
     version: int
     forms: dict[Any, Any] = field(default_factory=dict)  # by runner
+    dropped: dict[Any, Any] = field(default_factory=dict)  # has an entry once `drop_snapshot` was called
 
     def holds(self, weight: Tensor) -> bool:
         return self.version == weight._version and self.pointer == weight.data_ptr()
@@ -65,4 +66,11 @@ def _drop_dead(key: int) -> Callable[[weakref.ref[Tensor]], None]:
 
 def drop_snapshot(weight: Tensor) -> None:
     """Forgets packed copies of a weight that was changed behind torch's back (through .data)."""
-    _snapshots.pop(id(weight), None)
+    found = _snapshots.pop(id(weight), None)
+    if found is not None:
+        found.dropped[None] = None
+
+
+def dropped(weight: Tensor) -> dict[Any, Any]:
+    """A dict that gets an entry when the packed copies of now are dropped."""
+    return _snapshots[id(weight)].dropped

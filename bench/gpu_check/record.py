@@ -28,10 +28,10 @@ SOURCES = (
 # measured again.
 SAME_ON_A_GPU = {
     "a7dd3ca2f2792c38": (
-        "ec3edef96db7309e",
+        "9486822a0e896641",
         "cuda_mma_tf32 without wgrad, groups whose channels the taps kernel would mix refused, checks of tables, an "
         "unused width of wgmma gone: nothing that a row has met; what kernels and runners said twice said once: the "
-        "same machine code, compared",
+        "same machine code, compared; dense's cost model of bfloat16 on a CPU",
     ),
 }
 # Stages without which a record says too little to be quoted; rows there was no time for are named in it.

@@ -4,11 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "bindings/gil.h"
+#include "bindings/guard.h"
 #include "bindings/list_function.h"
 #include "bindings/probe.h"
 #include "cpu/call_list.h"
@@ -357,24 +357,26 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def(
       "usable_exchange", [](const py::object& o) { return usable_exchange(o) != nullptr; },
-      "Whether list_functions can see tensors through it.");
+      "Whether list_function and guard can see tensors through it.");
   m.def(
-      "list_functions",
+      "list_function",
       [](py::object list, py::object held, py::object tensor, py::object exchange, int threads,
-         const py::tuple& inputs, py::tuple outputs, py::tuple parameters, py::object arena, bool keep,
-         const std::optional<std::array<py::object, 5>>& conditions) {
-        const auto f = std::make_shared<ListFunction>(
-            std::move(list), std::move(held), std::move(tensor), std::move(exchange), threads, inputs,
-            std::move(outputs), std::move(parameters), std::move(arena), keep);
-        py::object front = py::none();
-        if (conditions) {
-          const auto& [types, silent, denied, threads_now, empty] = *conditions;
-          auto c = std::make_unique<Conditions>(
-              Conditions{types, silent, denied, threads_now, threads_now().cast<long>(), empty});
-          for (const auto& dict : c->empty) require(PyDict_Check(dict.ptr()), "only dicts are empty");
-          front = ListFunction::bind(f, std::move(c));
-        }
-        return py::make_tuple(ListFunction::bind(f, nullptr), front);
+         const py::tuple& inputs, py::tuple outputs, py::tuple parameters, py::object arena, bool keep) {
+        return as_function(std::make_shared<ListFunction>(
+            std::move(list), std::move(held), Tensors(std::move(tensor), std::move(exchange)), threads,
+            inputs, std::move(outputs), std::move(parameters), std::move(arena), keep));
       },
-      "A CallList as a function of tensors, and as the front of a network (bindings/list_function.h).");
+      "A CallList as a function of tensors (bindings/list_function.h).");
+  m.def(
+      "guard",
+      [](py::object function, py::tuple rest, const std::array<py::object, 5>& conditions, py::object tensor,
+         py::object exchange, const py::tuple& inputs, const py::tuple& parameters) {
+        const auto& [types, silent, denied, threads, empty] = conditions;
+        const Conditions c{types, silent, denied, threads, threads().cast<long>(), empty};
+        for (const auto& dict : c.empty) require(PyDict_Check(dict.ptr()), "only dicts are empty");
+        return as_function(std::make_shared<Guard>(std::move(function), std::move(rest), c,
+                                                   Tensors(std::move(tensor), std::move(exchange)), inputs,
+                                                   parameters));
+      },
+      "A function where nothing but it is needed, else NotImplemented (bindings/guard.h).");
 }

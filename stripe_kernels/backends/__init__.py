@@ -42,3 +42,12 @@ def call_list(threads: int) -> Any:
     from stripe_kernels.backends.cpu_calls import CallList
 
     return CallList(threads)
+
+
+def layer_front(*call: Any) -> Any:
+    """A layer's call in native code (cpu_calls.layer_front), or None."""
+    try:
+        from stripe_kernels.backends.cpu_calls import layer_front
+    except ImportError:
+        return None
+    return layer_front(*call)

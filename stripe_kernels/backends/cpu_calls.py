@@ -103,9 +103,8 @@ class CallList:
         self, runner: CpuFprop, packed: Tensor, bias: Tensor | None, activation: str,
         x: int, residual: int | None, y: int,
     ) -> None:  # fmt: skip
-        """y = activation(conv(x) + bias + residual)."""
+        """y = activation(conv(x) + bias + residual), where a bias of float32 is read at each run."""
         bias = _float(bias)
-        bias = None if bias is None else bias.detach().clone()  # a parameter's memory may move
         self._held += [t for t in (packed, bias) if t is not None]
         self._native.add_fprop(
             runner.native, packed.data_ptr(), 0, 0 if bias is None else bias.data_ptr(), _ACTIVATIONS[activation],
@@ -133,21 +132,22 @@ class CallList:
         self._native.add_linear(*at, (images, features, outputs), x, y)
 
     def finish(
-        self, conditions: Conditions | None = None
+        self, conditions: Conditions | None = None, parameters: tuple[Tensor | None, ...] = ()
     ) -> tuple[Callable[..., Sequence[Tensor]], Callable[..., Any] | None]:
         """Two functions of the inputs. The first returns the outputs; inputs laid out other than `given` said raise
-        ValueError. The second is for a list that is a whole network: it returns the only output, or NotImplemented
-        where the conditions do not hold or the inputs are others. None without conditions or torch's interface."""
+        ValueError. The second is for a list that is all of a network or layer: a function of inputs and parameters that
+        returns the only output, or NotImplemented where the conditions do not hold, the inputs are others or the
+        parameters are not as they are now. None without conditions or torch's interface."""
         if _EXCHANGE is None:
             return self._called_from_python(), None
         outputs = [partial(torch.empty_strided, *sizes, dtype=dtype) for *sizes, dtype in self._returned]
         arena = partial(torch.empty, self.arena_bytes, dtype=torch.uint8)
         keep = conditions is not None and self.arena_bytes <= _ARENA_KEPT
         tensors = tuple(self._inputs), tuple(outputs), tuple(self._parameters), arena
-        run, front = _cpu.list_functions(
-            self._native, self._held, Tensor, _EXCHANGE, self.threads, *tensors, keep, conditions
-        )
-        return run, front
+        run = _cpu.list_function(self._native, self._held, Tensor, _EXCHANGE, self.threads, *tensors, keep)
+        if conditions is None:
+            return run, None
+        return run, _guard(run, (), conditions, tensors[0], parameters)
 
     def _called_from_python(self) -> Callable[..., list[Tensor]]:
         native, threads, layouts, size = self._native, self.threads, self._returned, self.arena_bytes
@@ -172,6 +172,35 @@ class CallList:
     def _slot(self, t: Tensor) -> int:
         self._slots += 1
         return int(self._native.add_slot(_code(t), _strides(t), self._slots - 1))
+
+
+def layer_front(
+    runner: Any,
+    x: Tensor,
+    y: Tensor,
+    packed: Any,
+    weight: Tensor,
+    bias: Tensor | None,
+    conditions: Conditions,
+) -> Callable[..., Any] | None:
+    """front(x, weight, bias): runner(x, packed, bias), or NotImplemented where `finish` says so; None without torch's
+    interface. x and y: of a call."""
+    if _EXCHANGE is None:
+        return None
+    if CallList.takes(runner) and (bias is None or _float(bias) is bias):
+        calls = CallList(runner.threads)
+        calls.fprop(runner, packed, bias, "none", calls.given(x), None, calls.returned(y))
+        return calls.finish(conditions, (weight, bias))[1]
+    return _guard(runner, (packed, bias, None, None, "none"), conditions, (x,), (weight, bias))
+
+
+def _guard(
+    function: Callable[..., Any], rest: tuple[Any, ...], conditions: Conditions,
+    inputs: tuple[Tensor, ...], parameters: tuple[Tensor | None, ...],
+) -> Callable[..., Any]:  # fmt: skip
+    """function(*inputs, *rest) where the conditions hold for inputs and parameters like these, or NotImplemented."""
+    guard: Callable[..., Any] = _cpu.guard(function, rest, conditions, Tensor, _EXCHANGE, inputs, parameters)
+    return guard
 
 
 def _code(t: Tensor) -> int:

@@ -42,7 +42,8 @@ _CHANNELS = {"AVX512 twice": 24}  # that the rate takes; elsewhere 8
 _CALL = {"AVX512 twice": 12e-6}  # seconds of torch's around the arithmetic; elsewhere 6
 # oneDNN's bfloat16 in AMX, one core of a Xeon of 2024: multiply-adds, reordered weights and (but for channels_last)
 # moved activations a second; weights beyond L2 are read again for each image. Half of 190 timings of fprop within 12 %.
-_AMX_MACS, _AMX_WEIGHTS, _AMX_MOVED, _AMX_READ = 1.05e12, 3.3e9, 1.2e9, 12.5e9
+_AMX_MACS, _AMX_WEIGHTS, _AMX_READ = 1.05e12, 3.3e9, 12.5e9
+_AMX_MOVED, _AMX_MOVED_NARROW = 1.2e9, 1.9e9  # narrow: of up to 32 channels
 _L2_WEIGHTS = 1_000_000
 _DEPTHWISE_MACS = {"fprop": 10e9, "dgrad": 6e9, "wgrad": 6e9}  # loops of their own, bound by memory
 _CUDNN_SHARE = 0.75  # of the GEMM rate on a GPU: an estimate
@@ -155,7 +156,7 @@ def predict(problem: Problem, which: Pass) -> float:
     macs = pixels * s.K * s.group_c * (inside + _CPU_OUTSIDE[capability][which] * (s.taps - inside))
     extra = 12 if s.taps == 1 and which == "fprop" else _CPU_EXTRA[capability][which]
     rate = _CPU_MACS[capability][which] * problem.threads * pixels / (pixels + extra)
-    if problem.dtype == "bfloat16" and which == "fprop" and _has_amx():
+    if problem.dtype == "bfloat16" and which == "fprop" and _has_amx() and not s.group_c == s.group_k == 1:
         return _predict_amx(problem)
     if which == "fprop" and not problem.channels_last:
         rate *= _CONTIGUOUS.get(capability, 1.0)
@@ -185,8 +186,11 @@ def _predict_amx(problem: Problem) -> float:
     work = s.N * s.P * s.Q * weights / _AMX_MACS
     if weights > _L2_WEIGHTS:
         work = max(work, s.N * weights / _AMX_READ)
-    moved = 0 if problem.channels_last else s.N * (s.C * s.H * s.W + s.K * s.P * s.Q)
-    return 22e-6 + (work + weights / _AMX_WEIGHTS + moved / _AMX_MOVED) / problem.threads
+    moved = 0.0
+    if not problem.channels_last:
+        for channels, pixels in ((s.C, s.H * s.W), (s.K, s.P * s.Q)):
+            moved += s.N * channels * pixels / (_AMX_MOVED if channels > 32 else _AMX_MOVED_NARROW)
+    return 22e-6 + (work + weights / _AMX_WEIGHTS + moved) / problem.threads
 
 
 def _candidates(problem: Problem, which: Pass) -> dict[Config, float]:

@@ -216,10 +216,11 @@ class _Writer(OneLineInterpreter):
         if not self.list_type.takes(runner):
             return None
         residual: Any = n.args[1] if len(n.args) > 1 else None
+        own = None if bias is None else bias.detach().clone()  # a parameter's memory may move
 
         def add(c: Any, at: dict[fx.Node, int], y: int) -> None:
             other = None if residual is None else at[residual]
-            c.fprop(runner, packed, bias, activation, at[source], other, y)
+            c.fprop(runner, packed, own, activation, at[source], other, y)
 
         return _Call(n, reads, value, self.list_type.plane_pitch(runner), add)
 

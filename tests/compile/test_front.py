@@ -441,7 +441,7 @@ def test_a_list_function_refuses_what_is_no_tensor() -> None:
         calls.add_slot(0, (64, 16, 4, 1), 1)
         calls.add_max_pool((1, 1, 1, 1, 0, 0), (1, 4, 4, 4), (1, 4, 4, 4), 0, 1)
         outputs, arena = (lambda: torch.empty_like(x),), lambda: torch.empty(0)
-        return _cpu.list_functions(calls, (), Tensor, exchange, 1, inputs, outputs, (), arena, True, None)[0]
+        return _cpu.list_function(calls, (), Tensor, exchange, 1, inputs, outputs, (), arena, True)
 
     function = make(x)
     (y,) = function(x)
