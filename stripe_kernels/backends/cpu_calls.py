@@ -16,7 +16,7 @@ from torch import Tensor
 from stripe_kernels.backends.cpu import _ACTIVATIONS, _DTYPES, CpuFprop, _cpu, _float
 from stripe_kernels.backends.cpu_network import Arena
 
-if not hasattr(_cpu, "CallList"):
+if not hasattr(_cpu, "guard"):
     raise ImportError("the extension stripe_kernels._cpu is older than this code; run: pip install -e .")
 
 
