@@ -21,7 +21,7 @@ from stripe_kernels.testing import CASES, DTYPES, LAYOUTS
 from tests.guarded import guarded
 from tests.passes import KERNELS, NATIVE, budgets_of, operands_of, problem_of, run
 
-_empty = torch.empty
+_empty = torch.empty_strided
 NAMES = (
     "lopsided",
     "grouped",
@@ -140,7 +140,8 @@ def test_nothing_outside_the_tensors_is_touched(kernel: str, which) -> None:
                                 x=page(operands.x), weight=page(operands.weight), dy=page(operands.dy)
                             )
                             with mock.patch(
-                                "torch.empty", lambda *a, **k: page(_empty(*a, **k).fill_(torch.nan), True)
+                                "torch.empty_strided",
+                                lambda *a, **k: page(_empty(*a, **k).fill_(torch.nan), True),
                             ):
                                 result = run(runner, which, inputs).clone()
                         expected.check(result, f"{kernel} {which} {case.name} {dtype} {layout} {config}")

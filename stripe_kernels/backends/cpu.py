@@ -34,6 +34,15 @@ def _float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
 
+def _layout(size: tuple[int, ...], channels_last: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Size and strides for torch.empty_strided, which takes .7 us where torch.empty with its keywords takes 1.6."""
+    strides, step = [0] * len(size), 1
+    for d in (1, 3, 2, 0) if channels_last else reversed(range(len(size))):
+        strides[d] = step
+        step *= size[d] if channels_last else max(size[d], 1)  # as torch's where a size is 0
+    return size, tuple(strides)
+
+
 class _Runner:
     """What the passes share: the native object, and the output's layout."""
 
@@ -42,9 +51,8 @@ class _Runner:
         self.threads = problem.threads
         self.dtype = getattr(torch, problem.dtype)
         self.code = _DTYPES[problem.dtype]
-        self.format = torch.channels_last if problem.channels_last else torch.contiguous_format
+        self.channels_last = problem.channels_last
         index = StripeIndex.of(problem.skeleton, s.groups)
-        self.stripes = problem.skeleton.stripes
         self.shape = s
         sizes = (
             s.N,
@@ -73,13 +81,13 @@ class _WeightRunner(_Runner):
         """The kernel's own form of a weight [A, C/groups] of the problem's dtype."""
         if not weight.is_contiguous():
             weight = weight.detach().contiguous()
-        packed = torch.empty(self.packed_floats, dtype=torch.float32)
+        packed = torch.empty_strided(*self.packed_layout, dtype=torch.float32)
         self.native.pack_weight(weight.data_ptr(), self.code, packed.data_ptr())
         return packed
 
     @cached_property
-    def packed_floats(self) -> int:
-        return int(self.native.packed_floats)
+    def packed_layout(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return _layout((int(self.native.packed_floats),))
 
 
 class CpuFprop(_WeightRunner):
@@ -88,7 +96,7 @@ class CpuFprop(_WeightRunner):
         whole = _cpu.FpropMatrix if _cpu.bf16_channels(isa) > 2 else _cpu.Fprop
         make = {1: _cpu.FpropTaps, 2: _cpu.FpropFilters}.get(len(config), whole)
         self.native = make(*self.arguments, list(config), isa)
-        self.size = self.shape.output_size
+        self.output = _layout(self.shape.output_size, self.channels_last)
         self.run = self.native.run
 
     def __call__(
@@ -100,7 +108,7 @@ class CpuFprop(_WeightRunner):
         residual: Tensor | None,
         act: str,
     ) -> Tensor:
-        y = torch.empty(self.size, dtype=self.dtype, memory_format=self.format)
+        y = torch.empty_strided(*self.output, dtype=self.dtype)
         bias, scale = _float(bias), _float(scale)
         self.run(
             self.threads, x.data_ptr(), self.code, x.stride(), packed.data_ptr(), y.data_ptr(), self.code, y.stride(),
@@ -115,9 +123,10 @@ class CpuDgrad(_WeightRunner):
     def __init__(self, problem: Problem, config: Config, isa: str) -> None:
         super().__init__(problem)
         self.native = _cpu.Dgrad(*self.arguments, list(config), isa)
+        self.output = _layout(self.shape.input_size, self.channels_last)
 
     def __call__(self, dy: Tensor, packed: Tensor) -> Tensor:
-        dx = torch.empty(self.shape.input_size, dtype=self.dtype, memory_format=self.format)
+        dx = torch.empty_strided(*self.output, dtype=self.dtype)
         self.native.run(
             self.threads,
             dy.data_ptr(),
@@ -135,9 +144,10 @@ class CpuWgrad(_Runner):
     def __init__(self, problem: Problem, config: Config, isa: str) -> None:
         super().__init__(problem)
         self.native = _cpu.Wgrad(*self.arguments, _WGRAD_PIXELS, isa)
+        self.output = _layout((problem.skeleton.stripes, self.shape.group_c))
 
     def __call__(self, dy: Tensor, x: Tensor) -> Tensor:
-        dw = torch.empty(self.stripes, self.shape.group_c, dtype=self.dtype)
+        dw = torch.empty_strided(*self.output, dtype=self.dtype)
         self.native.run(
             self.threads,
             x.data_ptr(),
