@@ -2,7 +2,6 @@
 // block at a time with the team splitting its channels.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -49,7 +48,7 @@ void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& pa
   float* const memory =
       scratch(static_cast<std::size_t>(each * threads + (shared ? padded(panel_floats) : 0)));
   const int units = static_cast<int>(parts.size()) / part_count;  // convolution groups
-  std::atomic<int> next{0};
+  Tasks all;
 
   const auto one_part = [&](int index, int block, Channels<const float> panel, float* buffer) {
     const Part& p = parts[index];
@@ -72,11 +71,11 @@ void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& pa
     if (!shared) {
       float* const panel = lanes + lanes_floats + strip_floats;
       const int tasks = s.block_count() * units;
-      for (int task; (task = next.fetch_add(1)) < tasks;) {
+      all.each(team, tasks, [&](int task) {
         const int block = task / units, unit = task % units, group = parts[unit].group;
         if (!in_place.x) s.pack(isa, x, block, group * in_channels, in_channels, 0, in_channels, panel);
         one_part(unit, block, panel_of(block, group, panel), lanes);
-      }
+      });
       return;
     }
     float* const panel = memory + each * threads;

@@ -1,7 +1,6 @@
 #include "cpu/fprop_filters.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <stdexcept>
@@ -146,7 +145,7 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
   LaneMap map;
   map.rows = s.P, map.cols = map.pitch = s.Q, map.tensor_h = s.P, map.tensor_w = s.Q;
   const int image_blocks = ceil_div(s.N, images_), tasks = image_blocks * static_cast<int>(parts_.size());
-  std::atomic<int> next{0};
+  Tasks all;
 
   run_team(threads, [&](const Team& team) {
     if (x_floats) {
@@ -159,7 +158,7 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
     float* const sums = memory + padded(x_floats) + team.thread * each;
     float* const turned = sums + part_floats;
     auto* const places = reinterpret_cast<std::int32_t*>(turned + part_floats + strip_floats);
-    for (int task; (task = next.fetch_add(1)) < tasks;) {
+    all.each(team, tasks, [&](int task) {
       const int index = task % static_cast<int>(parts_.size());
       const Part& part = parts_[index];
       const int filters = part.end - part.begin;
@@ -173,7 +172,7 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
       m.c_stride = here;
       finish_lanes(isa_, e, m, part.group * s.group_k() + part.begin, filters, turned, turned + part_floats);
       store_lanes(isa_, y, m, part.group * s.group_k() + part.begin, filters, turned);
-    }
+    });
   });
 }
 

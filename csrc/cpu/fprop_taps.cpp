@@ -1,7 +1,6 @@
 #include "cpu/fprop_taps.h"
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -238,7 +237,7 @@ void FpropTaps::run(const TensorView& x, const float* packed, const TensorView& 
   const std::int64_t each = panel_floats + stage_floats + lanes_floats + strip_floats + vectors_ * 16;
   float* const memory = scratch(static_cast<std::size_t>(each * threads));
   const int tasks = s.Q == 0 ? 0 : s.N * row_blocks_ * s.groups;
-  std::atomic<int> next{0};
+  Tasks all;
 
   run_team(threads, [&](const Team& team) {
     float* const panel = memory + team.thread * each;
@@ -247,7 +246,7 @@ void FpropTaps::run(const TensorView& x, const float* packed, const TensorView& 
     float* const strip = lanes + lanes_floats;
     for (int c = 0; c < s.group_c(); ++c)
       std::fill(panel + c * c_stride_ + zeros_, panel + (c + 1) * c_stride_, 0.f);
-    for (int task; (task = next.fetch_add(1)) < tasks;) {
+    all.each(team, tasks, [&](int task) {
       const int group = task % s.groups, block = task / s.groups % row_blocks_,
                 n = task / s.groups / row_blocks_;
       const Range out = {block * rows_, std::min(s.P, (block + 1) * rows_)};
@@ -262,7 +261,7 @@ void FpropTaps::run(const TensorView& x, const float* packed, const TensorView& 
       compute(group, out, packed, panel, to, m.c_stride, strip + strip_floats);
       finish_lanes(isa_, e, m, k, s.group_k(), to, strip);
       if (!here) store_lanes(isa_, y, m, k, s.group_k(), to);
-    }
+    });
   });
 }
 

@@ -1,7 +1,6 @@
 #include "cpu/lane_network.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -278,7 +277,7 @@ void LaneNetwork::run(const TensorView& x, int n, int input, const TensorView& y
   const std::int64_t each = arena_floats_ + staging_floats_ + 64;
   float* const memory = scratch(static_cast<std::size_t>(each * threads));
   const int blocks = ceil_div(n, images_);
-  std::atomic<int> next{0};
+  Tasks all;
   const auto map = [&](const Activation3& a, int block) {
     LaneMap m;
     m.batch = images_, m.n0 = block * images_, m.images = std::min(images_, n - m.n0);
@@ -300,8 +299,7 @@ void LaneNetwork::run(const TensorView& x, int n, int input, const TensorView& y
   };
   run_team(threads, [&](const Team& team) {
     const int whole = blocks / team.threads * team.threads;
-    for (int block; (block = next.fetch_add(1)) < whole;)
-      one_block(block, memory + each * team.thread, {0, 1});
+    all.each(team, whole, [&](int block) { one_block(block, memory + each * team.thread, {0, 1}); });
     team.barrier();
     for (int block = whole; block < blocks; ++block) one_block(block, memory, team);
   });

@@ -1,5 +1,6 @@
 // One OpenMP pool, torch's own: its wheel and this extension share libgomp. The number of threads comes with each call.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -12,6 +13,20 @@ struct Team {
   void barrier() const;  // every member calls it equally often
   std::int64_t begin(std::int64_t n) const { return n * thread / threads; }
   std::int64_t end(std::int64_t n) const { return n * (thread + 1) / threads; }
+};
+
+// Tasks 0 to count, dealt out as members get free. Each member begins with the task of its own number, so that it finds in
+// its caches what it left there in the call before: in which order members arrive says nothing.
+class Tasks {
+ public:
+  template <class Fn>
+  void each(const Team& team, int count, const Fn& fn) {
+    for (int task = team.thread; task < count; task = team.threads + taken_.fetch_add(1)) fn(task);
+  }
+  void reset() { taken_.store(0); }
+
+ private:
+  std::atomic<int> taken_{0};
 };
 
 // Runs body on a team of at most `threads`; a forked child runs alone, because libgomp's threads do not survive a fork.

@@ -1,7 +1,6 @@
 #include "cpu/wgrad.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "cpu/driver.h"
@@ -101,7 +100,7 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
   float* const tiles = memory + sum_floats;
   px.x = tiles + threads * tile_floats, px.dy = px.x + x_floats;
   const int tasks = static_cast<int>(tasks_.size());
-  std::atomic<int> next[2] = {{0}, {0}};
+  Tasks all[2];
 
   const auto turn = [&](const TensorView& t, int image, int channels, Range rows, int part, int width,
                         std::int64_t ld, float* to) {
@@ -134,14 +133,14 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
           turn(dy, n0 + image, s.K, out, part - x_parts, s.Q, px.dy_ld,
                px.dy + static_cast<std::int64_t>(image) * out.size() * s.Q * px.dy_ld);
       }
-      if (team.thread == 0) next[(chunk + 1) % 2].store(0);
+      if (team.thread == 0) all[(chunk + 1) % 2].reset();
       team.barrier();
-      for (int t; (t = next[chunk % 2].fetch_add(1)) < tasks;) {
+      all[chunk % 2].each(team, tasks, [&](int t) {
         const Task& task = tasks_[t];
         compute(task, mine, tile);
         if (!whole) isa_.add_wide(sums + task.first * ld, tile, task.filters * ld);
         for (int f = 0; whole && f < task.filters; ++f) store(dw, type, task.first + f, tile + f * ld);
-      }
+      });
       team.barrier();
     }
     if (whole) return;
