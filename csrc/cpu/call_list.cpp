@@ -23,27 +23,9 @@ Range inside(int count, int stride, int shift, int size) {
   return {std::min(begin, count), std::max(end, std::min(begin, count))};
 }
 
-inline float larger(float a, float b) { return b > a || b != b ? b : a; }
-
-// y[i] = larger(y[i], x[i * Step]), or of four inputs without reading y. Step 0: as given.
-template <int Step>
-void take_larger(float* __restrict y, const float* __restrict x, int n, std::int64_t step) {
-  for (int i = 0; i < n; ++i) y[i] = larger(y[i], x[i * (Step ? Step : step)]);
-}
-
-void largest_of_two(float* __restrict y, const float* a, const float* b, int n) {
-  for (int i = 0; i < n; ++i) y[i] = larger(a[i], b[i]);
-}
-
-template <int Step>
-void largest_of_four(float* __restrict y, const float* a, const float* b, const float* c, const float* d,
-                     int n) {
-  for (int i = 0; i < n; ++i)
-    y[i] = larger(larger(a[i * Step], b[i * Step]), larger(c[i * Step], d[i * Step]));
-}
-
 // A max pool between two maps whose rows (or, channels_last, whose pixels) are dense.
 struct MaxPool {
+  const IsaKernels& isa;
   Window k;
   MapSize in, out;
   TensorView x, y;
@@ -66,7 +48,7 @@ struct MaxPool {
       float* row = to(n, c, p, 0);
       if (halves) {
         const float *a = from(n, c, 2 * p, 0), *b = a + x.stride[2];
-        largest_of_four<2>(row, a, a + 1, b, b + 1, out.w);
+        isa.largest_of_squares(row, a, b, out.w);
         continue;
       }
       std::fill(row, row + out.w, -std::numeric_limits<float>::infinity());
@@ -74,20 +56,14 @@ struct MaxPool {
       if (r.begin >= r.end) continue;
       const float* tall = from(n, c, p * k.stride_h - k.pad_h + r.begin, 0);
       if (r.end - r.begin > 1) {
-        largest_of_two(line, tall, tall + x.stride[2], in.w);
+        isa.larger_of(line, tall, tall + x.stride[2], in.w);
         for (int i = r.begin + 2; i < r.end; ++i)
-          take_larger<1>(line, from(n, c, p * k.stride_h - k.pad_h + i, 0), in.w, 1);
+          isa.keep_larger(line, from(n, c, p * k.stride_h - k.pad_h + i, 0), 1, in.w);
         tall = line;
       }
       for (int s = 0; s < k.kernel_w; ++s) {
         const Range q = columns[s];
-        const float* source = tall + q.begin * k.stride_w + s - k.pad_w;
-        if (k.stride_w == 1)
-          take_larger<1>(row + q.begin, source, q.end - q.begin, 1);
-        else if (k.stride_w == 2)
-          take_larger<2>(row + q.begin, source, q.end - q.begin, 2);
-        else
-          take_larger<0>(row + q.begin, source, q.end - q.begin, k.stride_w);
+        isa.keep_larger(row + q.begin, tall + q.begin * k.stride_w + s - k.pad_w, k.stride_w, q.end - q.begin);
       }
     }
   }
@@ -98,14 +74,16 @@ struct MaxPool {
       float* pixel = to(n, 0, p, q);
       if (halves) {
         const float *a = from(n, 0, 2 * p, 2 * q), *b = a + x.stride[2];
-        largest_of_four<1>(pixel, a, a + x.stride[3], b, b + x.stride[3], out.c);
+        isa.larger_of(pixel, a, a + x.stride[3], out.c);
+        isa.keep_larger(pixel, b, 1, out.c);
+        isa.keep_larger(pixel, b + x.stride[3], 1, out.c);
         continue;
       }
       std::fill(pixel, pixel + out.c, -std::numeric_limits<float>::infinity());
       const int w = q * k.stride_w - k.pad_w;
       for (int i = r.begin; i < r.end; ++i)
         for (int s = std::max(0, -w); s < std::min(k.kernel_w, in.w - w); ++s)
-          take_larger<1>(pixel, from(n, 0, p * k.stride_h - k.pad_h + i, w + s), out.c, 1);
+          isa.keep_larger(pixel, from(n, 0, p * k.stride_h - k.pad_h + i, w + s), 1, out.c);
     }
   }
 };
@@ -168,7 +146,7 @@ void CallList::add_max_pool(const Window& k, const MapSize& in, const MapSize& o
   const bool last = in.c > 1 && from.stride[1] == 1 && to.stride[1] == 1;
   if (!last && (from.stride[3] != 1 || to.stride[3] != 1))
     throw std::invalid_argument("max pools take dense rows or dense pixels");
-  MaxPool pool{k, in, out, {}, {}, {}, false};
+  MaxPool pool{*best_isa(), k, in, out, {}, {}, {}, false};
   for (int s = 0; s < k.kernel_w; ++s) pool.columns.push_back(inside(out.w, k.stride_w, s - k.pad_w, in.w));
   pool.halves = k.kernel_h == 2 && k.kernel_w == 2 && k.stride_h == 2 && k.stride_w == 2 && !k.pad_h &&
                 !k.pad_w && 2 * out.h <= in.h && 2 * out.w <= in.w;

@@ -47,8 +47,9 @@ FpropFilters::FpropFilters(const ConvShape& shape, Stripes stripes, int images, 
       const int vectors = (hi - lo + isa.lanes - 1) / isa.lanes;
       TapFilters tap{packed_floats_,         vectors, lo, hi, lattice_.valid_rows(t),
                      lattice_.valid_cols(t), 1,       1,  t};
-      choose_tile(isa, tap.rows.size() * tap.cols.size() * images_, vectors, tap.tile_pixels,
-                  tap.tile_vectors);
+      if (!spans())
+        choose_tile(isa, tap.rows.size() * tap.cols.size() * images_, vectors, tap.tile_pixels,
+                    tap.tile_vectors);
       taps_.push_back(tap);
       packed_floats_ += static_cast<std::int64_t>(vectors) * isa.lanes * shape.group_c();
     }
@@ -93,11 +94,21 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
                                         (col * lattice_.step_w + col0) * x.stride[3]);
           target[pixels++] = (image * s.P + row) * s.Q + col;
         }
+    const auto scatter = [&](int pixel, const float* row, const std::int32_t* filter, int live) {
+      float* const out = sums + static_cast<std::int64_t>(target[pixel]) * filters - part.begin;
+      for (int j = 0; j < live; ++j) out[filter[j]] += row[j];
+    };
     each_tile(t->vectors, t->tile_vectors, [&](int at, int vectors) {
       const int lanes = vectors * isa_.lanes;
       const float* const b = packed + t->weight + static_cast<std::int64_t>(at) * isa_.lanes * s.group_c();
       const std::int32_t* const filter = &stripes_.filter[t->first + at * isa_.lanes];
       const int live = std::min(lanes, t->last - t->first - at * isa_.lanes);
+      if (spans()) {
+        const int first = source[0], span = source[pixels - 1] + 1 - first;
+        isa_.span[span](s.group_c(), a + first, x.stride[1], b, tile);
+        for (int i = 0; i < pixels; ++i) scatter(i, tile + (source[i] - first) * lanes, filter, live);
+        return;
+      }
       const std::int64_t bytes = std::int64_t(4) * lanes * s.group_c();
       const char* const next =
           reinterpret_cast<const char*>(b) + bytes;  // tile, of this tap or the one after it
@@ -108,10 +119,7 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
         Fetch fetch{next, 0};
         if (count < pixels) fetch = {next + bytes * begin / pixels, bytes * count / pixels};
         isa_.stream[count][vectors](s.group_c(), a, x.stride[1], source + begin, b, tile, lanes, fetch);
-        for (int f = 0; f < count; ++f) {
-          float* const out = sums + static_cast<std::int64_t>(target[begin + f]) * filters - part.begin;
-          for (int j = 0; j < live; ++j) out[filter[j]] += tile[f * lanes + j];
-        }
+        for (int f = 0; f < count; ++f) scatter(begin + f, tile + f * lanes, filter, live);
       });
     });
   }
@@ -130,7 +138,9 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
   const std::int64_t reach =
       images_ * std::abs(x.stride[0]) + s.H * std::abs(x.stride[2]) + s.W * std::abs(x.stride[3]);
   const bool apart = x.stride[1] != 1 && s.group_c() >= kManyChannels && s.P * s.Q >= kManyPixels;
-  const bool copy = x.dtype != DType::f32 || apart || reach > std::numeric_limits<std::int32_t>::max();
+  const bool dense = x.stride[3] == 1 && x.stride[2] == s.W;
+  const bool copy = x.dtype != DType::f32 || (spans() ? !dense : apart) ||
+                    reach > std::numeric_limits<std::int32_t>::max();
   const std::int64_t image_floats = pixel_floats() * s.H * s.W, x_floats = copy ? s.N * image_floats : 0;
   const std::int64_t strip_floats = e.residual.data ? padded(pixels * kFinishStrip) : 0;
   const std::int64_t each = 2 * part_floats + strip_floats + padded(2 * pixels);
@@ -139,8 +149,8 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
   TensorView source = x;
   if (x_floats) {
     source.data = memory, source.dtype = DType::f32;
-    source.stride[0] = image_floats, source.stride[1] = 1;
-    source.stride[2] = pixel_floats() * s.W, source.stride[3] = pixel_floats();
+    source.stride[0] = image_floats, source.stride[1] = spans() ? s.H * s.W : 1;
+    source.stride[2] = spans() ? s.W : pixel_floats() * s.W, source.stride[3] = spans() ? 1 : pixel_floats();
   }
   LaneMap map;
   map.rows = s.P, map.cols = map.pitch = s.Q, map.tensor_h = s.P, map.tensor_w = s.Q;
@@ -148,7 +158,14 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
   Tasks all;
 
   run_team(threads, [&](const Team& team) {
-    if (x_floats) {
+    if (x_floats && spans()) {
+      LaneMap m;
+      m.rows = m.tensor_h = s.H, m.cols = m.pitch = m.tensor_w = s.W, m.c_stride = source.stride[1];
+      const int begin = static_cast<int>(team.begin(s.C)), end = static_cast<int>(team.end(s.C));
+      for (m.n0 = 0; m.n0 < s.N; ++m.n0)
+        load_lanes(isa_, x, m, begin, end - begin, memory + m.n0 * image_floats + begin * m.c_stride);
+      team.barrier();
+    } else if (x_floats) {
       const Range rows = {static_cast<int>(team.begin(s.H)), static_cast<int>(team.end(s.H))};
       for (int n = 0; n < s.N; ++n)
         load_pixel_major(isa_, x, n, s.C, rows, s.W, pixel_floats(),

@@ -34,6 +34,9 @@ struct Fetch {
 };
 using StreamTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const std::int32_t* f_off,
                             const float* b, float* y, std::int64_t ldy, Fetch fetch);
+// y[f*W + lane] = sum_i a[i * a_step + f] * b[i*W + lane], rows of b dense: F scalars that follow each other, one vector.
+constexpr int kMaxSpan = 24;
+using SpanTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const float* b, float* y);
 // y[f * ldy + v*W + lane] += sum_{n,h,w} a[f_off[f] + steps . a] * b[steps . b + v*W + lane] over a box of pixels.
 struct BoxSteps {
   std::int64_t count[3];  // images, rows, columns
@@ -103,6 +106,8 @@ struct IsaKernels {
   MatrixKernels matrix;                                           // null likewise
   IndexedTile indexed[kMaxTileFilters + 1][kMaxTileVectors + 1];
   StreamTile stream[kMaxTileFilters + 1][kMaxTileVectors + 1];
+  int most_span;  // F of a SpanTile that stays in registers
+  SpanTile span[kMaxSpan + 1];
   BoxTile box[kMaxTileFilters + 1][kMaxTileVectors + 1];
   int pair_vectors;  // most vectors of the two that follow
   TapTile shared_taps[kTapChannels + 1][kMaxTileVectors + 1];
@@ -131,6 +136,10 @@ struct IsaKernels {
   // row[i] = activation(row[i] * scale + shift + residual[i]); residual may be null
   void (*finish_row)(float* row, std::int64_t n, float scale, float shift, const float* residual,
                      Activation act);
+  // Where b or x is the larger, or a NaN: y[i] = a[i] or b[i];  y[i] = y[i] or x[i * step];  of a[2i], a[2i + 1], b[2i], b[2i + 1]
+  void (*larger_of)(float* y, const float* a, const float* b, std::int64_t n);
+  void (*keep_larger)(float* y, const float* x, std::int64_t step, std::int64_t n);
+  void (*largest_of_squares)(float* y, const float* a, const float* b, std::int64_t n);
   // Maximum and sum of each window: out [count][images]
   void (*max_windows)(float* out, const float* in, const Windows& w);
   void (*sum_windows)(float* out, const float* in, const Windows& w);

@@ -24,6 +24,8 @@ const IsaKernels* SK_JOIN(isa_table_, SK_ISA)() {
 #endif
   table.tile_filters = kTileFilters;
   fill_tiles<kMaxTileFilters>(table);
+  table.most_span = kBudget;
+  fill_spans<kBudget>(table);
   fill_taps(table);
 #if defined(__AMX_BF16__)
   table.matrix = {matrix_begin, matrix_add, matrix_end};
@@ -36,6 +38,9 @@ const IsaKernels* SK_JOIN(isa_table_, SK_ISA)() {
   table.store_transposed = store_transposed;
   table.add_wide = add_wide;
   table.finish_row = finish_row;
+  table.larger_of = larger_of;
+  table.keep_larger = keep_larger;
+  table.largest_of_squares = largest_of_squares;
   table.max_windows = max_windows;
   table.sum_windows = sum_windows;
   return &table;

@@ -20,14 +20,14 @@ struct Accumulators {
   vf v[F][V];
 
   void zero() {
-#pragma GCC unroll 8
+#pragma GCC unroll 24
     for (int f = 0; f < F; ++f)
 #pragma GCC unroll 12
       for (int j = 0; j < V; ++j) v[f][j] = vf{};
   }
   template <class Row>
   void store_rows(float* y, Row row) const {
-#pragma GCC unroll 8
+#pragma GCC unroll 24
     for (int f = 0; f < F; ++f)
 #pragma GCC unroll 12
       for (int j = 0; j < V; ++j) store(y + row(f) + j * W, v[f][j]);
@@ -44,7 +44,7 @@ struct Accumulators {
     vf x[V];
 #pragma GCC unroll 12
     for (int j = 0; j < V; ++j) x[j] = load(b + j * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 24
     for (int f = 0; f < F; ++f) {
       const vf w = splat(a(f));
 #pragma GCC unroll 12
@@ -83,6 +83,15 @@ void stream_tile(std::int64_t n, const float* a, std::int64_t a_step, const std:
     for (; i < last; ++i, at += a_step, b += V * W) acc.step([&](int f) { return scalar[f][at]; }, b);
   }
   acc.store_rows(y, [=](int f) { return f * ldy; });
+}
+
+// Each vector of b comes from far away and is used once: what pays is to have all scalars that meet it here.
+template <int F>
+void span_tile(std::int64_t n, const float* a, std::int64_t a_step, const float* b, float* y) {
+  Accumulators<F, 1> acc;
+  acc.zero();
+  for (std::int64_t i = 0; i < n; ++i, a += a_step, b += W) acc.step([=](int f) { return a[f]; }, b);
+  acc.store_rows(y, [](int f) { return f * W; });
 }
 
 #if defined(__AVX512BF16__)
@@ -169,6 +178,14 @@ struct FillVectors {
     }
   }
 };
+
+template <int F>
+void fill_spans(sk::IsaKernels& k) {
+  if constexpr (F >= 1) {
+    k.span[F] = span_tile<F>;
+    fill_spans<F - 1>(k);
+  }
+}
 
 template <int F>
 void fill_tiles(sk::IsaKernels& k) {
