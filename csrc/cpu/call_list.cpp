@@ -63,7 +63,8 @@ struct MaxPool {
       }
       for (int s = 0; s < k.kernel_w; ++s) {
         const Range q = columns[s];
-        isa.keep_larger(row + q.begin, tall + q.begin * k.stride_w + s - k.pad_w, k.stride_w, q.end - q.begin);
+        isa.keep_larger(row + q.begin, tall + q.begin * k.stride_w + s - k.pad_w, k.stride_w,
+                        q.end - q.begin);
       }
     }
   }

@@ -139,8 +139,8 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
       images_ * std::abs(x.stride[0]) + s.H * std::abs(x.stride[2]) + s.W * std::abs(x.stride[3]);
   const bool apart = x.stride[1] != 1 && s.group_c() >= kManyChannels && s.P * s.Q >= kManyPixels;
   const bool dense = x.stride[3] == 1 && x.stride[2] == s.W;
-  const bool copy = x.dtype != DType::f32 || (spans() ? !dense : apart) ||
-                    reach > std::numeric_limits<std::int32_t>::max();
+  const bool copy =
+      x.dtype != DType::f32 || (spans() ? !dense : apart) || reach > std::numeric_limits<std::int32_t>::max();
   const std::int64_t image_floats = pixel_floats() * s.H * s.W, x_floats = copy ? s.N * image_floats : 0;
   const std::int64_t strip_floats = e.residual.data ? padded(pixels * kFinishStrip) : 0;
   const std::int64_t each = 2 * part_floats + strip_floats + padded(2 * pixels);
