@@ -94,6 +94,7 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
                                         (col * lattice_.step_w + col0) * x.stride[3]);
           target[pixels++] = (image * s.P + row) * s.Q + col;
         }
+    if (pixels == 0) continue;  // the tap never meets the image
     const auto scatter = [&](int pixel, const float* row, const std::int32_t* filter, int live) {
       float* const out = sums + static_cast<std::int64_t>(target[pixel]) * filters - part.begin;
       for (int j = 0; j < live; ++j) out[filter[j]] += row[j];
