@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from stripe_kernels import functional, ops, snapshots
-from stripe_kernels.front import Front, Seen, front_after
+from stripe_kernels.front import ShortWay
 from stripe_kernels.geometry import pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
 
@@ -101,8 +101,7 @@ class StripeConv2d(nn.Module):
             (left, right, top, bottom) if self.padding_mode != "zeros" and any(pads) else None
         )
         inner = (0, 0, 0, 0) if self._explicit_pad else pads
-        self._seen: Seen | None = None
-        self._front: Front | None = None
+        self._short = ShortWay()
         self._op = ops.StripeOp.of(live.text, self.stride, inner, self.dilation, self.groups, self._kernel)
 
     def reset_parameters(self) -> None:
@@ -131,21 +130,23 @@ class StripeConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] or [C, H, W] -> [N, K, P, Q] or [K, P, Q]."""
-        if not is_compiling() and self._front is not None and forward_ad._current_level < 0:
-            own = self._parameters
-            y = self._front(x, own.get("weight"), own.get("bias"))
-            if y is not NotImplemented:
-                return y  # type: ignore[no-any-return]
+        if not is_compiling() and forward_ad._current_level < 0:
+            front = self._short.front  # once: another thread may be replacing it
+            if front is not None:
+                own = self._parameters
+                y = front(x, own.get("weight"), own.get("bias"))
+                if y is not NotImplemented:
+                    return y  # type: ignore[no-any-return]
         if self._explicit_pad is not None:
             x = F.pad(x, self._explicit_pad, mode=self.padding_mode)
         y = functional.convolve(self._op, x, self.weight, self.bias)
         if not is_compiling() and self._explicit_pad is None:
-            self._seen, self._front = front_after(self._seen, self._op, x, self.weight, self.bias, y)
+            self._short.after(self._op, x, self.weight, self.bias, y)
         return y
 
     def repack(self) -> None:
         """Forgets packed copies of the weight; needed after writing through ``weight.data``."""
-        self._seen = self._front = None
+        self._short = ShortWay()
         snapshots.drop_snapshot(self.weight)
 
     @classmethod
@@ -226,7 +227,7 @@ class StripeConv2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_op", "_seen", "_front")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_op", "_short")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -50,7 +50,7 @@ def layer(kernel: str, x: Tensor) -> StripeConv2d:
 def settled(layer: StripeConv2d, x: Tensor) -> StripeConv2d:
     with torch.no_grad():
         layer(x), layer(x)
-    assert layer._front is not None
+    assert layer._short.front is not None
     return layer
 
 
@@ -93,7 +93,7 @@ def test_without_a_bias(kernel: str, x: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, layer: StripeConv2d, x: Tensor) -> None:
     layer.to(dtype)
-    assert layer._front is None
+    assert layer._short.front is None
     x = x.to(dtype).to(memory_format=torch.channels_last)
     settled(layer, x)
     with torch.no_grad(), long_ways(0):
@@ -248,14 +248,14 @@ def test_sizes_in_turns_make_none(layer: StripeConv2d, x: Tensor) -> None:
     with torch.no_grad():
         for _ in range(2):
             close(layer(x[:1]), layer, x[:1])
-            assert layer._front is None
+            assert layer._short.front is None
             close(layer(x), layer, x)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
 def test_copies_make_their_own(copied: Any, layer: StripeConv2d, x: Tensor) -> None:
     other = copied(layer)
-    assert other._front is None
+    assert other._short.front is None
     weight_in_place(other, x)
     with torch.no_grad():
         close(other(x), other, x)
