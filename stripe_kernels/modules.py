@@ -101,7 +101,7 @@ class StripeConv2d(nn.Module):
             (left, right, top, bottom) if self.padding_mode != "zeros" and any(pads) else None
         )
         inner = (0, 0, 0, 0) if self._explicit_pad else pads
-        self._short = ShortWay()
+        self._short = ShortWay(), ShortWay()  # of calls without gradients, and with them
         self._op = ops.StripeOp.of(live.text, self.stride, inner, self.dilation, self.groups, self._kernel)
 
     def reset_parameters(self) -> None:
@@ -131,7 +131,7 @@ class StripeConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] or [C, H, W] -> [N, K, P, Q] or [K, P, Q]."""
         if not is_compiling() and forward_ad._current_level < 0:
-            front = self._short.front  # once: another thread may be replacing it
+            front = self._short[torch.is_grad_enabled()].front  # once: another thread may be replacing it
             if front is not None:
                 own = self._parameters
                 y = front(x, own.get("weight"), own.get("bias"))
@@ -141,12 +141,12 @@ class StripeConv2d(nn.Module):
             x = F.pad(x, self._explicit_pad, mode=self.padding_mode)
         y = functional.convolve(self._op, x, self.weight, self.bias)
         if not is_compiling() and self._explicit_pad is None:
-            self._short.after(self._op, x, self.weight, self.bias, y)
+            self._short[torch.is_grad_enabled()].after(self._op, x, self.weight, self.bias, y)
         return y
 
     def repack(self) -> None:
         """Forgets packed copies of the weight; needed after writing through ``weight.data``."""
-        self._short = ShortWay()
+        self._short = ShortWay(), ShortWay()
         snapshots.drop_snapshot(self.weight)
 
     @classmethod

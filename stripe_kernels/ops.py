@@ -149,9 +149,14 @@ def call_list(threads: int) -> Any:
     return backends.call_list(threads)
 
 
-def layer_front(*call: Any) -> Any:
-    """A layer's call in native code (backends/cpu_calls.py), or None."""
-    return backends.layer_front(*call)
+def lists_take(runner: Any) -> bool:
+    """Whether a list of native calls can call a kernel's runner."""
+    return backends.lists_take(runner)
+
+
+def guard(*call: Any) -> Any:
+    """A function where nothing but it is needed (backends/cpu_calls.py), or None."""
+    return backends.guard(*call)
 
 
 def tf32_allowed(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
@@ -285,12 +290,19 @@ def _fprop_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _fprop_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    return *_fprop_gradients(ctx, dy), None, *[None] * len(ctx.op.arguments)
+    return *_fprop_gradients(ctx, dy, *ctx.saved_tensors), None, *[None] * len(ctx.op.arguments)
 
 
-def _fprop_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _fprop_gradients(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     """Of x, weight, bias, scale and residual."""
-    x, weight, bias, scale, residual = ctx.saved_tensors
     # Asked once: the passes' fronts would ask again.
     plain = not torch.is_grad_enabled() and _nobody_listens() and _plain(dy, x, weight, scale)
     passes = (_dgrad_of, _wgrad_of) if plain else (dgrad, wgrad)
@@ -429,7 +441,7 @@ def fprop(
         or (scale is not None and scale.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        recorded: Tensor = _record(x, weight, bias, scale, residual, activation, op)
+        recorded: Tensor = _record(x, weight, bias, scale, residual, activation, op, None)
         return recorded
     runner = _checked_runner(op, x, weight, bias, scale, residual, activation)
     return runner(x, packed_weight(runner, weight), bias, scale, residual, activation)
@@ -461,18 +473,27 @@ def _checked_runner(
 
 
 class _Fprop(torch.autograd.Function):
-    """fprop for plain tensors that need a gradient."""
+    """fprop for plain tensors that need a gradient. step: a layer's native lists for a call like this, with a bias at
+    most (front.py), or None. A weight that has no gradient is packed once, not in every list."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, scale, residual, ctx.activation, ctx.op = inputs
+        x, weight, bias, scale, residual, ctx.activation, ctx.op, ctx.step = inputs
         ctx.save_for_backward(x, weight, bias, scale, residual)
+        if ctx.step is not None and weight.requires_grad:
+            return ctx.step.fprop(x, weight, bias)  # type: ignore[no-any-return]
         runner = _checked_runner(ctx.op, x, weight, bias, scale, residual, ctx.activation)
         return runner(x, _pack_for_operator(runner, weight), bias, scale, residual, ctx.activation)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return *_fprop_gradients(ctx, dy), None, None
+        x, weight, *rest = ctx.saved_tensors  # once: hooks may unpack them
+        x_too, weight_too, bias_too, *_ = ctx.needs_input_grad
+        if ctx.step is not None and weight_too:
+            found = ctx.step.gradients(dy, x, weight, x_too, bias_too)
+            if found is not None:
+                return *found, None, None, None, None, None
+        return *_fprop_gradients(ctx, dy, x, weight, *rest), None, None, None
 
 
 # Function.apply's own part takes 2.5 us and asks for functorch's transforms and wrappers, which are not here.

@@ -268,9 +268,9 @@ FAULTS = {
         suite("compile/test_front", only="many_threads"),
     ),
     "unchecked index: inputs of a list": Fault(
-        "csrc/bindings/list_function.h",
-        "if (!t.data || !inputs_[i].is(t)) return false;",
-        "",
+        "csrc/bindings/guard.h",
+        " || !inputs_[i].is(t)) return false;",
+        ") return false;",
         suite("compile/test_front", only="takes_only"),
     ),
     "threads: a forked child waits for its parent's": Fault(

@@ -20,11 +20,15 @@ def a_list(kind: str, *numbers: int) -> None:
     calls, size = _cpu.CallList(), (1, 4, 4, 4)
     calls.add_arena(0, (64, 16, 4, 1), 0)
     calls.add_slot(0, (64, 1, 16, 4), 0)
-    kernel = _cpu.Fprop(
-        [1, 4, 4, 4, 4, 1, 1, 4, 4, 1, 1, 0, 0, 1, 1, 1], [0, 1], [2], [0], [0, 1, 1, 1, 4], "generic"
-    )
+    stripes = [1, 4, 4, 4, 4, 1, 1, 4, 4, 1, 1, 0, 0, 1, 1, 1], [0, 1], [2], [0]
+    kernel = _cpu.Fprop(*stripes, [0, 1, 1, 1, 4], "generic")
+    dgrad, wgrad = _cpu.Dgrad(*stripes, [0, 1, 1, 1, 4], "generic"), _cpu.Wgrad(*stripes, 4, "generic")
     asked = {
         "fprop": lambda x, residual, y: calls.add_fprop(kernel, 0, 0, 0, 0, x, residual, y),
+        "pack": lambda weight, packed: calls.add_pack(dgrad, weight, packed),
+        "packed fprop": lambda packed, bias, x, y: calls.add_packed_fprop(kernel, packed, bias, x, y),
+        "dgrad": lambda packed, dy, dx: calls.add_dgrad(dgrad, packed, dy, dx),
+        "wgrad": lambda x, dy, dw: calls.add_wgrad(wgrad, x, dy, dw),
         "activation": lambda code: calls.add_fprop(kernel, 0, 0, 0, code, 0, -1, 0),
         "max pool": lambda x, y: calls.add_max_pool((1, 1, 1, 1, 0, 0), size, size, x, y),
         "window": lambda *window: calls.add_max_pool(window, size, size, 0, 0),
@@ -45,6 +49,10 @@ def a_list(kind: str, *numbers: int) -> None:
 
 SOUND_LISTS = {
     "fprop": [(0, -1, 1), (0, 1, 1)],
+    "pack": [(0, 1)],
+    "packed fprop": [(0, -1, 0, 1), (0, 1, 0, 1)],
+    "dgrad": [(0, 1, 0)],
+    "wgrad": [(0, 1, 0)],
     "activation": [(4,)],
     "max pool": [(0, 0)],
     "average": [(0, 1)],
@@ -58,6 +66,10 @@ SOUND_LISTS = {
 }
 WRONG_LISTS = {
     "fprop": [(2, -1, 1), (-1, -1, 1), (0, 2, 1), (0, -1, 2)],
+    "pack": [(2, 1), (-1, 1), (0, 2), (0, -1)],
+    "packed fprop": [(2, -1, 0, 1), (-1, -1, 0, 1), (0, 2, 0, 1), (0, -1, 2, 1), (0, -1, 0, -1)],
+    "dgrad": [(2, 1, 0), (-1, 1, 0), (0, 2, 0), (0, 1, -1)],
+    "wgrad": [(2, 1, 0), (-1, 1, 0), (0, 2, 0), (0, 1, -1)],
     "activation": [(5,), (-1,)],
     "max pool": [(0, 2), (-1, 0), (0, 1)],
     "window": [(0, 1, 1, 1, 0, 0), (1, 1, 1, -1, 0, 0), (2**30, 1, 1, 1, 0, 0), (1, 1, 1, 1, 0, 2**30)],

@@ -16,13 +16,11 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe_kernels import StripeConv2d, functional
 from stripe_kernels.testing import live_stripes
+from tests.listeners import CONTEXTS, Sub
 
 _cpu = pytest.importorskip("stripe_kernels._cpu")
 if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -50,7 +48,7 @@ def layer(kernel: str, x: Tensor) -> StripeConv2d:
 def settled(layer: StripeConv2d, x: Tensor) -> StripeConv2d:
     with torch.no_grad():
         layer(x), layer(x)
-    assert layer._short.front is not None
+    assert layer._short[False].front is not None
     return layer
 
 
@@ -93,7 +91,7 @@ def test_without_a_bias(kernel: str, x: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, layer: StripeConv2d, x: Tensor) -> None:
     layer.to(dtype)
-    assert layer._short.front is None
+    assert layer._short[False].front is None
     x = x.to(dtype).to(memory_format=torch.channels_last)
     settled(layer, x)
     with torch.no_grad(), long_ways(0):
@@ -103,41 +101,7 @@ def test_half_precision(dtype: torch.dtype, layer: StripeConv2d, x: Tensor) -> N
     close(y, layer, x, rtol=2e-2, atol=2e-2)
 
 
-class Silent(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class SilentDispatch(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class Sub(Tensor):
-    pass
-
-
-@contextmanager
-def other_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(
-    "context",
-    [
-        torch.enable_grad,
-        Silent,
-        SilentDispatch,
-        other_threads,
-        forward_ad.dual_level,
-        lambda: torch.autocast("cpu"),
-    ],
-)
+@pytest.mark.parametrize("context", [torch.enable_grad, *CONTEXTS])
 def test_it_steps_aside_while_somebody_listens(context: Any, layer: StripeConv2d, x: Tensor) -> None:
     with (
         torch.no_grad(),
@@ -248,14 +212,14 @@ def test_sizes_in_turns_make_none(layer: StripeConv2d, x: Tensor) -> None:
     with torch.no_grad():
         for _ in range(2):
             close(layer(x[:1]), layer, x[:1])
-            assert layer._short.front is None
+            assert layer._short[False].front is None
             close(layer(x), layer, x)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
 def test_copies_make_their_own(copied: Any, layer: StripeConv2d, x: Tensor) -> None:
     other = copied(layer)
-    assert other._short.front is None
+    assert other._short[False].front is None
     weight_in_place(other, x)
     with torch.no_grad():
         close(other(x), other, x)

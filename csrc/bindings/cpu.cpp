@@ -323,6 +323,17 @@ PYBIND11_MODULE(_cpu, m) {
       .def("add_fprop", &add_fprop<FpropMatrix>, py::keep_alive<1, 2>())
       .def("add_fprop", &add_fprop<FpropFilters>, py::keep_alive<1, 2>())
       .def("add_fprop", &add_fprop<FpropTaps>, py::keep_alive<1, 2>())
+      .def("add_pack", &CallList::add_pack<Fprop>, py::keep_alive<1, 2>())
+      .def("add_pack", &CallList::add_pack<FpropMatrix>, py::keep_alive<1, 2>())
+      .def("add_pack", &CallList::add_pack<FpropFilters>, py::keep_alive<1, 2>())
+      .def("add_pack", &CallList::add_pack<FpropTaps>, py::keep_alive<1, 2>())
+      .def("add_pack", &CallList::add_pack<Dgrad>, py::keep_alive<1, 2>())
+      .def("add_packed_fprop", &CallList::add_packed_fprop<Fprop>, py::keep_alive<1, 2>())
+      .def("add_packed_fprop", &CallList::add_packed_fprop<FpropMatrix>, py::keep_alive<1, 2>())
+      .def("add_packed_fprop", &CallList::add_packed_fprop<FpropFilters>, py::keep_alive<1, 2>())
+      .def("add_packed_fprop", &CallList::add_packed_fprop<FpropTaps>, py::keep_alive<1, 2>())
+      .def("add_dgrad", &CallList::add_dgrad, py::keep_alive<1, 2>())
+      .def("add_wgrad", &CallList::add_wgrad, py::keep_alive<1, 2>())
       .def("add_max_pool",
            [](CallList& l, const std::array<int, 6>& v, const std::array<int, 4>& in,
               const std::array<int, 4>& out, int x, int y) {
@@ -371,8 +382,11 @@ PYBIND11_MODULE(_cpu, m) {
       "guard",
       [](py::object function, py::tuple rest, const std::array<py::object, 5>& conditions, py::object tensor,
          py::object exchange, const py::tuple& inputs, const py::tuple& parameters) {
-        const auto& [types, silent, denied, threads, empty] = conditions;
-        const Conditions c{types, silent, denied, threads, threads().cast<long>(), empty};
+        const auto& [types, silent, denied, same, empty] = conditions;
+        const Conditions c{types, silent, denied, same, empty};
+        for (const auto& pair : c.same)
+          require(PyTuple_CheckExact(pair.ptr()) && PyTuple_GET_SIZE(pair.ptr()) == 2,
+                  "a function comes with what it returns");
         for (const auto& dict : c.empty) require(PyDict_Check(dict.ptr()), "only dicts are empty");
         return as_function(std::make_shared<Guard>(std::move(function), std::move(rest), c,
                                                    Tensors(std::move(tensor), std::move(exchange)), inputs,

@@ -17,11 +17,10 @@
 namespace sk {
 
 struct Conditions {
-  pybind11::tuple types;     // of the inputs, exactly
-  pybind11::tuple silent;    // functions that return something false
-  pybind11::tuple denied;    // functions of an input that return something false
-  pybind11::object threads;  // a function that returns the same number as when the guard was made
-  long number;
+  pybind11::tuple types;   // of the inputs, exactly
+  pybind11::tuple silent;  // functions that return something false
+  pybind11::tuple denied;  // functions of an input that return something false
+  pybind11::tuple same;    // pairs of a function and what it returns
   // Dicts without an entry. Not those of an object that owns the guard: the collector does not look into it.
   pybind11::tuple empty;
 };
@@ -31,7 +30,7 @@ class Guard {
   static constexpr const char* kName = "stripe_kernels.guard";
 
   // inputs: tensors laid out as those of the calls will be. parameters: tensors or None, the same ones in every call,
-  // where and as they are now. function returns a tensor, or a tuple of one.
+  // where and as they are now. function returns what the guard does, or a tuple of only that.
   Guard(pybind11::object function, pybind11::tuple rest, Conditions conditions, Tensors tensors,
         const pybind11::tuple& inputs, const pybind11::tuple& parameters)
       : function_(std::move(function)),
@@ -56,7 +55,7 @@ class Guard {
     std::vector<PyObject*> all(args, args + inputs_.size());
     for (const auto& r : rest_) all.push_back(r.ptr());
     pybind11::object y = owned(PyObject_Vectorcall(function_.ptr(), all.data(), all.size(), nullptr));
-    return PyTuple_CheckExact(y.ptr())
+    return PyTuple_CheckExact(y.ptr()) && PyTuple_GET_SIZE(y.ptr()) == 1
                ? pybind11::reinterpret_borrow<pybind11::object>(PyTuple_GET_ITEM(y.ptr(), 0))
                : y;
   }
@@ -78,7 +77,8 @@ class Guard {
       if (!is_one_of(c.types, reinterpret_cast<PyObject*>(Py_TYPE(args[i])))) return false;
     for (const auto& function : c.silent)
       if (truth(result_of(function.ptr()))) return false;
-    if (number(result_of(c.threads.ptr())) != c.number) return false;
+    for (const auto& pair : c.same)
+      if (!equal(result_of(PyTuple_GET_ITEM(pair.ptr(), 0)), PyTuple_GET_ITEM(pair.ptr(), 1))) return false;
     for (std::size_t i = 0; i < inputs_.size(); ++i) {
       for (const auto& function : c.denied)
         if (truth(owned(PyObject_CallOneArg(function.ptr(), args[i])))) return false;
@@ -101,13 +101,15 @@ class Guard {
 
   static long version(PyObject* tensor) {
     static PyObject* const name = PyUnicode_InternFromString("_version");
-    return number(owned(PyObject_GetAttr(tensor, name)));
-  }
-
-  static long number(const pybind11::object& o) {
-    const long n = PyLong_AsLong(o.ptr());
+    const long n = PyLong_AsLong(owned(PyObject_GetAttr(tensor, name)).ptr());
     if (n == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
     return n;
+  }
+
+  static bool equal(const pybind11::object& a, PyObject* b) {
+    const int is = PyObject_RichCompareBool(a.ptr(), b, Py_EQ);
+    if (is < 0) throw pybind11::error_already_set();
+    return is;
   }
 
   static bool is_one_of(const pybind11::tuple& types, const PyObject* type) {

@@ -141,6 +141,21 @@ void CallList::finish(const Frame& f, int y) const {
   if (is_planes(y)) places_[y].planes.clear(f.arena + places_[y].offset);
 }
 
+void CallList::add_dgrad(const Dgrad& kernel, int packed, int dy, int dx) {
+  check(packed), check(dy), check(dx);
+  calls_.push_back([this, &kernel, packed, dy, dx](const Frame& f) {
+    kernel.run(view(f, dy), floats(f, packed), view(f, dx), f.threads);
+  });
+}
+
+void CallList::add_wgrad(const Wgrad& kernel, int x, int dy, int dw) {
+  check(x), check(dy), check(dw);
+  calls_.push_back([this, &kernel, x, dy, dw](const Frame& f) {
+    const TensorView to = view(f, dw);
+    kernel.run(view(f, x), view(f, dy), to.data, to.dtype, f.threads);
+  });
+}
+
 void CallList::add_max_pool(const Window& k, const MapSize& in, const MapSize& out, int x, int y) {
   check(x), check(y);
   const TensorView &from = places_[x].view, &to = places_[y].view;

@@ -10,9 +10,11 @@
 #include <vector>
 
 #include "core/tensor.h"
+#include "cpu/dgrad.h"
 #include "cpu/fprop.h"
 #include "cpu/head.h"
 #include "cpu/planes.h"
+#include "cpu/wgrad.h"
 
 namespace sk {
 
@@ -46,6 +48,29 @@ class CallList {
       finish(f, y);
     });
   }
+
+  // A training step's, whose weight changes from run to run: packed, weight [A, C/groups] and bias [K] (< 0: none) are
+  // tensors of this list, contiguous; packed and bias are float32.
+  template <class Kernel>
+  void add_pack(const Kernel& kernel, int weight, int packed) {
+    check(weight), check(packed);
+    calls_.push_back([this, &kernel, weight, packed](const Frame& f) {
+      const TensorView w = view(f, weight);
+      kernel.pack_weight(w.data, w.dtype, floats(f, packed));
+    });
+  }
+  template <class Kernel>
+  void add_packed_fprop(const Kernel& kernel, int packed, int bias, int x, int y) {
+    check(packed), check(x), check(y), check(bias < 0 ? y : bias);
+    calls_.push_back([this, &kernel, packed, bias, x, y](const Frame& f) {
+      Epilogue e;
+      if (bias >= 0) e.shift = floats(f, bias);
+      kernel.run(view(f, x), floats(f, packed), view(f, y), e, f.threads);
+    });
+  }
+  void add_dgrad(const Dgrad& kernel, int packed, int dy, int dx);
+  void add_wgrad(const Wgrad& kernel, int x, int dy, int dw);
+
   // Maxima over windows clipped to the map; NaN wins, as in torch. float32.
   void add_max_pool(const Window& window, const MapSize& in, const MapSize& out, int x, int y);
 
@@ -73,6 +98,7 @@ class CallList {
   void check(int tensor) const;
   void check_dense(int tensor, int dimension) const;  // its stride there is 1
   TensorView view(const Frame& f, int tensor) const;
+  float* floats(const Frame& f, int tensor) const { return static_cast<float*>(view(f, tensor).data); }
   bool is_planes(int tensor) const { return places_[tensor].planes.pitch > 0; }
   void finish(const Frame& f, int y) const;  // what every call does after it wrote y
 

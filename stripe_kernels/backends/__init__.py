@@ -44,10 +44,19 @@ def call_list(threads: int) -> Any:
     return CallList(threads)
 
 
-def layer_front(*call: Any) -> Any:
-    """A layer's call in native code (cpu_calls.layer_front), or None."""
+def lists_take(runner: Any) -> bool:
+    """Whether such a list can call a kernel's runner."""
     try:
-        from stripe_kernels.backends.cpu_calls import layer_front
+        from stripe_kernels.backends.cpu_calls import CallList
+    except ImportError:
+        return False
+    return CallList.takes(runner)
+
+
+def guard(*call: Any) -> Any:
+    """A function where nothing but it is needed (cpu_calls.guard), or None."""
+    try:
+        from stripe_kernels.backends.cpu_calls import guard
     except ImportError:
         return None
-    return layer_front(*call)
+    return guard(*call)

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stripe_kernels.backends.cpu import _ACTIVATIONS, _DTYPES, CpuFprop, _cpu, _float
+from stripe_kernels.backends.cpu import (
+    _ACTIVATIONS,
+    _DTYPES,
+    CpuDgrad,
+    CpuFprop,
+    CpuWgrad,
+    _cpu,
+    _float,
+    _WeightRunner,
+)
 from stripe_kernels.backends.cpu_network import Arena
 
 if not hasattr(_cpu, "guard"):
@@ -27,13 +36,13 @@ if not _cpu.usable_exchange(_EXCHANGE):
 # Up to so many bytes the arena of a whole network waits for the next call: to map it takes a good part of a short one.
 _ARENA_KEPT = 4 << 20
 
-# Types of the inputs; functions that return something false; functions of an input that do; one that returns torch's
-# number of threads; dicts without an entry.
+# Types of the inputs; functions that return something false; functions of an input that do; functions and what they
+# return; dicts without an entry.
 Conditions = tuple[
     tuple[type, ...],
     tuple[Callable[[], Any], ...],
     tuple[Callable[[Tensor], Any], ...],
-    Callable[[], int],
+    tuple[tuple[Callable[[], Any], Any], ...],
     tuple[dict[Any, Any], ...],
 ]
 
@@ -54,8 +63,8 @@ class CallList:
 
     @staticmethod
     def takes(runner: Any) -> bool:
-        """Whether `fprop` can call a kernel's runner."""
-        return isinstance(runner, CpuFprop)
+        """Whether a kernel's runner can be called from here."""
+        return isinstance(runner, (CpuFprop, CpuDgrad, CpuWgrad))
 
     @property
     def arena_bytes(self) -> int:
@@ -111,6 +120,25 @@ class CallList:
             x, -1 if residual is None else residual, y,
         )  # fmt: skip
 
+    def pack(self, runner: _WeightRunner, weight: int) -> int:
+        """The runner's own form of a contiguous weight, which may be another one in each run."""
+        packed = self.arena(torch.empty_strided(*runner.packed_layout, dtype=torch.float32, device="meta"))
+        self._native.add_pack(runner.native, weight, packed)
+        return packed
+
+    def packed_fprop(self, runner: CpuFprop, packed: int, bias: int | None, x: int) -> None:
+        """Returns conv(x) + bias, both read at each run; a bias is float32."""
+        y = self._output(runner)
+        self._native.add_packed_fprop(runner.native, packed, -1 if bias is None else bias, x, y)
+
+    def dgrad(self, runner: CpuDgrad, packed: int, dy: int) -> None:
+        """Returns dx."""
+        self._native.add_dgrad(runner.native, packed, dy, self._output(runner))
+
+    def wgrad(self, runner: CpuWgrad, x: int, dy: int) -> None:
+        """Returns dw."""
+        self._native.add_wgrad(runner.native, x, dy, self._output(runner))
+
     def max_pool(
         self, window: tuple[int, ...], x_size: tuple[int, ...], y_size: tuple[int, ...], x: int, y: int
     ) -> None:
@@ -128,26 +156,27 @@ class CallList:
     def linear(self, weight: Tensor, bias: Tensor | None, images: int, x: int, y: int) -> None:
         """y [N, K] = x [N, C] weight^T + bias [K]; contiguous float32, read where they lie at each run."""
         outputs, features = weight.shape
-        at = self._parameter(weight), -1 if bias is None else self._parameter(bias[None])
+        at = self._parameter(weight), -1 if bias is None else self._parameter(bias)
         self._native.add_linear(*at, (images, features, outputs), x, y)
 
-    def finish(
-        self, conditions: Conditions | None = None, parameters: tuple[Tensor | None, ...] = ()
-    ) -> tuple[Callable[..., Sequence[Tensor]], Callable[..., Any] | None]:
-        """Two functions of the inputs. The first returns the outputs; inputs laid out other than `given` said raise
-        ValueError. The second is for a list that is all of a network or layer: a function of inputs and parameters that
-        returns the only output, or NotImplemented where the conditions do not hold, the inputs are others or the
-        parameters are not as they are now. None without conditions or torch's interface."""
+    def finish(self, keep: bool = False) -> Callable[..., Sequence[Tensor]]:
+        """A function of the inputs that returns the outputs; inputs laid out other than `given` said raise ValueError.
+        keep: a small arena waits for the next call."""
         if _EXCHANGE is None:
-            return self._called_from_python(), None
+            return self._called_from_python()
         outputs = [partial(torch.empty_strided, *sizes, dtype=dtype) for *sizes, dtype in self._returned]
         arena = partial(torch.empty, self.arena_bytes, dtype=torch.uint8)
-        keep = conditions is not None and self.arena_bytes <= _ARENA_KEPT
         tensors = tuple(self._inputs), tuple(outputs), tuple(self._parameters), arena
-        run = _cpu.list_function(self._native, self._held, Tensor, _EXCHANGE, self.threads, *tensors, keep)
-        if conditions is None:
-            return run, None
-        return run, _guard(run, (), conditions, tensors[0], parameters)
+        run: Callable[..., Sequence[Tensor]] = _cpu.list_function(
+            self._native,
+            self._held,
+            Tensor,
+            _EXCHANGE,
+            self.threads,
+            *tensors,
+            keep and self.arena_bytes <= _ARENA_KEPT,
+        )
+        return run
 
     def _called_from_python(self) -> Callable[..., list[Tensor]]:
         native, threads, layouts, size = self._native, self.threads, self._returned, self.arena_bytes
@@ -169,36 +198,23 @@ class CallList:
         self._parameters.append(t.detach())
         return self._slot(t)
 
+    def _output(self, runner: CpuFprop | CpuDgrad | CpuWgrad) -> int:
+        return self.returned(torch.empty_strided(*runner.output, dtype=runner.dtype, device="meta"))
+
     def _slot(self, t: Tensor) -> int:
         self._slots += 1
         return int(self._native.add_slot(_code(t), _strides(t), self._slots - 1))
 
 
-def layer_front(
-    runner: Any,
-    x: Tensor,
-    y: Tensor,
-    packed: Any,
-    weight: Tensor,
-    bias: Tensor | None,
-    conditions: Conditions,
-) -> Callable[..., Any] | None:
-    """front(x, weight, bias): runner(x, packed, bias), or NotImplemented where `finish` says so; None without torch's
-    interface. x and y: of a call."""
-    if _EXCHANGE is None:
-        return None
-    if CallList.takes(runner) and (bias is None or _float(bias) is bias):
-        calls = CallList(runner.threads)
-        calls.fprop(runner, packed, bias, "none", calls.given(x), None, calls.returned(y))
-        return calls.finish(conditions, (weight, bias))[1]
-    return _guard(runner, (packed, bias, None, None, "none"), conditions, (x,), (weight, bias))
-
-
-def _guard(
+def guard(
     function: Callable[..., Any], rest: tuple[Any, ...], conditions: Conditions,
     inputs: tuple[Tensor, ...], parameters: tuple[Tensor | None, ...],
-) -> Callable[..., Any]:  # fmt: skip
-    """function(*inputs, *rest) where the conditions hold for inputs and parameters like these, or NotImplemented."""
+) -> Callable[..., Any] | None:  # fmt: skip
+    """A function of inputs and parameters: function(*inputs, *rest), or what it is a tuple of, where the conditions
+    hold, the inputs are laid out as these and the parameters are as they are now, else NotImplemented. None without
+    torch's interface."""
+    if _EXCHANGE is None:
+        return None
     guard: Callable[..., Any] = _cpu.guard(function, rest, conditions, Tensor, _EXCHANGE, inputs, parameters)
     return guard
 
@@ -208,6 +224,6 @@ def _code(t: Tensor) -> int:
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
-    if t.dim() not in (2, 4):
-        raise ValueError(f"a map is [N, C, H, W] or [N, C], got {list(t.shape)}")
-    return t.stride() if t.dim() == 4 else (*t.stride(), 1, 1)
+    if t.dim() not in (1, 2, 4):
+        raise ValueError(f"a tensor is [N, C, H, W], [N, C] or [K], got {list(t.shape)}")
+    return (*t.stride(), 1, 1, 1)[:4]

@@ -122,7 +122,7 @@ class Network(nn.Module):
                     )
                 with torch.inference_mode():
                     program = self._resident(inputs) or write_program(
-                        self.body, inputs, _CONDITIONS, self.threads(inputs)
+                        self.body, inputs, _conditions(), self.threads(inputs)
                     )
                 if inputs and inputs[0].is_cuda:
                     # The next call may come on another stream, and the packed weights have to be there.
@@ -235,11 +235,12 @@ def _runs_itself(inputs: tuple[Any, ...]) -> bool:
     return not any((grad and x.requires_grad) or torch.is_autocast_enabled(x.device.type) for x in inputs)
 
 
-# The same for a front, which asks from native code; Network.__call__ asks the rest.
-_CONDITIONS = (
-    ops.PLAIN_TYPES,
-    (*ops.LISTENERS, torch._C._is_any_autocast_enabled),
-    (Tensor.is_neg, Tensor.requires_grad.__get__),  # type: ignore[attr-defined]
-    torch.get_num_threads,
-    (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks),
-)
+def _conditions() -> Any:
+    """The same for a front, which asks from native code; Network.__call__ asks the rest."""
+    return (
+        ops.PLAIN_TYPES,
+        (*ops.LISTENERS, torch._C._is_any_autocast_enabled),
+        (Tensor.is_neg, Tensor.requires_grad.__get__),  # type: ignore[attr-defined]
+        ((torch.get_num_threads, torch.get_num_threads()),),
+        (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks),
+    )

@@ -277,7 +277,9 @@ class _Writer(OneLineInterpreter):
                 todo.release(at[c.node])
         arguments = ", ".join(self._argument(n) for n in given)
         results = ", ".join(self._name(c.node) for c in leave)
-        run, self.front = todo.finish(self.conditions if self._whole(given, leave, inside) else None)
+        whole = self.conditions is not None and self._whole(given, leave, inside)
+        run = todo.finish(keep=whole)
+        self.front = ops.guard(run, (), self.conditions, tuple(given.values()), ()) if whole else None
         line = f"{self._bind('k', run)}({arguments})"
         self.lines.append(f"{results}, = {line}" if results else line)
         self._measure(set(self.held) - (inside - {c.node for c in leave}), todo.arena_bytes)

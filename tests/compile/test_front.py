@@ -19,14 +19,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe_kernels import freeze, tune
 from stripe_kernels.compile import network as _network
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.optimize import compact
+from tests.listeners import CONTEXTS, Counting, Sub
 
 _cpu = pytest.importorskip("stripe_kernels._cpu")
 if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -90,33 +89,6 @@ def test_a_second_call_goes_straight_to_the_kernels(mode: Any, network: Network,
     assert not y.requires_grad
 
 
-class Silent(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class Counting(TorchDispatchMode):
-    calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
-
-
-class Sub(Tensor):
-    pass
-
-
-@contextmanager
-def other_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 SOMETHING_ELSE: dict[str, Callable[[Network, Tensor], Tensor]] = {
     "other sizes": lambda n, x: n(x.repeat(2, 1, 1, 1))[:2],
     "other strides": lambda n, x: n(x.mT.contiguous().mT),
@@ -128,10 +100,7 @@ SOMETHING_ELSE: dict[str, Callable[[Network, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "context",
-    [Silent, Counting, other_threads, forward_ad.dual_level, lambda: torch.autocast("cpu", enabled=True)],
-)
+@pytest.mark.parametrize("context", CONTEXTS)
 def test_it_steps_aside_while_somebody_listens(context: Any, network: Network, x: Tensor) -> None:
     expected = network(x)
     with forward_runs(1), context() as listener:
