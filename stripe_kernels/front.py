@@ -40,8 +40,10 @@ class ShortWay:
         it ran, those that follow have a front."""
         seen, self._seen, self.front = self._seen, None, None
         training = torch.is_grad_enabled()
-        if not x.is_cpu or x.dim() != 4 or weight.is_inference() or (training and not weight.requires_grad):
+        if not x.is_cpu or x.dim() != 4 or weight.is_inference() or not (x.numel() and weight.numel()):
             return
+        if training and not (weight.requires_grad and weight.is_leaf and (bias is None or bias.is_leaf)):
+            return  # a frozen weight is packed once; one that is computed is no parameter of the layer's
         kind = x.shape, x.dtype
         if self._frontless is not None and self._frontless[0] is op.forgotten and self._frontless[1] == kind:
             return

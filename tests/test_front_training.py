@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from stripe_kernels import StripeConv2d, functional, ops
@@ -161,6 +162,30 @@ def test_a_weight_that_is_frozen_is_packed_once(layer: StripeConv2d, x: Tensor) 
     gradients(layer, x)
     with mock.patch.object(_cpu.Fprop, "pack_weight", side_effect=AssertionError):
         close(gradients(layer, x), in_float64(layer, x))
+
+
+class Twice(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+
+WITHOUT: dict[str, Callable[[StripeConv2d], object]] = {
+    "weight computed": lambda n: parametrize.register_parametrization(n, "weight", Twice()),
+    "bias computed": lambda n: parametrize.register_parametrization(n, "bias", Twice()),
+    "weight frozen": lambda n: n.weight.requires_grad_(False),
+    "kernel": lambda n: setattr(n, "kernel", "dense"),
+    "bias of another type": lambda n: n.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT)
+def test_none_is_made_in_vain(what: str, x: Tensor) -> None:
+    layer = make()
+    WITHOUT[what](layer)
+    x = x.detach().to(layer.weight.dtype).requires_grad_()
+    with mock.patch.object(ops, "guard", side_effect=AssertionError), long_ways(5, 5):
+        for _ in range(5):
+            gradients(layer, x)
 
 
 def test_gradients_in_turns(layer: StripeConv2d, x: Tensor) -> None:
