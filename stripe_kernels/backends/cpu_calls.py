@@ -25,7 +25,7 @@ from stripe_kernels.backends.cpu import (
 )
 from stripe_kernels.backends.cpu_network import Arena
 
-if not hasattr(_cpu, "guard"):
+if not hasattr(_cpu.CallList, "add_pack"):
     raise ImportError("the extension stripe_kernels._cpu is older than this code; run: pip install -e .")
 
 
