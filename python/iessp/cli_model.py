@@ -134,7 +134,7 @@ def _file(path: Path) -> tuple[nn.Module, Tensor | None]:
 
 
 def _load(model: nn.Module, path: Path) -> None:
-    """Loads a state_dict: of safetensors, or of torch.save, bare or as one entry of a checkpoint."""
+    """Loads a state_dict, masked ones too: of safetensors, or of torch.save, bare or as one entry of a checkpoint."""
     if not path.is_file():
         raise absent(path)
     try:
@@ -143,10 +143,9 @@ def _load(model: nn.Module, path: Path) -> None:
         raise Failure(str(error)) from error
     if not isinstance(state, Mapping):
         raise Failure(f"{path} holds a {type(state).__name__}, not a state_dict")
-    state = {name.removeprefix("module."): t for name, t in _state_dict(path, state).items()}
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        model.load_state_dict(stripe_kernels.plain_state(_state_dict(path, state)))
+    except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         reason = textwrap.shorten(first[0], 120, placeholder=" ...")
         raise Failure(f"{path} does not fit {type(model).__name__}: {reason}") from error

@@ -114,9 +114,10 @@ def _save(model: nn.Module, output: Path, example: Tensor) -> None:
 
 
 def _kept(frozen: nn.Module, example: Tensor) -> tuple[Network, dict[str, Tensor]]:
-    """The network as it would be dense, and the skeletons of its stripe layers."""
-    layers = {n: m for n, m in frozen.named_modules() if isinstance(m, stripe_kernels.StripeConv2d)}
-    return probe(stripe_kernels.to_dense(frozen), example), {n: m.skeleton for n, m in layers.items()}
+    """The network as it would be dense, and the skeletons of its stripe layers by the dense one's names."""
+    inside = frozen.body if isinstance(frozen, stripe_kernels.Network) else frozen
+    live = {n: m.skeleton for n, m in inside.named_modules() if isinstance(m, stripe_kernels.StripeConv2d)}
+    return probe(stripe_kernels.to_dense(frozen), example), live
 
 
 def optimize(given: Given, batch: int, output: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def make(text: str) -> tuple[nn.Module, Tensor | None]:
     made = names[attribute]
     if not isinstance(made, nn.Module):
         if not callable(made):
-            raise ValueError(f"{text} is a {type(made).__name__}: a factory or an nn.Module is needed")
+            raise ValueError(f"{text} is no factory but of type {type(made).__name__}")
         made = _calling(text, made)
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not (example is None or isinstance(example, Tensor)):

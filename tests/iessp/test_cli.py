@@ -19,6 +19,7 @@ import pytest
 import torch
 import typer
 from torch import nn
+from torch.nn.utils import prune
 
 import stripe_kernels
 from iessp import cli, cli_work, demo, dense, latency, reproduce
@@ -79,6 +80,12 @@ def linear():
 def script():
     raise SystemExit(2)
 """
+
+
+def factories() -> dict[str, Any]:
+    namespace: dict[str, Any] = {}
+    exec(FACTORIES, namespace)
+    return namespace
 
 
 @pytest.fixture(autouse=True)
@@ -294,9 +301,7 @@ def test_prune_optimize_explain_bench_report_of_a_users_module(
     """The way from a factory and its trained weights to one page, every step by the command line."""
     spec = "factories_of_a_user:with_example"
     torch.manual_seed(3)
-    namespace: dict[str, Any] = {}
-    exec(FACTORIES, namespace)
-    trained = namespace["make"]()
+    trained = factories()["make"]()
     weights = {f"module.{k}": v for k, v in trained.state_dict().items()}
     torch.save({"epoch": 3, "optimizer": {"state": {}, "param_groups": []}, "net": weights}, "trained.pt")
 
@@ -354,6 +359,35 @@ def test_prune_optimize_explain_bench_report_of_a_users_module(
         assert numbers(found) <= documented, "docs/cli.md lists the words of --json"
     page = Path("report.html").read_text()
     assert all(word in page for word in ("Whole network", "Roofline", "iessp train digits"))
+
+
+def test_freeze_counts_the_stripes_of_an_optimized_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    pruned = answer(monkeypatch, capsys, "prune", "factories_of_a_user:with_example", "-o", "p.safetensors")
+    example = torch.zeros(1, 3, 20, 14)
+    network = importlib.import_module("stripe_kernels.compile.optimize").compact(
+        stripe_kernels.load("p.safetensors"), (example,)
+    )
+    stripe_kernels.save(network, "o.safetensors", example)
+    frozen = answer(monkeypatch, capsys, "freeze", "o.safetensors", "-o", "f.safetensors")
+    live = {row["layer"]: row["live"] for row in pruned["layers"]}
+    assert {row["layer"]: row["live"] for row in frozen["layers"]} == live
+    assert 0 < frozen["macs"] <= pruned["macs"]
+    assert frozen["macs_kept"] < 0.5
+
+
+def test_weights_of_a_masked_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    model = factories()["make"]()
+    stripes = model[3].weight.norm(dim=1, keepdim=True)
+    prune.custom_from_mask(model[3], "weight", (stripes > stripes.median()).expand_as(model[3].weight))
+    torch.save(model.state_dict(), "masked.pt")
+    frozen = answer(monkeypatch, capsys, "freeze", "factories_of_a_user:make", "--weights", "masked.pt")
+    assert frozen["layers"] == [
+        {"layer": "3", "live": int((stripes > stripes.median()).sum()), "stripes": 144, "filters": 16}
+    ]
 
 
 def test_train_a_users_module(
