@@ -8,14 +8,13 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stripe_kernels import backends, ops, registry
+from stripe_kernels import backends, ops, registry, testing
 from stripe_kernels.compile import cache
 from stripe_kernels.registry import PASSES, Pass
 from stripe_kernels.testing import (
@@ -33,7 +32,8 @@ from stripe_kernels.testing import (
 from stripe_kernels.version import __version__
 
 _LAYOUTS = ("contiguous", "channels_last")
-_PLAIN = "many channels"  # the case that says whether a kernel takes an ordinary layer
+# The first says whether a kernel takes an ordinary layer: channels in 32s, for those that multiply in AMX.
+_CASES = (testing.case("ordinary", N=2, C=128, H=7, W=6, K=67, density=0.15), *CASES.values())
 _COMPILERS = ("c++", "nvcc", "ninja")
 
 
@@ -139,11 +139,11 @@ def _state(name: str) -> dict[str, Any]:
 
 def _refusal(name: str, device: str) -> str | None:
     """Why a kernel does not take an ordinary layer on a device in any dtype; None where it does."""
-    case = CASES[_PLAIN]
+    ordinary = _CASES[0]
     reasons = []
     for dtype, last in product(DTYPES, (False, True)):
-        op = ops.StripeOp.of(*case.arguments, name)
-        problem = op.problem(case.shape.input_size, dtype, torch.device(device), last)
+        op = ops.StripeOp.of(*ordinary.arguments, name)
+        problem = op.problem(ordinary.shape.input_size, dtype, torch.device(device), last)
         reasons.append(registry.find(name).refuse(problem, "fprop"))
     return None if None in reasons else reasons[0]
 
@@ -152,8 +152,7 @@ def _self_test(kernels: dict[str, dict[str, Any]], seconds: float) -> dict[str, 
     """Adds checks and failures to the kernels; the sums. The oracle is not checked against itself."""
     start = time.perf_counter()
     tested = [name for name, k in kernels.items() if k["state"] != "refuses" and name != "reference"]
-    combinations = product(_LAYOUTS, DTYPES, CASES.values())
-    for number, (layout, dtype, case) in enumerate(_plain_first(combinations)):
+    for number, (case, layout, dtype) in enumerate(product(_CASES, _LAYOUTS, DTYPES)):
         if time.perf_counter() - start > seconds and number >= len(_LAYOUTS) * len(DTYPES):
             break
         operands = case.operands(dtype, layout, _device())
@@ -171,11 +170,6 @@ def _self_test(kernels: dict[str, dict[str, Any]], seconds: float) -> dict[str, 
         "checks": sum(k["checks"] for k in kernels.values()),
         "failures": sum(len(k["failures"]) for k in kernels.values()),
     }
-
-
-def _plain_first(combinations: Any) -> Iterator[Any]:
-    """Every layout and dtype of the plain case, then the others in turn."""
-    return iter(sorted(combinations, key=lambda c: (c[2].name != _PLAIN, list(CASES).index(c[2].name))))
 
 
 def _check(
