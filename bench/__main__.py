@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from bench import layers, networks, skeletons, table
 from bench.chart import draw
-from bench.contestants import contestants, kernel_names
+from bench.contestants import Contestant, contestants, kernel_names
 from bench.job import PASSES, Job
 from bench.machine import Machine, keep_memory
 from bench.records import Writer
@@ -125,7 +125,11 @@ def bench(
     )
     made = among(generator, list(skeletons.GENERATORS), "skeletons") or ["iid", *(["dead"] if full else [])]
     (kind,) = among(dtype, list(DTYPES), "dtype")
-    chosen = [] if layer == "none" else layers.select(words(layer) or (["*"] if full else layers.QUICK))
+    try:
+        chosen = [] if layer == "none" else layers.select(words(layer) or (["*"] if full else layers.QUICK))
+        entered = contestants(kernel_names(kernels), compiled)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     jobs = [
         Job(found, n, live, source, which, DTYPES[kind], t)  # type: ignore[arg-type]
         for which, t, found in product(among(passes, PASSES, "passes"), counts, chosen)
@@ -146,7 +150,7 @@ def bench(
     prefix = out or Path("runs/bench") / datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     writer = Writer(prefix, machine, shlex.join(["python", "-m", "bench", *sys.argv[1:]]))
     try:
-        _layers(jobs, kernels, DTYPES[kind], seconds, compiled, tuned, writer, console)
+        _layers(jobs, entered, DTYPES[kind], seconds, tuned, writer, console)
         _networks(whole, 4 * seconds, compiled, writer, console)
     finally:
         writer.close()
@@ -155,15 +159,13 @@ def bench(
 
 def _layers(
     jobs: list[Job],
-    kernels: str,
+    entered: dict[str, Contestant],
     dtype: torch.dtype,
     seconds: float,
-    compiled: bool,
     tuned: bool,
     writer: Writer,
     console: Console,
 ) -> None:
-    entered = contestants(kernel_names(kernels), compiled)
     roofs = {t: Roof.probe(dtype, t) for t in dict.fromkeys(job.threads for job in jobs)}
     writer.roofs += roofs.values()
     console.print("\n".join(map(str, roofs.values())), highlight=False)

@@ -70,19 +70,28 @@ def server(
     return ThreadingHTTPServer((host, port), Handler)
 
 
+def size(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split("x"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a file that stripe_kernels.save wrote")
-    parser.add_argument("--input", help="C x H x W of one image, as in 3x32x32; default: what the file says")
+    parser.add_argument(
+        "--input", type=size, help="C x H x W of one image, as in 3x32x32; default: what the file says"
+    )
     parser.add_argument("--port", type=int, default=8080)
     chosen = parser.parse_args()
-    known = example_input(chosen.model)
-    if chosen.input is None and not known:
-        parser.error(f"{chosen.model} was saved without the size of an image: --input CxHxW")
-    shape = tuple(int(n) for n in chosen.input.split("x")) if chosen.input else tuple(known[0].shape[1:])
-    serving = server(load(chosen.model), shape, chosen.port)
+    try:
+        known = example_input(chosen.model)
+        if chosen.input is None and not known:
+            parser.error(f"{chosen.model} was saved without the size of an image: --input CxHxW")
+        shape = chosen.input or tuple(known[0].shape[1:])
+        serving = server(load(chosen.model), shape, chosen.port)
+    except (OSError, ValueError) as error:  # no such file, none of ours, the port is taken
+        parser.error(str(error))
     print(f"http://{serving.server_address[0]}:{serving.server_address[1]}", flush=True)
     with serving:
         serving.serve_forever()

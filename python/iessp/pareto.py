@@ -152,8 +152,11 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=30.0, help="spent on timing the networks")
     given = parser.parse_args()
-    recipe = read(given.recipe).but(trials={}, trial_epochs=0, **parse_changes(given.changes))
-    splits = load(recipe.data, given.data_dir)
+    try:
+        recipe = read(given.recipe).but(trials={}, trial_epochs=0, **parse_changes(given.changes))
+        splits = load(recipe.data, given.data_dir)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     shares = given.share or [0.12, 0.24, 0.48]
     points = front(recipe, splits, given.out, shares, given.seeds, given.seconds)
     draw_front(points, KINDS, given.out / "pareto.svg")

@@ -111,14 +111,16 @@ def main() -> int:
     parser.add_argument("--trials", action="store_true")
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
-    if given.trials:
-        print("\n".join(trials(json.loads(given.document.read_text()))))
-        return 0
-    if given.against:
-        print("\n".join(differences(json.loads(given.document.read_text()), given.against)))
-        return 0
-    text = given.document.read_text()
-    made = rewritten(text, given.document.parent)
+    try:
+        text = given.document.read_text()
+        if given.trials or given.against:
+            record = json.loads(text)
+            lines = trials(record) if given.trials else differences(record, given.against)
+            print("\n".join(lines))
+            return 0
+        made = rewritten(text, given.document.parent)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if given.check:
         if made != text:
             print(

@@ -230,7 +230,8 @@ def test_the_command_prints_tables_and_draws_charts(tmp_path: Path) -> None:
     for kind in ("csv", "json", "png", "svg"):
         assert (tmp_path / f"run.{kind}").stat().st_size > 100
     assert CliRunner().invoke(app, ["--passes", "backward"]).exit_code == 2
-    for wrong in (["--batch", "0"], ["--density", "1.5"], ["--kept", "24"]):
+    wrongs = ("--batch 0", "--density 1.5", "--kept 24", "--kernels nonesuch", "--layers nonesuch")
+    for wrong in map(str.split, wrongs):
         assert CliRunner().invoke(app, wrong).exit_code == 2
 
 

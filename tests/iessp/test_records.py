@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from iessp import pareto, records
 from iessp.recipe import bundled, read
 from iessp.records import differences, rewritten, table, trials
 
@@ -47,6 +50,21 @@ def test_differences_are_taken_seed_by_seed() -> None:
     ]
     with pytest.raises(ValueError, match="no c: a, b"):
         differences({"rows": rows}, "c")
+
+
+@pytest.mark.parametrize(("main", "wrong"), [(records.main, "gone.json"), (pareto.main, "nonesuch")])
+def test_a_wrong_name_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    main: Callable[[], object],
+    wrong: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", wrong])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("program: error: ")
+    assert wrong in last
 
 
 def test_trials_are_listed_with_their_epochs() -> None:

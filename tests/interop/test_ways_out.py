@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from examples.serve import server
+from examples import serve
 from stripe_kernels import StripeConv2d, freeze, load, save
 from stripe_kernels.compile.optimize import compact
 from tests.compile.test_compact import assert_same
@@ -139,7 +139,7 @@ def test_a_norm_of_the_models_own_is_folded_and_saved(affine: bool, tmp_path: Pa
 @pytest.fixture
 def address() -> Iterator[tuple[str, nn.Module]]:
     network = pruned()
-    with server(network, (3, 8, 8), port=0) as serving:
+    with serve.server(network, (3, 8, 8), port=0) as serving:
         thread = threading.Thread(target=serving.serve_forever)
         thread.start()
         try:
@@ -187,6 +187,25 @@ def test_a_server_says_what_is_wrong_with_a_request(
         post(address[0], body)
     assert failed.value.code == 400
     assert re.search(text, failed.value.read().decode())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["gone.safetensors"], "serve.py: error: gone.safetensors is not a file"),
+        (
+            ["gone.safetensors", "--input", "3 by 8"],
+            "serve.py: error: argument --input: invalid size value: '3 by 8'",
+        ),
+    ],
+)
+def test_the_server_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        serve.main()
+    assert capsys.readouterr().err.splitlines()[-1] == line
 
 
 def test_the_server_as_a_program(tmp_path: Path) -> None:
