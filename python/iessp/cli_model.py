@@ -148,6 +148,8 @@ def _load(model: nn.Module, path: Path) -> None:
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         reason = textwrap.shorten(first[0], 120, placeholder=" ...")
+        if any(".parametrizations." in name for name in _state_dict(path, state)):
+            reason = "its model had gates or other parametrizations: save what iessp.freeze gives"
         raise Failure(f"{path} does not fit {type(model).__name__}: {reason}") from error
 
 

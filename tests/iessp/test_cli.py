@@ -21,6 +21,7 @@ import typer
 from torch import nn
 from torch.nn.utils import prune
 
+import iessp
 import stripe_kernels
 from iessp import cli, cli_work, demo, dense, latency, reproduce
 from iessp.latency import Latency
@@ -257,6 +258,10 @@ def test_mistakes_end_with_one_line(
             "other.pt does not fit Sequential: Missing key",
         ),
         (
+            ("freeze", "factories_of_a_user:make", "--weights", "gated.pt"),
+            "gated.pt does not fit Sequential: its model had gates or other parametrizations",
+        ),
+        (
             ("bench", "factories_of_a_user:make", "--weights", "several.pt"),
             "several.pt holds several state_dicts: ema, net; save the one to take",
         ),
@@ -278,6 +283,7 @@ def test_failures_end_with_one_line_and_status_1(
 ) -> None:
     (here / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     torch.save({"3.bias": torch.zeros(16)}, here / "other.pt")
+    torch.save(iessp.attach(factories()["make"]()).state_dict(), here / "gated.pt")
     torch.save({name: {"0.bias": torch.zeros(1)} for name in ("ema", "net")}, here / "several.pt")
     torch.save([torch.zeros(1)], here / "list.pt")
     torch.save(nn.Conv2d(1, 1, 1), here / "whole.pt")
