@@ -80,6 +80,8 @@ def _inference(
         calls = ops.call_list(runner.threads)
         calls.fprop(runner, packed, bias, "none", calls.given(x), None, calls.returned(y))
         run, rest = calls.finish(keep=True), ()
+    elif hasattr(runner, "short_call"):
+        run, rest = runner.short_call(packed, bias) or (run, rest)
     return ops.guard(run, rest, _conditions(False, *stale), (x,), (weight, bias))  # type: ignore[no-any-return]
 
 

@@ -50,9 +50,18 @@ def packed_weight(runner: Any, weight: Tensor) -> Any:
             return runner.pack(weight)
         if len(found.forms) >= _FORMS_KEPT:
             found.forms.clear()
-        form = Kept(lambda: runner.pack(weight), weight.device) if weight.is_cuda else runner.pack(weight)
+        form = (
+            Kept(lambda: kept_form(runner, weight), weight.device)
+            if weight.is_cuda
+            else kept_form(runner, weight)
+        )
         packed = found.forms[runner] = form
     return packed.value() if type(packed) is Kept else packed
+
+
+def kept_form(runner: Any, weight: Tensor) -> Any:
+    """The weight packed for many calls: some runners have a form that costs more to make than one call saves."""
+    return getattr(runner, "pack_to_keep", runner.pack)(weight)
 
 
 def _drop_dead(key: int) -> Callable[[weakref.ref[Tensor]], None]:

@@ -34,6 +34,7 @@ from stripe_kernels.epilogue import ACTIVATIONS, apply_epilogue
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.ops import StripeOp
 from stripe_kernels.registry import PASSES, Pass
+from stripe_kernels.snapshots import kept_form
 from stripe_kernels.testing import (
     LAYOUTS,
     PATTERNS,
@@ -138,7 +139,7 @@ class Generated:
             spoil_scratch(runner, self.which, operands)
             if not self.epilogue:
                 return run(runner, self.which, operands)
-            return runner(operands.x, runner.pack(operands.weight), *terms, self._activation)
+            return runner(operands.x, kept_form(runner, operands.weight), *terms, self._activation)
 
     @property
     def _activation(self) -> str:

@@ -28,10 +28,11 @@ SOURCES = (
 # measured again.
 SAME_ON_A_GPU = {
     "a7dd3ca2f2792c38": (
-        "9486822a0e896641",
+        "26e4d59e0c40dd3e",
         "cuda_mma_tf32 without wgrad, groups whose channels the taps kernel would mix refused, checks of tables, an "
         "unused width of wgmma gone: nothing that a row has met; what kernels and runners said twice said once: the "
-        "same machine code, compared; dense's cost model of bfloat16 on a CPU",
+        "same machine code, compared; dense's cost model of bfloat16 and its kept filters of half precision on a "
+        "CPU, F.conv2d under its other name, torch.conv2d",
     ),
 }
 # Stages without which a record says too little to be quoted; rows there was no time for are named in it.

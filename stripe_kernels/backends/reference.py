@@ -85,10 +85,7 @@ def _candidates(problem: Problem, which: Pass) -> dict[Config, float]:
 
 
 def _refuse(problem: Problem, which: Pass) -> str | None:
-    # It calls torch, as dense does, which says more.
-    if problem.device == "cpu" and problem.dtype in ("bfloat16", "float16") and problem.shape.idle_column():
-        return f"torch's {problem.dtype} convolution is wrong where a stride keeps a filter's column off the image"
-    return None
+    return problem.wrong_in_torch()
 
 
 def _build(problem: Problem, which: Pass, config: Config) -> _Reference:

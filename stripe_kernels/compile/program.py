@@ -97,7 +97,7 @@ class _Writer(OneLineInterpreter):
         self.lines: list[str] = []
         self.names: dict[fx.Node, str] = {}
         self.pending: list[_Call] = []
-        self.packed: dict[int, int] = {}  # address -> bytes of the kernels' own copies of weights
+        self.packed: dict[int, int] = {}  # id -> bytes of the kernels' own copies of weights
         self.front: Callable[..., Any] | None = None  # where one list is the whole network
         self.peak = 0  # bytes of activations at once, inputs not counted
         self.held: dict[fx.Node, set[_Storage]] = {}
@@ -320,7 +320,7 @@ class _Writer(OneLineInterpreter):
         packed = packed_weight(runner, layer.weight)
         for t in tree_leaves(packed):
             if isinstance(t, Tensor):
-                self.packed[t.data_ptr()] = t.numel() * t.element_size()
+                self.packed[id(t)] = t.numel() * t.element_size()  # oneDNN's own have no address
         activation = layer.activation if isinstance(layer, FusedConv2d) else "none"
         return runner, packed, layer.bias, activation
 

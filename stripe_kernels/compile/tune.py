@@ -21,6 +21,7 @@ from stripe_kernels.compile.network import Network, threads_of
 from stripe_kernels.ops import StripeOp
 from stripe_kernels.plan import Candidate, Plan
 from stripe_kernels.registry import PASSES, Pass, Problem
+from stripe_kernels.snapshots import kept_form
 
 _HOPELESS = 4.0  # predicted this many times slower than the best prediction: not measured
 _IN_GRAPH = 10  # calls a graph holds: one alone takes less time than its launch
@@ -55,7 +56,7 @@ class Site:
             dy = _like(self.x, self.problem.shape.output_size)
             x = self.x
             return (lambda: runner(dy, runner.pack(weight))) if which == "dgrad" else (lambda: runner(dy, x))
-        packed = runner.pack(weight)
+        packed = kept_form(runner, weight)
         x, bias, scale, residual, activation = self.x, self.bias, self.scale, self.residual, self.activation
         return lambda: runner(x, packed, bias, scale, residual, activation)
 
