@@ -31,6 +31,7 @@ struct MaxPool {
   TensorView x, y;
   std::vector<Range> columns;  // of each s: the q whose tap lies inside
   bool halves;                 // 2x2 windows side by side, none clipped: nearly every pool
+  bool narrow;                 // these, and vectors hold whole rows of maps without gaps
 
   const float* from(int n, int c, int h, int w) const {
     return reinterpret_cast<const float*>(x.at(n, c, h, w));
@@ -41,9 +42,17 @@ struct MaxPool {
     return {std::max(0, -h), std::min(k.kernel_h, in.h - h)};
   }
 
-  // One channel of an image; `line` has room for an input row. The rows of a window first, whole vectors of them, then its
-  // columns, which lie a stride apart.
-  void plane(int n, int c, float* line) const {
+  // Channels [c0, c1) of an image; `line` has room for an input row.
+  void channels(int n, int c0, int c1, float* line) const {
+    if (narrow) {
+      const std::int64_t outputs = std::int64_t(out.h) * out.w * (c1 - c0);
+      return isa.largest_of_narrow_squares(to(n, c0, 0, 0), from(n, c0, 0, 0), in.w, outputs);
+    }
+    for (int c = c0; c < c1; ++c) channel(n, c, line);
+  }
+
+  // The rows of a window first, whole vectors of them, then its columns, which lie a stride apart.
+  void channel(int n, int c, float* line) const {
     for (int p = 0; p < out.h; ++p) {
       float* row = to(n, c, p, 0);
       if (halves) {
@@ -137,8 +146,10 @@ TensorView CallList::view(const Frame& f, int tensor) const {
   return v;
 }
 
-void CallList::finish(const Frame& f, int y) const {
-  if (is_planes(y)) places_[y].planes.clear(f.arena + places_[y].offset);
+void CallList::clear_around(const Frame& f, int y) const {
+  const Planes& p = places_[y].planes;
+  for (int n = 0; n < p.n; ++n)
+    p.clear_around(static_cast<float*>(view(f, y).data), n, 0, p.c, 0, p.h);
 }
 
 void CallList::add_dgrad(const Dgrad& kernel, int packed, int dy, int dx) {
@@ -162,25 +173,35 @@ void CallList::add_max_pool(const Window& k, const MapSize& in, const MapSize& o
   const bool last = in.c > 1 && from.stride[1] == 1 && to.stride[1] == 1;
   if (!last && (from.stride[3] != 1 || to.stride[3] != 1))
     throw std::invalid_argument("max pools take dense rows or dense pixels");
-  MaxPool pool{*best_isa(), k, in, out, {}, {}, {}, false};
+  MaxPool pool{*best_isa(), k, in, out, {}, {}, {}, false, false};
   for (int s = 0; s < k.kernel_w; ++s) pool.columns.push_back(inside(out.w, k.stride_w, s - k.pad_w, in.w));
   pool.halves = k.kernel_h == 2 && k.kernel_w == 2 && k.stride_h == 2 && k.stride_w == 2 && !k.pad_h &&
                 !k.pad_w && 2 * out.h <= in.h && 2 * out.w <= in.w;
+  pool.narrow = pool.halves && !last && in.h == 2 * out.h && in.w == 2 * out.w &&
+                2 * pool.isa.lanes % in.w == 0 && from.stride[2] == in.w && to.stride[2] == out.w &&
+                from.stride[1] == std::int64_t(in.h) * in.w && to.stride[1] == std::int64_t(out.h) * out.w;
   calls_.push_back([this, pool, last, x, y](const Frame& f) {
     MaxPool now = pool;
     now.x = view(f, x), now.y = view(f, y);
-    const std::int64_t parts = std::int64_t(pool.out.n) * (last ? pool.out.h : pool.out.c);
+    const int parts = last ? pool.out.h : pool.out.c;
+    const Planes& planes = places_[y].planes;
     const std::int64_t size = std::int64_t(pool.out.n) * pool.out.c * pool.out.h * pool.out.w;
     run_team(size < kWorthATeam ? 1 : f.threads, [&](const Team& team) {
       std::vector<float> line(last ? 0 : static_cast<std::size_t>(pool.in.w));
-      for (std::int64_t i = team.begin(parts); i < team.end(parts); ++i) {
-        if (last)
-          now.pixels(static_cast<int>(i / pool.out.h), static_cast<int>(i % pool.out.h));
-        else
-          now.plane(static_cast<int>(i / pool.out.c), static_cast<int>(i % pool.out.c), line.data());
+      const std::int64_t all = std::int64_t(pool.out.n) * parts, end = team.end(all);
+      for (std::int64_t i = team.begin(all); i < end;) {
+        const int n = static_cast<int>(i / parts), begin = static_cast<int>(i % parts);
+        const int here = static_cast<int>(std::min<std::int64_t>(end - i, parts - begin));
+        i += here;
+        if (last) {
+          for (int p = begin; p < begin + here; ++p) now.pixels(n, p);
+          continue;
+        }
+        now.channels(n, begin, begin + here, line.data());
+        if (is_planes(y))
+          planes.clear_around(static_cast<float*>(now.y.data), n, begin, begin + here, 0, pool.out.h);
       }
     });
-    finish(f, y);
   });
 }
 
@@ -188,7 +209,7 @@ void CallList::add_average(const MapSize& size, int x, int y) {
   check_dense(x, 3), check(y);
   calls_.push_back([this, size, x, y](const Frame& f) {
     average_pixels(view(f, x), size, view(f, y));
-    finish(f, y);
+    clear_around(f, y);
   });
 }
 

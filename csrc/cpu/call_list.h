@@ -41,11 +41,14 @@ class CallList {
     calls_.push_back([this, &kernel, packed, e, x, residual, y](const Frame& f) {
       Epilogue now = e;
       if (residual >= 0) now.residual = view(f, residual);
-      if constexpr (std::is_same_v<Kernel, Fprop>)
-        kernel.run(view(f, x), packed, view(f, y), now, f.threads, {is_planes(x), is_planes(y)});
-      else
+      if constexpr (std::is_invocable_v<decltype(&Kernel::run), const Kernel&, TensorView, const float*,
+                                        TensorView, Epilogue, int, InPlanes>) {
+        const InPlanes planes{is_planes(x), is_planes(y) ? &places_[y].planes : nullptr};
+        kernel.run(view(f, x), packed, view(f, y), now, f.threads, planes);
+      } else {
         kernel.run(view(f, x), packed, view(f, y), now, f.threads);
-      finish(f, y);
+        clear_around(f, y);
+      }
     });
   }
 
@@ -100,7 +103,8 @@ class CallList {
   TensorView view(const Frame& f, int tensor) const;
   float* floats(const Frame& f, int tensor) const { return static_cast<float*>(view(f, tensor).data); }
   bool is_planes(int tensor) const { return places_[tensor].planes.pitch > 0; }
-  void finish(const Frame& f, int y) const;  // what every call does after it wrote y
+  // For calls that write pixels only: the zeros around them, where y lies in planes.
+  void clear_around(const Frame& f, int y) const;
 
   std::vector<Place> places_;
   int slots_ = 0;

@@ -6,10 +6,12 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/planes.h"
 #include "cpu/schedule.h"
 
 namespace sk {
 
+constexpr std::int64_t kFetched = 1 << 17;
 // Output channels [begin, end) of one convolution group.
 struct Part {
   int group, begin, end;
@@ -31,10 +33,11 @@ struct InPlace {
 };
 
 // compute(part index, block plan, panel, lanes): adds into the lanes of the part's channels, zeroed if `zero`.
+// around: the planes that y lies in, if it does.
 template <class Compute>
 void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& parts, int part_count,
            int in_channels, int out_channels, const TensorView& x, const TensorView& y, const Epilogue& e,
-           int threads, bool zero, const Compute& compute, InPlace in_place = {}) {
+           int threads, bool zero, const Compute& compute, InPlace in_place = {}, const Planes* around = nullptr) {
   const std::int64_t panel_floats = in_place.x ? 0 : s.panel_floats(in_channels);
   const std::int64_t lane_stride = in_place.y ? y.stride[1] : s.output_stride();
   int widest = 0;
@@ -60,6 +63,7 @@ void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& pa
       for (int k = 0; k < count; ++k) std::fill_n(lanes.at + k * lane_stride, s.output_floats(block), 0.f);
     compute(index, s.block(block), panel, lanes);
     s.finish(isa, y, e, block, first, count, lanes.at, lane_stride, buffer + lanes_floats, in_place.y);
+    if (around) s.clear_around(*around, y, block, first, count);
   };
   const auto panel_of = [&](int block, int group, const float* packed) -> Channels<const float> {
     if (in_place.x) return {s.panel_in(x, block, group * in_channels), x.stride[1]};
@@ -79,6 +83,13 @@ void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& pa
       return;
     }
     float* const panel = memory + each * threads;
+    if (in_place.x && threads > 1) {
+      const std::int64_t floats = x.stride[1] * in_channels * units;
+      if (floats <= kFetched) {
+        const float* const first = static_cast<const float*>(x.data);
+        for (std::int64_t i = 0; i < floats; i += 16) __builtin_prefetch(first + i, 0, 2);
+      }
+    }
     for (int task = 0; task < s.block_count() * units; ++task) {
       const int block = task / units, unit = task % units, group = parts[unit * part_count].group;
       if (!in_place.x) {

@@ -147,7 +147,7 @@ void Fprop::accumulate(int part, const Run* begin, const Run* end, const float* 
 }
 
 void Fprop::run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e, int threads,
-                InPlace planes) const {
+                InPlanes planes) const {
   if (paired_ && x.dtype != DType::bf16)
     throw std::invalid_argument("pairs of bfloat16 are read from bfloat16");
   // A block's last vector writes into the rows of the next one: their order is kept only by one thread, or by a team that
@@ -161,7 +161,7 @@ void Fprop::run(const TensorView& x, const float* packed, const TensorView& y, c
       [&](int part, const BlockPlan& block, Channels<const float> panel, Channels<float> lanes) {
         accumulate(part, block.runs.data(), block.runs.data() + block.runs.size(), packed, panel, lanes);
       },
-      here);
+      here, planes.y);
 }
 
 }  // namespace sk

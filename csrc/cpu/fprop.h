@@ -22,9 +22,8 @@ class Fprop {
 
   std::int64_t packed_floats() const { return packed_floats_; }
   void pack_weight(const void* weight, DType type, float* packed) const;  // weight [A, C/groups]
-  // planes: which of x and y lie in planes, whose margins are the caller's to clear.
   void run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e, int threads,
-           InPlace planes = {}) const;
+           InPlanes planes = {}) const;
   // The pitch of planes that x is read from where they lie; 0: x is always packed.
   int plane_pitch() const { return !paired_ && schedule_.reads_planes() ? schedule_.pitch() : 0; }
 

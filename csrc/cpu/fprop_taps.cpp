@@ -8,7 +8,6 @@
 #include "cpu/driver.h"
 #include "cpu/lanes.h"
 #include "cpu/parallel.h"
-#include "cpu/planes.h"
 
 namespace sk {
 namespace {
@@ -225,7 +224,7 @@ void FpropTaps::compute(int group, Range out, const float* packed, const float* 
 }
 
 void FpropTaps::run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e,
-                    int threads) const {
+                    int threads, InPlanes planes) const {
   const ConvShape& s = shape_;
   const std::int64_t ld = spread(round_up(static_cast<std::int64_t>(rows_) * pitch_, isa_.lanes));
   // Whole blocks that lie in y as they do here are computed there.
@@ -261,6 +260,8 @@ void FpropTaps::run(const TensorView& x, const float* packed, const TensorView& 
       compute(group, out, packed, panel, to, m.c_stride, strip + strip_floats);
       finish_lanes(isa_, e, m, k, s.group_k(), to, strip);
       if (!here) store_lanes(isa_, y, m, k, s.group_k(), to);
+      if (planes.y)
+        planes.y->clear_around(static_cast<float*>(y.data), n, k, k + s.group_k(), out.lo, out.hi);
     });
   });
 }

@@ -14,6 +14,7 @@
 #include "core/tensor.h"
 #include "cpu/isa/isa.h"
 #include "cpu/lattice.h"
+#include "cpu/planes.h"
 #include "cpu/stripes.h"
 
 namespace sk {
@@ -26,7 +27,7 @@ class FpropTaps {
   std::int64_t packed_floats() const { return packed_floats_; }
   void pack_weight(const void* weight, DType type, float* packed) const;  // weight [A, C/groups]
   void run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e,
-           int threads) const;
+           int threads, InPlanes planes = {}) const;
 
  private:
   struct Segment {  // stripes summed in registers

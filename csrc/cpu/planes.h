@@ -22,23 +22,30 @@ struct Planes {
 
   std::int64_t channel_floats() const { return spread(static_cast<std::int64_t>(h) * pitch + kPlaneMargin); }
   std::int64_t floats() const { return kPlaneMargin + channel_floats() * c * n; }
-  // Zeros around the pixels, which are left as they are.
-  void clear(void* data) const {
-    float* at = static_cast<float*>(data);
-    std::fill(at, at + kPlaneMargin, 0.f);
-    at += kPlaneMargin;
+  // Zeros around rows [row0, row1) of channels [c0, c1) of an image, whose pixels are left as they are: behind each row, and
+  // what follows a channel's last and precedes the first channel's first. pixels: the first one of them all.
+  void clear_around(float* pixels, int image, int c0, int c1, int row0, int row1) const {
+    if (image == 0 && c0 == 0 && row0 == 0) std::fill(pixels - kPlaneMargin, pixels, 0.f);
     const std::int64_t size = static_cast<std::int64_t>(h) * pitch;
-    for (std::int64_t i = 0; i < static_cast<std::int64_t>(n) * c; ++i, at += channel_floats()) {
+    float* at = pixels + (static_cast<std::int64_t>(image) * c + c0) * channel_floats();
+    for (int i = c0; i < c1; ++i, at += channel_floats()) {
       if (pitch == w + 1)
-        for (int row = 0; row < h; ++row) at[static_cast<std::int64_t>(row) * pitch + w] = 0.f;
+        for (int row = row0; row < row1; ++row) at[static_cast<std::int64_t>(row) * pitch + w] = 0.f;
       else
-        for (int row = 0; row < h; ++row) {
+        for (int row = row0; row < row1; ++row) {
           float* const end = at + static_cast<std::int64_t>(row) * pitch;
           std::fill(end + w, end + pitch, 0.f);
         }
-      std::fill(at + size, at + channel_floats(), 0.f);
+      if (row1 == h) std::fill(at + size, at + channel_floats(), 0.f);
     }
   }
+};
+
+// What of a kernel's call lies in planes: x, to be read there if it can; y, whose zeros the kernel writes where it wrote
+// pixels, while they are near.
+struct InPlanes {
+  bool x = false;
+  const Planes* y = nullptr;
 };
 
 }  // namespace sk

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "cpu/planes.h"
 
 namespace sk {
 Schedule::Schedule(Lattice lattice, const Tiling& tiling, int lanes, int batch_size, bool one_tap_per_run)
@@ -198,6 +197,13 @@ void Schedule::finish(const IsaKernels& isa, const TensorView& y, const Epilogue
   m.batch = tiling_.mode == LaneMode::batch ? tiling_.images : 1;
   finish_lanes(isa, e, m, begin, count, lanes, strip);
   if (!in_y) store_lanes(isa, y, m, begin, count, lanes);
+}
+
+void Schedule::clear_around(const Planes& planes, const TensorView& y, int block, int begin,
+                            int count) const {
+  const BlockPlan& b = blocks_[block_kind(block)];
+  for (int image = first_image(block); image < first_image(block) + b.images; ++image)
+    planes.clear_around(static_cast<float*>(y.data), image, begin, begin + count, b.i0, b.i1);
 }
 
 std::int64_t Schedule::output_floats(int block) const {

@@ -7,6 +7,7 @@
 #include "cpu/isa/isa.h"
 #include "cpu/lanes.h"
 #include "cpu/lattice.h"
+#include "cpu/planes.h"
 
 namespace sk {
 
@@ -70,6 +71,9 @@ class Schedule {
   // unless they lie in y, stores them.
   void finish(const IsaKernels& isa, const TensorView& y, const Epilogue& e, int block, int begin, int count,
               float* lanes, std::int64_t stride, float* strip, bool in_y) const;
+
+  // The zeros beside the pixels that `finish` finished or stored in planes.
+  void clear_around(const Planes& planes, const TensorView& y, int block, int begin, int count) const;
 
   // Pixel lanes of planes (planes.h): whether x can stand for every block's panel, and y for its lanes.
   bool reads_planes() const;

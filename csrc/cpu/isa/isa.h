@@ -136,10 +136,12 @@ struct IsaKernels {
   // row[i] = activation(row[i] * scale + shift + residual[i]); residual may be null
   void (*finish_row)(float* row, std::int64_t n, float scale, float shift, const float* residual,
                      Activation act);
-  // Where b or x is the larger, or a NaN: y[i] = a[i] or b[i];  y[i] = y[i] or x[i * step];  of a[2i], a[2i + 1], b[2i], b[2i + 1]
+  // Where b or x is the larger, or a NaN: y[i] = a[i] or b[i];  y[i] = y[i] or x[i * step];  of a[2i], a[2i + 1], b[2i], b[2i + 1];
+  // of the squares of a dense map whose rows have `width` values: n outputs.
   void (*larger_of)(float* y, const float* a, const float* b, std::int64_t n);
   void (*keep_larger)(float* y, const float* x, std::int64_t step, std::int64_t n);
   void (*largest_of_squares)(float* y, const float* a, const float* b, std::int64_t n);
+  void (*largest_of_narrow_squares)(float* y, const float* x, int width, std::int64_t n);
   // Maximum and sum of each window: out [count][images]
   void (*max_windows)(float* out, const float* in, const Windows& w);
   void (*sum_windows)(float* out, const float* in, const Windows& w);

@@ -41,6 +41,7 @@ const IsaKernels* SK_JOIN(isa_table_, SK_ISA)() {
   table.larger_of = larger_of;
   table.keep_larger = keep_larger;
   table.largest_of_squares = largest_of_squares;
+  table.largest_of_narrow_squares = largest_of_narrow_squares;
   table.max_windows = max_windows;
   table.sum_windows = sum_windows;
   return &table;

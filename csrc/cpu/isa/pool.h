@@ -60,6 +60,29 @@ void largest_of_squares(float* y, const float* a, const float* b, std::int64_t n
     y[i] = larger(larger(a[2 * i], a[2 * i + 1]), larger(b[2 * i], b[2 * i + 1]));
 }
 
+// The same of a dense map whose rows have `width` values, all in one: a vector holds several rows.
+void largest_of_narrow_squares(float* y, const float* x, int width, std::int64_t n) {
+  const int half = width / 2;
+  std::int64_t i = 0;
+  if (2 * W % width == 0) {
+    vi top;
+    for (int j = 0; j < W; ++j) top[j] = j / half * width + j % half;
+    const vi bottom = top + half;
+    const auto pairs = [](const float* p) {
+      const vf a = load(p), b = load(p + W);
+      return larger(every_second(a, b, 0), every_second(a, b, 1));
+    };
+    for (; i + W <= n; i += W) {
+      const vf a = pairs(x + 4 * i), b = pairs(x + 4 * i + 2 * W);
+      store(y + i, larger(__builtin_shuffle(a, b, top), __builtin_shuffle(a, b, bottom)));
+    }
+  }
+  for (; i < n; ++i) {
+    const float* const square = x + (i / half * width + i % half) * 2;
+    y[i] = larger(larger(square[0], square[1]), larger(square[width], square[width + 1]));
+  }
+}
+
 void max_windows(float* out, const float* in, const sk::Windows& w) {
   for (std::int64_t j = 0; j < w.count; ++j, in += w.step)
     for (std::int64_t lane = 0; lane < w.images; lane += W, out += W) {
