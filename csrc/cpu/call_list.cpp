@@ -148,8 +148,7 @@ TensorView CallList::view(const Frame& f, int tensor) const {
 
 void CallList::clear_around(const Frame& f, int y) const {
   const Planes& p = places_[y].planes;
-  for (int n = 0; n < p.n; ++n)
-    p.clear_around(static_cast<float*>(view(f, y).data), n, 0, p.c, 0, p.h);
+  for (int n = 0; n < p.n; ++n) p.clear_around(static_cast<float*>(view(f, y).data), n, 0, p.c, 0, p.h);
 }
 
 void CallList::add_dgrad(const Dgrad& kernel, int packed, int dy, int dx) {

@@ -11,7 +11,6 @@
 
 namespace sk {
 
-constexpr std::int64_t kFetched = 1 << 17;
 // Output channels [begin, end) of one convolution group.
 struct Part {
   int group, begin, end;
@@ -37,7 +36,8 @@ struct InPlace {
 template <class Compute>
 void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& parts, int part_count,
            int in_channels, int out_channels, const TensorView& x, const TensorView& y, const Epilogue& e,
-           int threads, bool zero, const Compute& compute, InPlace in_place = {}, const Planes* around = nullptr) {
+           int threads, bool zero, const Compute& compute, InPlace in_place = {},
+           const Planes* around = nullptr) {
   const std::int64_t panel_floats = in_place.x ? 0 : s.panel_floats(in_channels);
   const std::int64_t lane_stride = in_place.y ? y.stride[1] : s.output_stride();
   int widest = 0;
@@ -83,13 +83,9 @@ void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& pa
       return;
     }
     float* const panel = memory + each * threads;
-    if (in_place.x && threads > 1) {
-      const std::int64_t floats = x.stride[1] * in_channels * units;
-      if (floats <= kFetched) {
-        const float* const first = static_cast<const float*>(x.data);
-        for (std::int64_t i = 0; i < floats; i += 16) __builtin_prefetch(first + i, 0, 2);
-      }
-    }
+    if (in_place.x && s.block_count() == 1)
+      fetch_from_others(team, static_cast<const float*>(x.data), in_channels * units, x.stride[1],
+                        x.stride[1]);
     for (int task = 0; task < s.block_count() * units; ++task) {
       const int block = task / units, unit = task % units, group = parts[unit * part_count].group;
       if (!in_place.x) {

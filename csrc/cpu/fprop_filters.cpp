@@ -159,6 +159,8 @@ void FpropFilters::run(const TensorView& x, const float* packed, const TensorVie
   Tasks all;
 
   run_team(threads, [&](const Team& team) {
+    if (!copy && dense && (s.N == 1 || x.stride[0] == s.C * x.stride[1]))
+      fetch_from_others(team, static_cast<const float*>(x.data), s.N * s.C, s.H * s.W, x.stride[1]);
     if (x_floats && spans()) {
       LaneMap m;
       m.rows = m.tensor_h = s.H, m.cols = m.pitch = m.tensor_w = s.W, m.c_stride = source.stride[1];

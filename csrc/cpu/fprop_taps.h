@@ -26,8 +26,8 @@ class FpropTaps {
 
   std::int64_t packed_floats() const { return packed_floats_; }
   void pack_weight(const void* weight, DType type, float* packed) const;  // weight [A, C/groups]
-  void run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e,
-           int threads, InPlanes planes = {}) const;
+  void run(const TensorView& x, const float* packed, const TensorView& y, const Epilogue& e, int threads,
+           InPlanes planes = {}) const;
 
  private:
   struct Segment {  // stripes summed in registers

@@ -20,6 +20,8 @@ namespace {
 std::atomic<bool> forked{false};
 const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
+constexpr std::int64_t kFetched = 1 << 17;  // floats: a quarter of L2
+
 // Says how much was asked for; the bindings make MemoryError of it.
 class NoMemory : public std::bad_alloc {
  public:
@@ -71,6 +73,17 @@ void run_team(int threads, const std::function<void(const Team&)>& body) {
   body({omp_get_thread_num(), omp_get_num_threads()});
 }
 #endif
+
+void fetch_from_others(const Team& team, const float* first, std::int64_t count, std::int64_t floats,
+                       std::int64_t stride) {
+  if (team.threads == 1 || count * floats > kFetched) return;
+  const auto fetch = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i)
+      for (std::int64_t j = 0; j < floats; j += 16) __builtin_prefetch(first + i * stride + j, 0, 2);
+  };
+  fetch(0, team.begin(count));
+  fetch(team.end(count), count);
+}
 
 float* scratch(std::size_t floats) {
   if (floats > capacity) {

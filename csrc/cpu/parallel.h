@@ -15,6 +15,12 @@ struct Team {
   std::int64_t end(std::int64_t n) const { return n * (thread + 1) / threads; }
 };
 
+// Brings near what the other members wrote in the call before: of `count` stretches of `floats`, `stride` apart, all but this
+// member's share. Met one by one, lines of another core's cache cost two cores 2 % of VGG-16 at
+// batch 1.
+void fetch_from_others(const Team& team, const float* first, std::int64_t count, std::int64_t floats,
+                       std::int64_t stride);
+
 // Tasks 0 to count, dealt out as members get free. Each member begins with the task of its own number, so that it finds in
 // its caches what it left there in the call before: in which order members arrive says nothing.
 class Tasks {

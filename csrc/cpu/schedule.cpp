@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-
 namespace sk {
 Schedule::Schedule(Lattice lattice, const Tiling& tiling, int lanes, int batch_size, bool one_tap_per_run)
     : lattice_(std::move(lattice)), tiling_(tiling), lanes_(lanes), batch_size_(batch_size) {
