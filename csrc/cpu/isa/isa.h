@@ -11,12 +11,12 @@ constexpr int kMaxTileFilters = 8;
 constexpr int kMaxTileVectors = 12;
 // Steps over stripes or pixels summed before they join y: one running sum of 70 products left the error budget (generated
 // problems). A sum over the channels of one tap is as long as torch's own and stays whole.
-constexpr std::int64_t kStretch = 32;
+constexpr int kStretch = 32;
 
-// One step of an indexed reduction: where the two operands lie.
+// One step of a reduction through a list: where the two operands lie.
 struct IndexedStep {
   std::int32_t lanes;   // offset into the lane operand b
-  std::int32_t scalar;  // row of the broadcast operand a, F scalars each
+  std::int32_t scalar;  // row of the broadcast operand a, F scalars each; for pixels an offset into a
 };
 
 // y[rows[f], v*W + lane] += sum_i a[i, f] * b[i, v*W + lane]
@@ -24,8 +24,9 @@ struct IndexedStep {
 using StridedTile = void (*)(std::int64_t n, const float* a, const float* b, std::int64_t b_step, float* y,
                              std::int64_t ldy, const std::int32_t* rows);
 // The same, zero at the start, with operand rows at a + F * steps[i].scalar and b + steps[i].lanes; y rows are consecutive.
-using IndexedTile = void (*)(std::int64_t n, const float* a, const float* b, const IndexedStep* steps,
-                             float* y, std::int64_t ldy);
+// So many steps as a `stretch` has are summed before they join y.
+using IndexedTile = void (*)(std::int64_t n, std::int64_t stretch, const float* a, const float* b,
+                             const IndexedStep* steps, float* y, std::int64_t ldy);
 // y[f * ldy + v*W + lane] = sum_i a[f_off[f] + i * a_step] * b[i, v*W + lane], rows of b dense: one stream. Meanwhile it
 // fetches `bytes` of what lies `ahead`.
 struct Fetch {
@@ -37,14 +38,9 @@ using StreamTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step,
 // y[f*W + lane] = sum_i a[i * a_step + f] * b[i*W + lane], rows of b dense: F scalars that follow each other, one vector.
 constexpr int kMaxSpan = 24;
 using SpanTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const float* b, float* y);
-// y[f * ldy + v*W + lane] += sum_{n,h,w} a[f_off[f] + steps . a] * b[steps . b + v*W + lane] over a box of pixels.
-struct BoxSteps {
-  std::int64_t count[3];  // images, rows, columns
-  std::int64_t a[3], b[3];
-  std::int64_t stretch;  // steps summed before they join y
-};
-using BoxTile = void (*)(const BoxSteps& box, const float* a, const std::int32_t* f_off, const float* b,
-                         float* y, std::int64_t ldy);
+// y[f * ldy + v*W + lane] = sum_i a[f_off[f] + steps[i].scalar] * b[steps[i].lanes + v*W + lane], in stretches likewise.
+using ListedTile = void (*)(std::int64_t n, std::int64_t stretch, const float* a, const std::int32_t* f_off,
+                            const float* b, const IndexedStep* steps, float* y, std::int64_t ldy);
 
 // StridedTile on cells of two bfloat16 values: y += sum_i low(a) * low(b) + high(a) * high(b), float sums.
 using PairedTile = StridedTile;
@@ -108,7 +104,7 @@ struct IsaKernels {
   StreamTile stream[kMaxTileFilters + 1][kMaxTileVectors + 1];
   int most_span;  // F of a SpanTile that stays in registers
   SpanTile span[kMaxSpan + 1];
-  BoxTile box[kMaxTileFilters + 1][kMaxTileVectors + 1];
+  ListedTile listed[kMaxTileFilters + 1][kMaxTileVectors + 1];
   int pair_vectors;  // most vectors of the two that follow
   TapTile shared_taps[kTapChannels + 1][kMaxTileVectors + 1];
   TapTile own_taps[kTapChannels + 1][kMaxTileVectors + 1];

@@ -115,19 +115,15 @@ void paired_tile(std::int64_t n, const float* a, const float* b, std::int64_t b_
 }
 #endif
 
-template <int F, int V>
-void indexed_tile(std::int64_t n, const float* a, const float* b, const sk::IndexedStep* steps, float* y,
-                  std::int64_t ldy) {
-  Accumulators<F, V> acc;
+// y = the sum of n steps, stretch by stretch; sum(first, last) adds those to acc.
+template <class Acc, class Sum>
+__attribute__((always_inline)) inline void in_stretches(std::int64_t n, std::int64_t stretch, float* y,
+                                                        std::int64_t ldy, Acc& acc, Sum sum) {
   const auto row = [=](int f) { return f * ldy; };
-  for (std::int64_t first = 0; first == 0 || first < n; first += sk::kStretch) {
-    const std::int64_t last = n - first < sk::kStretch ? n : first + sk::kStretch;
+  for (std::int64_t first = 0; first == 0 || first < n; first += stretch) {
+    const std::int64_t last = n - first < stretch ? n : first + stretch;
     acc.zero();
-#pragma GCC unroll 8
-    for (std::int64_t i = first; i < last; ++i) {
-      const float* scalars = a + static_cast<std::int64_t>(steps[i].scalar) * F;
-      acc.step([=](int f) { return scalars[f]; }, b + steps[i].lanes);
-    }
+    sum(first, last);
     if (first == 0)
       acc.store_rows(y, row);
     else
@@ -136,31 +132,30 @@ void indexed_tile(std::int64_t n, const float* a, const float* b, const sk::Inde
 }
 
 template <int F, int V>
-void box_tile(const sk::BoxSteps& box, const float* a, const std::int32_t* f_off, const float* b, float* y,
-              std::int64_t ldy) {
+void indexed_tile(std::int64_t n, std::int64_t stretch, const float* a, const float* b,
+                  const sk::IndexedStep* steps, float* y, std::int64_t ldy) {
   Accumulators<F, V> acc;
-  const auto row = [=](int f) { return f * ldy; };
-  acc.zero();
+  in_stretches(n, stretch, y, ldy, acc, [&](std::int64_t first, std::int64_t last) {
+#pragma GCC unroll 8
+    for (std::int64_t i = first; i < last; ++i) {
+      const float* scalars = a + static_cast<std::int64_t>(steps[i].scalar) * F;
+      acc.step([=](int f) { return scalars[f]; }, b + steps[i].lanes);
+    }
+  });
+}
+
+template <int F, int V>
+void listed_tile(std::int64_t n, std::int64_t stretch, const float* a, const std::int32_t* f_off,
+                 const float* b, const sk::IndexedStep* steps, float* y, std::int64_t ldy) {
+  Accumulators<F, V> acc;
   const float* scalar[F];
   for (int f = 0; f < F; ++f) scalar[f] = a + f_off[f];
-  std::int64_t left = box.stretch;
-  for (std::int64_t n = 0; n < box.count[0]; ++n)
-    for (std::int64_t h = 0; h < box.count[1]; ++h) {
-      const float* bi = b + n * box.b[0] + h * box.b[1];
-      std::int64_t at = n * box.a[0] + h * box.a[1];
-      for (std::int64_t w = box.count[2]; w > 0;) {
-        const std::int64_t steps = left < w ? left : w;
-        for (std::int64_t i = 0; i < steps; ++i, at += box.a[2], bi += box.b[2])
-          acc.step([&](int f) { return scalar[f][at]; }, bi);
-        w -= steps;
-        left -= steps;
-        if (left) continue;
-        acc.add_rows(y, row);
-        acc.zero();
-        left = box.stretch;
-      }
+  in_stretches(n, stretch, y, ldy, acc, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t i = first; i < last; ++i) {
+      const std::int64_t at = steps[i].scalar;
+      acc.step([&](int f) { return scalar[f][at]; }, b + steps[i].lanes);
     }
-  acc.add_rows(y, row);
+  });
 }
 
 template <int F, int V>
@@ -173,7 +168,7 @@ struct FillVectors {
 #endif
       k.indexed[F][V] = indexed_tile<F, V>;
       k.stream[F][V] = stream_tile<F, V>;
-      k.box[F][V] = box_tile<F, V>;
+      k.listed[F][V] = listed_tile<F, V>;
       FillVectors<F, V - 1>::run(k);
     }
   }
