@@ -26,8 +26,6 @@ if not hasattr(_cpu, "FpropMatrix"):
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 _NO_STRIDES = (0, 0, 0, 0)
-# Output pixels a chunk of wgrad: both pixel-major copies stay near the core, and sums of chunks meet in float64.
-_WGRAD_PIXELS = 192
 
 
 def _float(t: Tensor | None) -> Tensor | None:
@@ -141,9 +139,9 @@ class CpuDgrad(_WeightRunner):
 
 
 class CpuWgrad(_Runner):
-    def __init__(self, problem: Problem, config: Config, isa: str) -> None:
+    def __init__(self, problem: Problem, chunk_pixels: int, isa: str) -> None:
         super().__init__(problem)
-        self.native = _cpu.Wgrad(*self.arguments, _WGRAD_PIXELS, isa)
+        self.native = _cpu.Wgrad(*self.arguments, chunk_pixels, isa)
         self.output = _layout((problem.skeleton.stripes, self.shape.group_c))
 
     def __call__(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -192,10 +190,10 @@ def _candidates_of(
     def candidates(problem: Problem, which: Pass) -> Mapping[Config, float]:
         cost = fprop if which == "fprop" else gradients
         if which == "wgrad":
-            return {(): cpu_tiling.predict_wgrad(problem, cost, _WGRAD_PIXELS)}
+            return {(): cpu_tiling.predict_wgrad(problem, cost)}
         # Lanes along filters and pairs of filters exist for fprop; their names' dgrad runs along pixels.
         loops = cpu_tiling.PIXELS if which == "dgrad" and mode in cpu_tiling.FPROP_ONLY else mode
-        tilings = cpu_tiling.tilings(problem, which, loops, cost.lanes, cost.matrix)
+        tilings = cpu_tiling.tilings(problem, which, loops, cost)
         return {
             t: cpu_tiling.predict(problem, which, t, cost, step if which == "fprop" else 1.0) for t in tilings
         }
@@ -203,10 +201,10 @@ def _candidates_of(
     return candidates
 
 
-def _builder(isa: str) -> Callable[[Problem, Pass, Config], _Runner]:
+def _builder(isa: str, cost: cpu_tiling.Cycles) -> Callable[[Problem, Pass, Config], _Runner]:
     def build(problem: Problem, which: Pass, config: Config) -> _Runner:
         if which == "wgrad":
-            return CpuWgrad(problem, config, isa)
+            return CpuWgrad(problem, cpu_tiling.wgrad_pixels(problem, cost), isa)
         return CpuFprop(problem, config, isa) if which == "fprop" else CpuDgrad(problem, config, isa)
 
     return build
@@ -247,7 +245,7 @@ for _isa in _cpu.isas():
                 f"cpu_{_name}_{_isa}",
                 _refuse_but(_channels) if _channels else _refuse,
                 _candidates_of(_mode, *_speeds),
-                _builder(_isa),
+                _builder(_isa, _speeds[1]),
                 automatic=_channels > 0 or _isa == _cpu.isas()[0],
             )
         )

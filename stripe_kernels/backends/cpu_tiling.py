@@ -27,6 +27,7 @@ WHOLE_MAP_BYTES = 4_500_000
 SHORT_BYTES = 300_000
 SHORT_ROWS = 7
 SPILL = 1.06  # of the multiply-adds' time, for blocks of more than 2 * SHORT_BYTES
+CHUNK_PIXELS = 192  # of wgrad
 CHUNK_BYTES = 600_000  # both copies of a chunk of wgrad: where larger ones were slower on Zen 4
 TAPS_BYTES = 300_000  # panel and output of a block of pairs of filters
 MATRIX_FILTERS = 9  # of a tap: fewer take as long
@@ -58,6 +59,9 @@ class Cycles:
     pair_end: float  # of a pair: the end of a sum and its vectors of y
     pair_row: float  # of an im2col along the width: beginning a row
     pair_copy: float  # the same: copying a vector
+    # Blocks of dgrad along pixels and along images are whole maps up to so many bytes; smaller beyond.
+    whole: tuple[int, int] = (WHOLE_MAP_BYTES, WHOLE_MAP_BYTES)
+    chunk: int = CHUNK_PIXELS  # of wgrad, where both copies fit CHUNK_BYTES
     matrix: bool = False  # fprop multiplies matrices; vectors hold cells of two channels
 
 
@@ -75,7 +79,8 @@ XEON = Cycles(
     lanes=16, fma=0.61, gradient=0.88, update=1.9, row=2.7, vector=12.9, apart=4.5, transpose=17.8, run=5.2,
     filters_fma=0.80, scatter=28.6, weights=6.7, out=26.9, wgrad=0.69, copy=10.9,
     ends=(11.3, 15.3), beyond=1.19,
-    pair_fma=0.42, pair_end=154.0, pair_row=10.4, pair_copy=3.95,
+    pair_fma=0.42, pair_end=154.0, pair_row=10.4, pair_copy=3.95, whole=(1_000_000, 8_000_000),
+    chunk=2 * CHUNK_PIXELS,
 )  # fmt: skip
 # fprop in matrix registers on a Xeon of 2024; vectors of x are of cells: half of 415 timings (32 to 512 channels, 2x2
 # to 56x56, d = .1 to .5) within 16 %. What was predicted best took 4 % longer than what was best, dense included.
@@ -140,9 +145,9 @@ class Sides:
         return 4 * lanes * (panel + self.channels_out * rows * self.pitch)
 
 
-def tilings(problem: Problem, which: Pass, mode: int, lanes: int, matrix: bool = False) -> Iterator[Config]:
+def tilings(problem: Problem, which: Pass, mode: int, cost: Cycles) -> Iterator[Config]:
     """Tilings of one lane mode worth measuring, the expected best first."""
-    s = problem.shape
+    s, lanes, matrix = problem.shape, cost.lanes, cost.matrix
     sides = Sides.of(s, which, mode, matrix)
     rows_all = max(1, sides.rows)
     if mode == FILTERS:
@@ -169,7 +174,7 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int, matrix: bool =
     )
     for images in batches:
         image_blocks = -(-s.N // images)
-        for rows in _heights(sides, mode, images, lanes, matrix and not problem.channels_last):
+        for rows in _heights(sides, which, mode, images, cost, problem.channels_last):
             blocks = image_blocks * s.groups * -(-rows_all // rows)
             if blocks % problem.threads and blocks < 8 * problem.threads:
                 # Too few blocks to share out: split the filters of one block, or cut the map into more rows.
@@ -181,7 +186,9 @@ def tilings(problem: Problem, which: Pass, mode: int, lanes: int, matrix: bool =
             yield (mode, images, rows, 1, WINDOW)
 
 
-def _heights(sides: Sides, mode: int, images: int, lanes: int, both: bool) -> list[int]:
+def _heights(
+    sides: Sides, which: Pass, mode: int, images: int, cost: Cycles, channels_last: bool
+) -> list[int]:
     """Rows of a block worth measuring: the tallest first; those of one height as even as possible."""
     rows_all = max(1, sides.rows)
 
@@ -190,10 +197,11 @@ def _heights(sides: Sides, mode: int, images: int, lanes: int, both: bool) -> li
         return -(-rows_all // -(-rows_all // rows))
 
     whole = sides.block_bytes(rows_all, images)
-    if both and mode == BATCH:  # whole maps of NCHW move faster
+    if cost.matrix and mode == BATCH and not channels_last:  # whole maps of NCHW move faster
         return list(dict.fromkeys((rows_all, within(BLOCK_BYTES))))
-    if lanes == 16 or mode == BATCH:
-        return [rows_all if whole <= WHOLE_MAP_BYTES else within(BLOCK_BYTES)]
+    if cost.lanes == 16 or mode == BATCH:
+        most = cost.whole[mode == BATCH] if which == "dgrad" else WHOLE_MAP_BYTES
+        return [rows_all if whole <= most else within(min(most, BLOCK_BYTES))]
     tall = within(BLOCK_BYTES)
     short = within(SHORT_BYTES)
     if short < SHORT_ROWS:
@@ -314,9 +322,15 @@ def _predict_taps(problem: Problem, config: Config, cost: Cycles) -> float:
     return 6e-6 + -(-tasks // problem.threads) * (work + copy) / CLOCK
 
 
-def predict_wgrad(problem: Problem, cost: Cycles, chunk_pixels: int) -> float:
+def wgrad_pixels(problem: Problem, cost: Cycles) -> int:
+    """Output pixels of a chunk of wgrad: both copies stay near the core, and sums of chunks meet in float64."""
+    channels = problem.shape.C + problem.shape.K
+    return cost.chunk if 4 * cost.chunk * channels <= CHUNK_BYTES else min(cost.chunk, CHUNK_PIXELS)
+
+
+def predict_wgrad(problem: Problem, cost: Cycles) -> float:
     """Seconds of wgrad: live multiply-adds inside the image, lanes along C, their tiles' ends, two copies."""
-    s, lanes = problem.shape, cost.lanes
+    s, lanes, chunk_pixels = problem.shape, cost.lanes, wgrad_pixels(problem, cost)
     vectors, stripes = -(-s.group_c // lanes), problem.skeleton.stripes
     share = s.taps_inside() / s.taps
     work = cost.wgrad * stripes * vectors * s.N * s.P * s.Q * share
@@ -324,8 +338,12 @@ def predict_wgrad(problem: Problem, cost: Cycles, chunk_pixels: int) -> float:
         work *= cost.beyond
     many = vectors >= 4  # tiles of 4 filters by 3 vectors, else of 6 by 2
     tiles = max(stripes / (4 if many else 6), s.taps * s.groups) * -(-vectors // (3 if many else 2))
-    rows = max(1, chunk_pixels // max(1, s.Q))  # of a chunk
-    chunks = s.N * -(-s.P // rows) if chunk_pixels < s.P * s.Q else -(-s.N * s.P * s.Q // chunk_pixels)
+    pixels = s.P * s.Q
+    if chunk_pixels <= pixels:
+        rows = -(-s.P // max(1, (pixels + chunk_pixels // 2) // chunk_pixels))  # of a chunk
+        chunks = s.N * -(-s.P // rows)
+    else:
+        chunks = -(-s.N * pixels // chunk_pixels)
     row, join = cost.ends
     ends = tiles * row * s.N * s.P * sqrt(share) + join * stripes * vectors * chunks
 
