@@ -1,6 +1,5 @@
 #include "cpu/dgrad.h"
 
-#include <algorithm>
 #include <limits>
 #include <stdexcept>
 
@@ -9,8 +8,6 @@ namespace sk {
 Dgrad::Dgrad(const ConvShape& shape, Stripes stripes, const Tiling& tiling, const IsaKernels& isa)
     : shape_(shape), stripes_(std::move(stripes)), isa_(isa), part_count_(std::max(1, tiling.filter_parts)) {
   split_evenly(shape.group_c(), isa.tile_filters, [&](int a, int b) { tiles_.push_back({a, b - a}); });
-  // Torch sums at least 16 filters, through all taps, before they join: the stripes that twice as many keep.
-  if (isa.fused) stretch_ = std::max(stretch_, 32 * stripes_.count() / std::max(1, shape.K));
   // Parts are stretches of whole tiles, so that packed weights serve every number of threads.
   for (int g = 0; g < shape.groups; ++g) {
     std::vector<int> work;
@@ -71,7 +68,7 @@ void Dgrad::compute(const Phase& phase, const Part& part, const BlockPlan& block
       const float* const a = weights + static_cast<std::int64_t>(t.begin) * (last - first);
       float* const y = lanes + (t.begin - part.begin) * ld + run.y;
       each_tile(run.vectors, isa_.tile_vectors[t.channels], [&](int at, int vectors) {
-        isa_.indexed[t.channels][vectors](static_cast<std::int64_t>(steps.size()), stretch_, a,
+        isa_.indexed[t.channels][vectors](static_cast<std::int64_t>(steps.size()), kStretch, a,
                                           panel + run.x + at * isa_.lanes, steps.data(), y + at * isa_.lanes,
                                           ld);
       });

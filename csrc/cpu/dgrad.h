@@ -37,7 +37,7 @@ class Dgrad {
   ConvShape shape_;
   Stripes stripes_;
   const IsaKernels& isa_;
-  int part_count_, stretch_ = kStretch;
+  int part_count_;
   std::vector<Phase> phases_;
   std::vector<Part> parts_;
   std::vector<ChannelTile> tiles_;  // of C/groups; packed [group][tile][stripe of the group][channels]
