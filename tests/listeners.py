@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,3 +46,12 @@ def autocast() -> torch.autocast:
 
 
 CONTEXTS = (Silent, Counting, other_threads, forward_ad.dual_level, autocast)
+
+
+def at_once(work: Callable[[int], None], count: int) -> None:
+    """work(0) to work(count - 1), each on a thread of its own."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from stripe_kernels import StripeConv2d, functional
 from stripe_kernels.testing import live_stripes
-from tests.listeners import CONTEXTS, Sub
+from tests.listeners import CONTEXTS, Sub, at_once
 
 _cpu = pytest.importorskip("stripe_kernels._cpu")
 if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -247,11 +246,7 @@ def test_many_threads(layer: StripeConv2d, x: Tensor) -> None:
                 if not torch.equal(layer(inputs[i]), expected[i]):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    at_once(work, 6)
     assert not wrong
 
 

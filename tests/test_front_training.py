@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stripe_kernels import StripeConv2d, functional, ops
 from stripe_kernels.testing import live_stripes
-from tests.listeners import CONTEXTS, Sub, autocast
+from tests.listeners import CONTEXTS, Sub, at_once, autocast
 
 _cpu = pytest.importorskip("stripe_kernels._cpu")
 if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -379,11 +378,7 @@ def test_many_threads(layer: StripeConv2d, x: Tensor) -> None:
             if not all(torch.equal(f, e) for f, e in zip(found, expected[i], strict=True)):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    at_once(work, 6)
     assert not wrong
 
 

@@ -25,7 +25,7 @@ from stripe_kernels import freeze, tune
 from stripe_kernels.compile import network as _network
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.optimize import compact
-from tests.listeners import CONTEXTS, Counting, Sub
+from tests.listeners import CONTEXTS, Counting, Sub, at_once
 
 _cpu = pytest.importorskip("stripe_kernels._cpu")
 if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -238,11 +238,7 @@ def test_many_threads_have_an_arena_each(network: Network, x: Tensor) -> None:
             if not torch.equal(network(inputs[i]), expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    at_once(work, 8)
     assert not wrong
 
 
