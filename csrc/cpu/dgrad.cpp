@@ -68,7 +68,7 @@ void Dgrad::compute(const Phase& phase, const Part& part, const BlockPlan& block
       const float* const a = weights + static_cast<std::int64_t>(t.begin) * (last - first);
       float* const y = lanes + (t.begin - part.begin) * ld + run.y;
       each_tile(run.vectors, isa_.tile_vectors[t.channels], [&](int at, int vectors) {
-        isa_.indexed[t.channels][vectors](static_cast<std::int64_t>(steps.size()), kStretch, a,
+        isa_.indexed[t.channels][vectors](static_cast<std::int64_t>(steps.size()), a,
                                           panel + run.x + at * isa_.lanes, steps.data(), y + at * isa_.lanes,
                                           ld);
       });

@@ -27,17 +27,17 @@ struct Channels {
 };
 
 // Which tensors are planes that the schedule works on where they lie: nothing is packed from x, nothing is stored into y.
+// around: the planes that y lies in, if it does, whose zeros are written too.
 struct InPlace {
   bool x = false, y = false;
+  const Planes* around = nullptr;
 };
 
 // compute(part index, block plan, panel, lanes): adds into the lanes of the part's channels, zeroed if `zero`.
-// around: the planes that y lies in, if it does.
 template <class Compute>
 void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& parts, int part_count,
            int in_channels, int out_channels, const TensorView& x, const TensorView& y, const Epilogue& e,
-           int threads, bool zero, const Compute& compute, InPlace in_place = {},
-           const Planes* around = nullptr) {
+           int threads, bool zero, const Compute& compute, InPlace in_place = {}) {
   const std::int64_t panel_floats = in_place.x ? 0 : s.panel_floats(in_channels);
   const std::int64_t lane_stride = in_place.y ? y.stride[1] : s.output_stride();
   int widest = 0;
@@ -63,7 +63,7 @@ void drive(const IsaKernels& isa, const Schedule& s, const std::vector<Part>& pa
       for (int k = 0; k < count; ++k) std::fill_n(lanes.at + k * lane_stride, s.output_floats(block), 0.f);
     compute(index, s.block(block), panel, lanes);
     s.finish(isa, y, e, block, first, count, lanes.at, lane_stride, buffer + lanes_floats, in_place.y);
-    if (around) s.clear_around(*around, y, block, first, count);
+    if (in_place.around) s.clear_around(*in_place.around, y, block, first, count);
   };
   const auto panel_of = [&](int block, int group, const float* packed) -> Channels<const float> {
     if (in_place.x) return {s.panel_in(x, block, group * in_channels), x.stride[1]};

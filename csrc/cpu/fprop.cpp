@@ -154,14 +154,15 @@ void Fprop::run(const TensorView& x, const float* packed, const TensorView& y, c
   // shares every block.
   const bool ordered = threads == 1 || part_count_ > 1 || schedule_.single_row_block();
   const InPlace here{planes.x && x.stride[2] == plane_pitch(),
-                     planes.y && schedule_.writes_planes() && y.stride[2] == schedule_.pitch() && ordered};
+                     planes.y && schedule_.writes_planes() && y.stride[2] == schedule_.pitch() && ordered,
+                     planes.y};
   drive(
       isa_, schedule_, parts_, part_count_, cells_, shape_.group_k(), paired_ ? paired(x) : x, y, e, threads,
       true,
       [&](int part, const BlockPlan& block, Channels<const float> panel, Channels<float> lanes) {
         accumulate(part, block.runs.data(), block.runs.data() + block.runs.size(), packed, panel, lanes);
       },
-      here, planes.y);
+      here);
 }
 
 }  // namespace sk

@@ -24,9 +24,9 @@ struct IndexedStep {
 using StridedTile = void (*)(std::int64_t n, const float* a, const float* b, std::int64_t b_step, float* y,
                              std::int64_t ldy, const std::int32_t* rows);
 // The same, zero at the start, with operand rows at a + F * steps[i].scalar and b + steps[i].lanes; y rows are consecutive.
-// So many steps as a `stretch` has are summed before they join y.
-using IndexedTile = void (*)(std::int64_t n, std::int64_t stretch, const float* a, const float* b,
-                             const IndexedStep* steps, float* y, std::int64_t ldy);
+// kStretch steps are summed before they join y.
+using IndexedTile = void (*)(std::int64_t n, const float* a, const float* b, const IndexedStep* steps,
+                             float* y, std::int64_t ldy);
 // y[f * ldy + v*W + lane] = sum_i a[f_off[f] + i * a_step] * b[i, v*W + lane], rows of b dense: one stream. Meanwhile it
 // fetches `bytes` of what lies `ahead`.
 struct Fetch {
@@ -38,7 +38,7 @@ using StreamTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step,
 // y[f*W + lane] = sum_i a[i * a_step + f] * b[i*W + lane], rows of b dense: F scalars that follow each other, one vector.
 constexpr int kMaxSpan = 24;
 using SpanTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const float* b, float* y);
-// y[f * ldy + v*W + lane] = sum_i a[f_off[f] + steps[i].scalar] * b[steps[i].lanes + v*W + lane], in stretches likewise.
+// y[f * ldy + v*W + lane] = sum_i a[f_off[f] + steps[i].scalar] * b[steps[i].lanes + v*W + lane], summed `stretch` by stretch.
 using ListedTile = void (*)(std::int64_t n, std::int64_t stretch, const float* a, const std::int32_t* f_off,
                             const float* b, const IndexedStep* steps, float* y, std::int64_t ldy);
 

@@ -132,10 +132,10 @@ __attribute__((always_inline)) inline void in_stretches(std::int64_t n, std::int
 }
 
 template <int F, int V>
-void indexed_tile(std::int64_t n, std::int64_t stretch, const float* a, const float* b,
-                  const sk::IndexedStep* steps, float* y, std::int64_t ldy) {
+void indexed_tile(std::int64_t n, const float* a, const float* b, const sk::IndexedStep* steps, float* y,
+                  std::int64_t ldy) {
   Accumulators<F, V> acc;
-  in_stretches(n, stretch, y, ldy, acc, [&](std::int64_t first, std::int64_t last) {
+  in_stretches(n, sk::kStretch, y, ldy, acc, [&](std::int64_t first, std::int64_t last) {
 #pragma GCC unroll 8
     for (std::int64_t i = first; i < last; ++i) {
       const float* scalars = a + static_cast<std::int64_t>(steps[i].scalar) * F;
