@@ -24,8 +24,9 @@ TESTS = (
     "tests/test_epilogue.py",
 )
 SELECT = "cpu_ and not forked and not gil and not DataLoader"
-# Training steps and whole networks in one native call: CallList, LaneNetwork.
+# Training steps and whole networks in one native call, and what these refuse: CallList, LaneNetwork.
 NETWORKS = (
+    "tests/test_boundary.py",
     "tests/test_front_training.py",
     "tests/compile/test_program.py",
     "tests/compile/test_resident.py",

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -144,6 +145,13 @@ MapSize map_size(const std::array<int, 4>& v) {
     require((all *= i) < (1 << 30), "a map exceeds 2^30");
   }
   return {v[0], v[1], v[2], v[3]};
+}
+
+// Their floats can be counted.
+Planes planes(const std::array<int, 5>& v) {
+  const double floats = (1. * v[2] * v[4] + 2 * kPlaneMargin) * v[1] * v[0];
+  require(std::abs(floats) < 0x1p60, "planes exceed 2^60 floats");
+  return {v[0], v[1], v[2], v[3], v[4]};
 }
 
 template <class Kernel>
@@ -311,14 +319,14 @@ PYBIND11_MODULE(_cpu, m) {
            [](CallList& l, int type, const Strides& s, std::int64_t offset) {
              return l.add_arena(dtype(type), {s[0], s[1], s[2], s[3]}, offset);
            })
-      .def("add_slot", [](CallList& l, int type, const Strides& s,
-                          int slot) { return l.add_slot(dtype(type), {s[0], s[1], s[2], s[3]}, slot); })
-      .def("add_planes",
-           [](CallList& l, const std::array<int, 5>& v, std::int64_t offset) {
-             return l.add_planes({v[0], v[1], v[2], v[3], v[4]}, offset);
+      .def("add_slot",
+           [](CallList& l, int type, const Strides& s, int slot) {
+             require(slot < (1 << 30), "a slot's number exceeds 2^30");
+             return l.add_slot(dtype(type), {s[0], s[1], s[2], s[3]}, slot);
            })
-      .def_static("planes_floats",
-                  [](const std::array<int, 5>& v) { return Planes{v[0], v[1], v[2], v[3], v[4]}.floats(); })
+      .def("add_planes", [](CallList& l, const std::array<int, 5>& v,
+                            std::int64_t offset) { return l.add_planes(planes(v), offset); })
+      .def_static("planes_floats", [](const std::array<int, 5>& v) { return planes(v).floats(); })
       .def("add_fprop", &add_fprop<Fprop>, py::keep_alive<1, 2>())
       .def("add_fprop", &add_fprop<FpropMatrix>, py::keep_alive<1, 2>())
       .def("add_fprop", &add_fprop<FpropFilters>, py::keep_alive<1, 2>())

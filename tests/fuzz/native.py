@@ -3,8 +3,9 @@
     python -m tests.fuzz.native -max_total_time=600 CORPUS      (make fuzz)
 
 Shapes, stripe lists and tilings are drawn from the input, sound ones bent in a few places. What is accepted runs on
-tensors that end at a forbidden page, so that one byte too far ends the process. libFuzzer sees the branches of this
-file, not those of the extension (gcc has no counters for it): `seeds` and the guard pages do the work.
+tensors that end at a forbidden page, so that one byte too far ends the process: by itself, or as a training step runs
+it, by a call list whose numbers of slots and tensors are bent as well. libFuzzer sees the branches of this file, not
+those of the extension (gcc has no counters for it): `seeds` and the guard pages do the work.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import atheris
 
@@ -34,6 +36,10 @@ outcomes: collections.Counter[str] = collections.Counter()
 ABSURD = 1 << 24  # entries of a kernel's tables, for which memory may be missing
 LENGTH = 400  # bytes of an input, shorter ones filled up with what follows from them
 LARGEST = 1 << 14  # elements of a tensor worth running
+X, Y, WEIGHT, PACKED, BIAS = range(5)  # numbers of a list's tensors, and of the slots they lie in
+PACK = "add_pack", (WEIGHT, PACKED)
+FPROP = PACK, ("add_packed_fprop", (PACKED, BIAS, X, Y))
+STEPS = {2: (PACK, ("add_dgrad", (PACKED, Y, X))), 3: (("add_wgrad", (X, Y, WEIGHT)),)}  # by kind, else FPROP
 
 
 @atheris.instrument_func
@@ -105,7 +111,7 @@ def one_input(raw: bytes) -> None:
         return
     threads = small(data, 1, 3)
     code = 1 if kind == 5 or (kind == 0 and _cpu.bf16_channels(isa) == 2) else small(data, 0, len(DTYPES) - 1)
-    run(kernel, kind, sizes, len(lists[1]), threads, code)
+    run(data, kernel, kind, sizes, len(lists[1]), threads, code)
 
 
 def count(outcome: str) -> None:
@@ -115,29 +121,87 @@ def count(outcome: str) -> None:
 
 
 @atheris.instrument_func
-def run(kernel: object, kind: int, sizes: list[int], stripes: int, threads: int, code: int) -> None:
+def run(
+    data: atheris.FuzzedDataProvider,
+    kernel: Any,
+    kind: int,
+    sizes: list[int],
+    stripes: int,
+    threads: int,
+    code: int,
+) -> None:
     n, c, h, w, k, _, _, p, q, *_, groups = sizes
     if max(n * c * h * w, n * k * p * q, stripes * c) > LARGEST:
+        return
+    floats = 0 if kind == 3 else kernel.packed_floats
+    if floats > LARGEST * 64:
         return
     x, y, weight = (
         torch.ones(*v, dtype=DTYPES[code]) for v in ((n, c, h, w), (n, k, p, q), (stripes, c // groups))
     )
-    count("ran" if min(x.numel(), y.numel(), stripes) else "ran, with nothing to compute")
+    empty = not min(x.numel(), y.numel(), stripes)
     with ExitStack() as stack:
-        x, y = (stack.enter_context(guarded(t, True, True)) for t in (x, y))
-        weight = stack.enter_context(guarded(weight, True, True))
-        views = {name: (t.data_ptr(), code, t.stride()) for name, t in (("x", x), ("y", y))}
-        if kind == 3:
-            kernel.run(threads, *views["x"], *views["y"], weight.data_ptr(), code)  # type: ignore[attr-defined]
+        x, y, weight = (stack.enter_context(guarded(t, True, True)) for t in (x, y, weight))
+        packed, bias = torch.empty(floats), torch.zeros(k)
+        if small(data, 0, 1):
+            listed(data, kernel, kind, [x, y, weight, packed, bias], threads, code, empty)
         else:
-            if kernel.packed_floats > LARGEST * 64:  # type: ignore[attr-defined]
-                return
-            packed = torch.empty(kernel.packed_floats)  # type: ignore[attr-defined]
-            kernel.pack_weight(weight.data_ptr(), code, packed.data_ptr())  # type: ignore[attr-defined]
-            into, out = ("y", "x") if kind == 2 else ("x", "y")
-            epilogue = () if kind == 2 else (0, 0, 0, (0, 0, 0, 0), 0)
-            kernel.run(threads, *views[into], packed.data_ptr(), *views[out], *epilogue)  # type: ignore[attr-defined]
-        del x, y, weight, views
+            alone(kernel, kind, [x, y, weight, packed], threads, code)
+            count("ran, with nothing to compute" if empty else "ran")
+        del x, y, weight
+
+
+@atheris.instrument_func
+def alone(kernel: Any, kind: int, tensors: list[torch.Tensor], threads: int, code: int) -> None:
+    x, y = ((t.data_ptr(), code, t.stride()) for t in tensors[:WEIGHT])
+    weight, packed = (t.data_ptr() for t in tensors[WEIGHT:])
+    if kind == 3:
+        kernel.run(threads, *x, *y, weight, code)
+        return
+    kernel.pack_weight(weight, code, packed)
+    if kind == 2:
+        kernel.run(threads, *y, packed, *x)
+    else:
+        kernel.run(threads, *x, packed, *y, 0, 0, 0, (0, 0, 0, 0), 0)
+
+
+@atheris.instrument_func
+def listed(
+    data: atheris.FuzzedDataProvider,
+    kernel: Any,
+    kind: int,
+    tensors: list[torch.Tensor],
+    threads: int,
+    code: int,
+    empty: bool,
+) -> None:
+    """The kernel's part of a training step. Numbers that are sound but another tensor's are not run: sizes are not the
+    list's to check."""
+    order = list(range(len(tensors)))
+    odd = small(data, 0, 1)
+    calls = _cpu.CallList()
+    try:
+        slots = bent(data, list(order), odd)[: len(order)]
+        for slot, t in zip(slots, tensors, strict=False):
+            calls.add_slot(code if t.dim() > 1 else 0, (*t.stride(), 0, 0, 0)[:4], slot)
+        known = slots == order
+        for name, sound in STEPS.get(kind, FPROP):
+            numbers = bent(data, list(sound), odd)
+            getattr(calls, name)(kernel, *numbers)
+            known &= numbers == list(sound)
+        if known or max(slots) >= len(order):
+            calls.run(threads, 0, [t.data_ptr() for t in tensors])
+            assert known, f"slots {slots} of {len(order)}"
+    except (ValueError, TypeError) as error:  # TypeError: too many numbers or too few, or beyond 32 bits
+        count(f"list: {type(error).__name__}")
+        return
+    count(
+        "list: of other tensors"
+        if not known
+        else "list: ran, with nothing to compute"
+        if empty
+        else "list: ran"
+    )
 
 
 def main() -> None:
