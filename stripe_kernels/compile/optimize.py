@@ -25,7 +25,7 @@ from stripe_kernels.compile.graph import (
 )
 from stripe_kernels.compile.layers import Filter, FusedConv2d
 from stripe_kernels.compile.network import Network
-from stripe_kernels.compile.race import Ratio, race
+from stripe_kernels.compile.race import CLEARLY, Ratio, race
 from stripe_kernels.compile.shrink import shrink
 from stripe_kernels.compile.trace import trace
 from stripe_kernels.compile.tune import sample, tune
@@ -39,7 +39,6 @@ _NORMS: dict[str, Callable[[Tensor], float]] = {
     "root mean square": lambda t: float(t.square().mean().sqrt()),
 }
 _SHORT = 5e-3  # seconds of a call for which one thread is tried in place of a team
-_CLEARLY = 0.97  # of the time: the gain must exceed what a race gets wrong
 
 
 def optimize(
@@ -173,7 +172,7 @@ def _choose_layout(network: Network, example: tuple[Tensor, ...], folder: str | 
         return network
     other = in_channels_last(network)
     tune(other, example, folder=folder)
-    if _race(other, network, example).median > _CLEARLY:
+    if _race(other, network, example).median > CLEARLY:
         return network
     other.report.append("maps are channels_last inside")
     return other
@@ -201,7 +200,7 @@ def _choose_threads(
         torch.set_num_threads(threads)
     alone.unbind()
     alone.alone_up_to = {threads: example[0].numel()}
-    if _race(alone, network, example).median > _CLEARLY:
+    if _race(alone, network, example).median > CLEARLY:
         return network
     alone.report.append(f"on one thread: a team of {threads} was not faster")
     return alone

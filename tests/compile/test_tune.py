@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 import stripe_kernels
 from stripe_kernels import StripeConv2d, explain, freeze, optimize, plan, tune
 from stripe_kernels.compile import cache
+from stripe_kernels.compile import race as racing
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.race import Ratio, race
 from stripe_kernels.compile.tune import interleaved, sites
@@ -336,6 +338,47 @@ def test_a_network_without_dead_stripes_is_not_replaced_by_chance(monkeypatch: p
     assert all(Ratio.of([rng.lognormvariate(-0.1, 0.1) for _ in range(40)]).faster for _ in range(50))
     with pytest.raises(ValueError, match="9 rounds"):
         Ratio.of([1.0] * 8)
+
+
+class Clock:
+    """Time that only timed calls spend: calls of known speeds on a machine that is disturbed in some rounds."""
+
+    def __init__(self, speeds: dict[Callable[[], None], float], disturbed: float, seed: int) -> None:
+        self.now, self.speeds, self.disturbed, self.rng = 0.0, speeds, disturbed, random.Random(seed)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sample(self, call: Callable[[], None], repeats: int, device: torch.device | None) -> float:
+        factor = self.rng.lognormvariate(0.0, 0.1)
+        took = self.speeds[call] * factor * (8 if self.rng.random() < self.disturbed else 1)
+        self.now += took
+        return took
+
+
+def raced(speed: float, disturbed: float, seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Ratio, float]:
+    """A race of a second between calls of `speed` and 1 times 40 ms, and the seconds that it took."""
+
+    def one() -> None: ...
+    def other() -> None: ...
+
+    clock = Clock({one: 0.04 * speed, other: 0.04}, disturbed, seed)
+    monkeypatch.setattr(racing, "sample", clock.sample)
+    monkeypatch.setattr(racing, "time", clock)
+    return race(one, other, 1.0), clock.now
+
+
+def test_a_disturbed_race_goes_on_until_it_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = [raced(0.5, 0.0, seed, monkeypatch) for seed in range(50)]
+    assert all(found.faster and spent < 1.5 for found, spent in calm)
+    rough = [raced(0.5, 0.3, seed, monkeypatch) for seed in range(50)]
+    assert sum(found.faster for found, _ in rough) > 45
+    assert all(spent < 12 for _, spent in rough)
+
+
+def test_going_on_does_not_make_luck_of_equal_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    won = [raced(1.0, 0.1, seed, monkeypatch)[0].faster for seed in range(1000)]
+    assert sum(won) < 0.05 * len(won)
 
 
 def test_a_race_of_known_speeds() -> None:
