@@ -238,13 +238,13 @@ def _window(offset: int, size: int, out: int, stride: int) -> tuple[slice, slice
 
 
 def kernel_names(which: str) -> list[str]:
-    """Registered kernels: "all", "none", "best" (of this machine's instruction set), or a comma list."""
+    """Registered kernels: "all", "none", "best" (of this machine's widest instruction sets), or a comma list."""
     names = [n for n in list_kernels() if n != "reference"]
     if which in ("all", "none"):
         return names if which == "all" else []
     if which == "best":
         isa = torch.backends.cpu.get_cpu_capability().lower()
-        return [n for n in names if n.startswith("cpu_") and n.endswith((isa, isa + "bf16"))]
+        return [n for n in names if n.startswith("cpu_") and n.endswith((isa, isa + "bf16", "amx"))]
     chosen = which.split(",")
     unknown = set(chosen) - set(list_kernels())
     if unknown:

@@ -101,6 +101,7 @@ def find(name: str) -> Kernel:
     """The kernel of that name; ValueError names the nearest ones and what could not be loaded."""
     if name in _kernels:
         return _kernels[name]
-    near = difflib.get_close_matches(name, _kernels, n=3) or sorted(_kernels)
+    near = difflib.get_close_matches(name, _kernels, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(sorted(_kernels))}"
     absent = "".join(f"; {backend} is missing: {reason}" for backend, reason in _missing.items())
-    raise ValueError(f"no kernel {name!r}; did you mean {', '.join(near)}?{absent}")
+    raise ValueError(f"no kernel {name!r}; {hint}{absent}")

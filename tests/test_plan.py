@@ -86,6 +86,8 @@ def test_an_unknown_kernel_is_a_value_error_with_its_neighbours() -> None:
     x, weight = torch.zeros(1, 2, 4, 4), torch.zeros(9, 2)
     with pytest.raises(ValueError, match=r"did you mean.*reference"):
         stripe_conv2d(x, weight, torch.ones(1, 3, 3, dtype=torch.bool), kernel="referenc")
+    with pytest.raises(ValueError, match=r"no kernel 'winograd'; there are .*dense, reference"):
+        stripe_conv2d(x, weight, torch.ones(1, 3, 3, dtype=torch.bool), kernel="winograd")
 
 
 def test_explain_shows_every_candidate_and_the_choice() -> None:

@@ -35,7 +35,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def nearest(kind: str, given: str, valid: Iterable[str]) -> str:
     """'unknown method "iam": did you mean "iem"? Valid: ...'"""
     valid = list(valid)
-    close = difflib.get_close_matches(given, valid, n=1, cutoff=0.0)
+    close = difflib.get_close_matches(given, valid, n=1)
     hint = f' did you mean "{close[0]}"?' if close else ""
     return f'unknown {kind} "{given}":{hint} Valid: {", ".join(valid) or "none"}'
 

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Given:
     def optimized(self) -> bool:
         return isinstance(self.model, stripe_kernels.Network)
 
-    @property
+    @cached_property
     def frozen(self) -> nn.Module:
         """The model with its zeros taken out, as it is when it has none."""
         return self.model if self.optimized else stripe_kernels.freeze(self.model).eval()

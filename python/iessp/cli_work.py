@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -71,7 +72,9 @@ def _share(model: nn.Module, method: str, budget: str, given: Given) -> float:
 
 def freeze_to(given: Given, output: Path) -> dict[str, Any]:
     """Takes a model's zeros out and writes it."""
-    frozen = given.frozen
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "freeze found no stripe")
+        frozen = given.frozen
     if not any(isinstance(m, stripe_kernels.StripeConv2d) for m in frozen.modules()):
         raise Failure(
             f"no stripe of {given.name} is entirely zero, nothing to freeze: iessp prune makes some"
@@ -122,7 +125,11 @@ def _kept(frozen: nn.Module, example: Tensor) -> tuple[Network, dict[str, Tensor
 
 def optimize(given: Given, batch: int, output: Path) -> dict[str, Any]:
     """Compacts, fuses and tunes; writes the network where that was exact and faster."""
-    with working("optimizing: every layer's kernels are timed, then whole networks"):
+    with (
+        working("optimizing: every layer's kernels are timed, then whole networks"),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "optimize kept")  # the report says why
         network = stripe_kernels.optimize(given.frozen, given.images(batch))
     report = list(getattr(network, "report", []))
     _save(network, output, given.example)

@@ -148,6 +148,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="spent on timing; 0: do not")
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
     given = parser.parse_args()
+    if min(given.seeds, given.steps, given.batch) < 1:
+        parser.error("--seeds, --steps and --batch must be at least 1")
+    try:
+        build(given.model, 10, width=given.width)
+    except (OSError, RuntimeError, ValueError) as error:
+        parser.error(str(error))
     splits = load("digits")
     curves = [
         follow(

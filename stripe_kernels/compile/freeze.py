@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
     of torch.nn.utils.prune, parametrizations and FilterSkeletons (of Pruning Filter in Filter) are applied. All
     are removed from the result, their effect baked into the weights; for checkpoints of such models see
     `plain_state`. Modules used twice stay shared; DataParallel, DistributedDataParallel and
-    torch.compile wrappers, at any depth, are taken off.
+    torch.compile wrappers, at any depth, are taken off. Warns where no stripe is dead, and the result is dense.
 
     Raises ValueError for a name the model does not have, a skeleton of another shape, or two skeletons for
     one shared module; TypeError for a named module that is no convolution, and for models that hide their
@@ -58,7 +59,14 @@ def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
                 layer.bias = conv.bias
             move_hooks(conv, layer)
             layers[conv] = layer
-        return replace_modules(copied, layers)
+        frozen = replace_modules(copied, layers)
+    if skeletons is None and not any(isinstance(m, StripeConv2d) for m in frozen.modules()):
+        warnings.warn(
+            "freeze found no stripe weight[k, :, r, s] that is zero throughout: the network stays dense. Prune "
+            "stripes first, or say which ones to keep: freeze(model, {name: bool [K, R, S]})",
+            stacklevel=2,
+        )
+    return frozen
 
 
 def _zeros_of(conv: Any) -> FilterSkeleton:

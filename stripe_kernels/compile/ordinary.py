@@ -122,4 +122,4 @@ def rows(model: nn.Module, inputs: tuple[Tensor, ...], seconds: float) -> list[d
         return [call.row(None) for call in found]
     with torch.inference_mode(), evaluating(model):
         times = [interleaved([partial(c.layer, c.x)], seconds / len(found), device=c.x.device) for c in found]
-    return [call.row(time) for call, (time,) in zip(found, times, strict=True)]
+    return [call.row(time.median) for call, (time,) in zip(found, times, strict=True)]

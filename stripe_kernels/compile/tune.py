@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ from stripe_kernels.snapshots import kept_form
 _HOPELESS = 4.0  # predicted this many times slower than the best prediction: not measured
 _IN_GRAPH = 10  # calls a graph holds: one alone takes less time than its launch
 _SLOW = 2.0  # measured this many times slower than the best at first sight: not measured further
+_DISTURBED = 1.0  # scatter of the best: up to .6 on quiet cores, above 1 where a team met other work on them
+
+
+class Timing(NamedTuple):
+    """Seconds of a call."""
+
+    median: float
+    scatter: float  # what the middle half of the samples spans, in medians
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ def tune(
 
     From then on "auto" takes the fastest for problems of this size, dtype, layout and number of threads, in
     this process, in files that `save` writes, and, through the user's cache folder, in later processes on
-    this kind of machine.
+    this kind of machine; the next process measures again where times scattered as they do beside other work.
 
     seconds: time a layer's measurements may take. folder: where choices are kept; default the user's cache
     folder. training: measure dgrad and wgrad too, each for as long. cuda_graphs: on a GPU measure calls inside
@@ -123,9 +131,11 @@ def candidates(site: Site, which: Pass = "fprop") -> tuple[Candidate, ...]:
 
 def measure(
     site: Site, seconds: float, which: Pass = "fprop", cuda_graphs: bool = False
-) -> tuple[Candidate, ...]:
-    """The site's candidates with medians of interleaved runs; refused and hopeless ones carry no time, those that
-    fail on the device the reason."""
+) -> tuple[tuple[Candidate, ...], bool]:
+    """The site's candidates with medians of interleaved runs, and whether other work disturbed them.
+
+    Refused and hopeless ones carry no time, those that fail on the device the reason.
+    """
     every = candidates(site, which)
     runnable = [c for c in every if c.refusal is None]
     best = min(c.predicted or 0.0 for c in runnable)
@@ -146,8 +156,8 @@ def measure(
         times = interleaved(list(calls.values()), seconds, device=device)
     a_call = _IN_GRAPH if cuda_graphs and _is_gpu(device) else 1
     ready = [c for c in tried if id(c) in calls]
-    found |= {id(c): replace(c, measured=t / a_call) for c, t in zip(ready, times, strict=True)}
-    return tuple(found.get(id(c), c) for c in every)
+    found |= {id(c): replace(c, measured=t.median / a_call) for c, t in zip(ready, times, strict=True)}
+    return tuple(found.get(id(c), c) for c in every), min(times).scatter > _DISTURBED
 
 
 def _ready(call: Callable[[], Any], device: torch.device, cuda_graphs: bool) -> Callable[[], Any]:
@@ -176,8 +186,8 @@ def _replay(graph: torch.cuda.CUDAGraph, call: Callable[[], Any]) -> None:
 
 def interleaved(
     calls: list[Callable[[], Any]], seconds: float, least: int = 5, device: torch.device | None = None
-) -> list[float]:
-    """Median seconds of each call, in rounds whose order rotates; clearly slower ones drop out early.
+) -> list[Timing]:
+    """Times of each call, in rounds whose order rotates; clearly slower ones drop out early.
 
     A sample repeats its call for at least 50 us; where `device` is a GPU for 1 ms, and then waits for it. At
     least `least` rounds, then until `seconds` have passed.
@@ -195,7 +205,12 @@ def interleaved(
             i = racing[(position + rounds) % len(racing)]
             samples[i].append(sample(calls[i], repeats[i], device))
         rounds += 1
-    return [sorted(s)[len(s) // 2] for s in samples]
+    return [_timing(sorted(s)) for s in samples]
+
+
+def _timing(samples: list[float]) -> Timing:
+    n, median = len(samples), samples[len(samples) // 2]
+    return Timing(median, (samples[3 * n // 4] - samples[n // 4]) / median)
 
 
 def _is_gpu(device: torch.device | None) -> bool:
@@ -231,9 +246,11 @@ def _choose(site: Site, seconds: float, store: Path, which: Pass, cuda_graphs: b
     if measured is not None:
         plan.record(site.problem, which, measured)
         return
-    measured = tuple(c for c in measure(site, seconds, which, cuda_graphs) if c.measured)
+    timed, disturbed = measure(site, seconds, which, cuda_graphs)
+    measured = tuple(c for c in timed if c.measured)
     plan.record(site.problem, which, measured)
-    cache.write(store, name, site.problem, which, measured)
+    if not disturbed:
+        cache.write(store, name, site.problem, which, measured)
 
 
 class _Watch(TorchDispatchMode):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import stripe_kernels
-from bench.contestants import _window, contestants, slim_channels
+from bench.contestants import _window, contestants, kernel_names, slim_channels
 from bench.job import PASSES, Entrant, Job, Refused
 from bench.layers import Layer, layers, select
 from bench.machine import Machine
@@ -24,7 +24,7 @@ from bench.records import Row, Writer, read
 from bench.run import compare, missing, run_layer
 from bench.skeletons import GENERATORS, dead, iid, learned
 from bench.timing import Ratio, Sample, interleave
-from stripe_kernels import Roof, StripeConv2d, list_kernels
+from stripe_kernels import Roof, StripeConv2d, list_kernels, registry
 
 TINY = (
     Layer("tiny", 6, 10, 7, 5),
@@ -233,6 +233,11 @@ def test_the_command_prints_tables_and_draws_charts(tmp_path: Path) -> None:
     wrongs = ("--batch 0", "--density 1.5", "--kept 24", "--kernels nonesuch", "--layers nonesuch")
     for wrong in map(str.split, wrongs):
         assert CliRunner().invoke(app, wrong).exit_code == 2
+
+
+def test_the_best_kernels_are_those_that_auto_chooses_from() -> None:
+    automatic = {n for n, k in registry.kernels().items() if k.automatic and n.startswith("cpu_")}
+    assert set(kernel_names("best")) == automatic
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_its_reason() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from stripe_kernels import plan
 def own_tune_cache(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Path]:
-    """A cache folder of the test's own, and a planner that forgets."""
+    """A cache folder of the test's own, kept on busy cores too, and a planner that forgets."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setattr(importlib.import_module("stripe_kernels.compile.tune"), "_DISTURBED", float("inf"))
     yield folder / "stripe_kernels/tune"
     plan.forget()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -74,6 +75,20 @@ def test_zeros_decide_without_skeletons() -> None:
     assert torch.equal(frozen[0].skeleton, live)
     assert type(frozen[3]) is nn.Conv2d
     same(masked(model, {"0": live}), frozen)
+
+
+def test_a_network_without_dead_stripes_is_told_so() -> None:
+    model = net()
+    with pytest.warns(UserWarning, match="stays dense. Prune stripes first") as told:
+        frozen = freeze(model)
+    assert told[0].filename == __file__
+    same(model, frozen)
+    live = torch.ones(8, 3, 3, dtype=torch.bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        freeze(model, {"0": live})  # dense on purpose
+        live[2] = False
+        freeze(freeze(model, {"0": live}))
 
 
 def test_prune_hooks_and_parametrizations_are_baked() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 from math import log
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,7 +22,8 @@ from iessp.runs import thaw
 from iessp.timing import compare, interleave
 from stripe_kernels import StripeConv2d
 
-EXAMPLE = Path(__file__).parents[2] / "examples/prune_your_own.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples/prune_your_own.py"
 
 
 def settled(name: str = "resnet20", budget: float = 0.3) -> nn.Module:
@@ -115,6 +118,22 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     line = capsys.readouterr().out
     assert line.startswith("25.0% of the MACs kept"), line
     assert float(line.split("kept, ")[1].split("%")[0]) > 60
+
+
+@pytest.mark.parametrize(
+    ("program", "wrong", "message"),
+    [
+        (["examples/prune_your_own.py"], "--steps=0", "--steps must be at least 1, got 0"),
+        (["-m", "iessp.finetune"], "--model=nosuch", 'unknown model "nosuch": Valid: vgg16'),
+        (["-m", "iessp.finetune"], "--width=0", "width must be positive, got 0.0"),
+        (["-m", "iessp.finetune"], "--seeds=0", "--seeds, --steps and --batch must be at least 1"),
+    ],
+)
+def test_programs_refuse_what_they_cannot_do(program: list[str], wrong: str, message: str) -> None:
+    ran = subprocess.run([sys.executable, *program, wrong], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert message in ran.stderr.splitlines()[-1]
+    assert "Traceback" not in ran.stderr
 
 
 def test_interleaved_timing_counts_every_contestant() -> None:

@@ -28,10 +28,13 @@ def own(name: str) -> bool:
 
 
 def build(name: str, classes: int, in_channels: int = 3, width: float = 1.0) -> nn.Module:
-    """A freshly initialised network taking [N, in_channels, H, W]; raises ValueError for an unknown name.
+    """A freshly initialised network taking [N, in_channels, H, W]; raises ValueError for an unknown name
+    or a width that is not positive.
 
     A user's own (`own`, see `iessp.factory`) has one width, and its classes and channels are its own affair.
     """
+    if not width > 0:
+        raise ValueError(f"width must be positive, got {width}")
     if own(name):
         if width != 1.0:
             raise ValueError(f"{name} has one width, got {width}: only the built-in networks have others")

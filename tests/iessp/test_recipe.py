@@ -1,0 +1,58 @@
+"""Recipes: fields, changes to them, the methods of `iessp reproduce`."""
+
+from __future__ import annotations
+
+import pytest
+
+from iessp import reproduce
+from iessp.recipe import Recipe, bundled, parse_changes, read
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [("epochs", "abc", "int"), ("epochs", 1.5, "int"), ("lr", "fast", "float"), ("sizes", 3, "tuple"),
+     ("budget", [], "float or str"), ("adaptive", 1, "bool"), ("seed", True, "int")],
+)  # fmt: skip
+def test_a_recipe_says_what_a_field_takes(field: str, value: object, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} takes {kind}, got "):
+        read("digits").but(**{field: value})
+
+
+def test_bundled_recipes_are_valid() -> None:
+    assert {"digits", "vgg16-cifar10", "resnet56-cifar10"} <= set(bundled())
+    for name in bundled():
+        recipe = read(name)
+        assert recipe.name == name
+        assert Recipe.from_dict(recipe.as_dict()) == recipe
+
+
+def test_changes_are_values_as_in_toml() -> None:
+    changes = parse_changes(["epochs=3", "lr=1e-2", "model=resnet20", "sizes=[[0.0, 16]]", "packed=false"])
+    assert changes == {"epochs": 3, "lr": 0.01, "model": "resnet20", "sizes": [[0.0, 16]], "packed": False}
+    assert read("digits").but(**changes).size(0.5) == 16
+
+
+def test_another_method_begins_without_options() -> None:
+    recipe = read("digits")
+    assert recipe.options == {"exact": False}
+    assert recipe.but(epochs=1).options == recipe.options
+    assert recipe.but(method="magnitude").options == {}
+    assert recipe.but(method="magnitude", options={"seed": 1}).options == {"seed": 1}
+
+
+def test_methods_with_parts_taken_away() -> None:
+    recipe = reproduce.with_method(read("digits"), "iem(message=false, gain=2.0)")
+    assert (recipe.method, recipe.options) == ("iem", {"message": False, "gain": 2.0})
+    fixed = reproduce.with_method(recipe, "iem(adaptive=false, kappa=0, message=false)")
+    assert (fixed.adaptive, fixed.kappa, fixed.options) == (False, 0, {"message": False})
+    assert all(reproduce.with_method(recipe, method).method == "iem" for method in reproduce.ABLATION)
+    with pytest.raises(ValueError, match=r'"iem\[" is not METHOD'):
+        reproduce.with_method(recipe, "iem[")
+
+
+def test_options_that_a_method_was_written_with_outlast_its_trials() -> None:
+    chosen = {"lr": 0.3, "options": {"alpha": 0.01}}
+    cell = reproduce.cell_of(read("digits"), "filter-skeleton(decay=0)", chosen, 7)
+    assert (cell.seed, cell.lr, cell.options) == (7, 0.3, {"decay": 0, "alpha": 0.01})
+    cell = reproduce.cell_of(read("digits"), "filter-skeleton(alpha=0.003, decay=0)", chosen, 7)
+    assert (cell.lr, cell.options) == (0.3, {"decay": 0, "alpha": 0.003})
