@@ -3,7 +3,8 @@
     python -m tests.soak [--seconds 600] [--record tests/records/soak.json]      (make soak)
 
 Layers of a few hundred generated problems run forwards and backwards with "auto" and with kernels by name, with 1 to 3
-threads and in every layout; now and then a network with a skeleton of its own is frozen, saved and loaded.
+threads and in every layout; now and then a network with a skeleton of its own is frozen, saved and loaded, and a layer
+with that skeleton makes the training steps that give it native calls of its own.
 
 Every new skeleton takes a place in the caches of settings, skeletons and plans, which are bounded. The same mix, with
 more networks, fills them first, until what a new network pushes out is like what it brings: a plan of three threads has
@@ -45,7 +46,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from stripe_kernels import FilterSkeleton, freeze, load, ops, save
+from stripe_kernels import FilterSkeleton, StripeConv2d, freeze, load, ops, save
 from stripe_kernels.ops import StripeOp
 from stripe_kernels.plan import make_plan
 from tests.generate import Generated, problems
@@ -113,6 +114,13 @@ def store(path: Path) -> None:
     live = {"0": torch.rand(16, 3, 3).argsort(0) < 5, "2": torch.rand(8, 3, 3).argsort(0) < 3}
     save(freeze(body, live), path)
     load(path)(torch.randn(2, 8, 9, 9))
+    steps(StripeConv2d(8, 16, 3, padding=1, skeleton=FilterSkeleton(live["0"].numpy())))
+
+
+def steps(layer: StripeConv2d) -> None:
+    x = torch.randn(2, 8, 9, 9, requires_grad=True)
+    for _ in range(5):  # from the fourth on it makes its calls as one (front.py)
+        torch.autograd.grad(layer(x).sum(), (x, *layer.parameters()))
 
 
 def forget_what_others_keep() -> None:
