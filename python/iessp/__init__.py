@@ -4,7 +4,17 @@ kernels."""
 from __future__ import annotations
 
 import stripe_kernels  # noqa: F401 # isort: split -- refuses sub-interpreters, before torch is imported
-from iessp.attach import attach, detach, freeze, gate_parameters, gates, param_groups, settle, skeletons
+from iessp.attach import (
+    attach,
+    copy_gates,
+    detach,
+    freeze,
+    gate_parameters,
+    gates,
+    param_groups,
+    settle,
+    skeletons,
+)
 from iessp.budget import compacted_macs_kept, macs_kept
 from iessp.loss import StripeLoss, penalty
 
@@ -12,6 +22,7 @@ __all__ = [
     "StripeLoss",
     "attach",
     "compacted_macs_kept",
+    "copy_gates",
     "detach",
     "freeze",
     "gate_parameters",

@@ -164,6 +164,15 @@ def settle(model: nn.Module, budget: float) -> dict[str, Tensor]:
     return chosen
 
 
+def copy_gates(model: nn.Module, copy: nn.Module) -> None:
+    """Put the gates of `copy`, which averages the weights of `model`, into the state of the model's own: their phase is
+    no weight, and an average of masks is none. Call it before `copy` is evaluated or frozen.
+    """
+    theirs = gates(copy)
+    for name, gate in _needed(model).items():
+        theirs[name].load_state_dict(gate.state_dict())
+
+
 def detach(model: Model, *, merge: bool = True) -> Model:
     """Take the gates off, in place: plain convolutions whose weight is W * g (merge=True) or W as if never
     gated."""
@@ -196,9 +205,10 @@ def freeze(model: nn.Module) -> nn.Module:
 
     while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
         model = inner  # DistributedDataParallel and torch.compile wrap a model, and cannot be copied
-    if any(gate.phase == "learn" for gate in gates(model).values()):
+    if any(gate.phase != "settled" for gate in gates(model).values()):
         warnings.warn(
-            "frozen before the schedule of StripeLoss has settled the skeletons: the budget is not met yet",
+            "frozen before the schedule of StripeLoss has settled the skeletons: the budget is not met yet; an average "
+            "of weights needs copy_gates(model, average) first",
             stacklevel=2,
         )
     chosen = skeletons(model)

@@ -8,6 +8,9 @@ phases:
     warm     g = 1, the network trains dense (statistics are already gathered)
     learn    g = what the method says, from its parameters and buffers alone: never from the input at hand
     settled  g = a fixed tensor, zero outside the final skeleton, ready to be merged into the weight
+
+What the schedule changes (value, tau, theta) is a new tensor each time: it does so between a pass and its backward,
+which in a compiled network reads the buffers themselves.
 """
 
 from __future__ import annotations
@@ -69,7 +72,7 @@ class StripeGate(nn.Module):
 
     def learned(self) -> Tensor:
         """g [K, R, S] while learning; here the mask that `remask` last made."""
-        return self.value.clone()  # `remask` writes it while a pass may still wait for its backward
+        return self.value
 
     def soft(self) -> Tensor:
         """M [K, R, S] in 0..1, how much of each stripe the budget counts; differentiable where it learns."""
@@ -89,7 +92,7 @@ class StripeGate(nn.Module):
     @torch.no_grad()
     def remask(self, skeleton: Tensor) -> None:
         """Change the stripes that live without ending the learning (methods that re-rank as they go)."""
-        self.value.copy_(skeleton)
+        self.value = skeleton.to(self.value)
 
     @torch.no_grad()
     def settle(self, skeleton: Tensor) -> None:
@@ -99,7 +102,7 @@ class StripeGate(nn.Module):
                 f"{self.site.name}: skeleton is {skeleton.dtype} {tuple(skeleton.shape)}, "
                 f"needs bool {tuple(self.value.shape)}"
             )
-        self.value.copy_(torch.where(skeleton.to(self.value.device), self.magnitude(), 0))
+        self.value = torch.where(skeleton.to(self.value.device), self.magnitude(), 0)
         self.phase = "settled"
 
     def magnitude(self) -> Tensor:

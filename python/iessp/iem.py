@@ -118,9 +118,7 @@ class IEMGate(StripeGate):
         return self._sigmoid(self.logits()) if self.phase == "learn" else self.gate()
 
     def _sigmoid(self, z: Tensor) -> Tensor:
-        # Copies, because the schedule changes both in place while a pass may still wait for its backward.
-        z = z - self.theta.clone() if self.exact else z
-        return torch.sigmoid(z / self.tau.clone())
+        return torch.sigmoid((z - self.theta if self.exact else z) / self.tau)
 
     @staticmethod
     def _above(z: Tensor, theta: Tensor | float) -> Tensor:
@@ -157,7 +155,7 @@ class IEMGate(StripeGate):
 
     @torch.no_grad()
     def keep_above(self, score: float) -> None:
-        self.theta.fill_(score if self.exact else min(0.0, score))
+        self.theta = torch.full_like(self.theta, score if self.exact else min(0.0, score))
 
     def scores(self, weight: Tensor) -> Tensor:
         return self.logits()

@@ -257,7 +257,7 @@ class StripeLoss(nn.Module):
         since = int(self.step) - self.warmup
         tau = math.exp(math.log(self.tau_end) * since / max(1, self.settle - self.warmup))
         for gate in found.values():
-            gate.tau.fill_(tau)
+            gate.tau = torch.full_like(gate.tau, tau)
         if since % self.remask_every:
             return
         if any(p.requires_grad for gate in found.values() for p in gate.parameters()):

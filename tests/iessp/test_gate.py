@@ -287,22 +287,6 @@ def test_torch_compile_sees_the_whole_gate() -> None:
     assert iessp.gates(compiled)["3"].bias.grad is not None
 
 
-def test_averaged_weights_freeze_like_any_model() -> None:
-    """EMA copies carry gates of their own."""
-    model = attached()
-    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
-    learn(model)
-    learn(averaged)
-    for _ in range(3):
-        model.train()(torch.randn(2, 3, 9, 8))
-        with torch.no_grad():
-            iessp.gates(model)["3"].bias -= 1.5
-        averaged.update_parameters(model)
-    assert not torch.equal(iessp.gates(averaged)["3"].bias, iessp.gates(model)["3"].bias)
-    x = torch.randn(2, 3, 9, 8)
-    torch.testing.assert_close(iessp.freeze(averaged).eval()(x), averaged.eval()(x), rtol=1e-4, atol=1e-5)
-
-
 def test_gradients_accumulate_over_passes() -> None:
     """Two passes before one backward: statistics are written in between, the first pass keeps what it saw."""
     model = attached(momentum=1.0)
