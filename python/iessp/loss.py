@@ -108,6 +108,7 @@ class StripeLoss(nn.Module):
     aimed: Tensor  # the target that the gates' threshold was last set for
     share_soft: Tensor
     share_hard: Tensor
+    density: Tensor  # live stripes of the gated convolutions / all of them
 
     def __init__(
         self,
@@ -147,6 +148,7 @@ class StripeLoss(nn.Module):
         self.register_buffer("pressure", torch.tensor(float(pressure), device=device))
         for name in ("output_loss", "reference", "lambda_now", "aimed", "share_soft", "share_hard"):
             self.register_buffer(name, torch.zeros((), device=device))
+        self.register_buffer("density", torch.ones((), device=device))
         self.share_hard.fill_(1.0)
         self.aimed.fill_(1.0)
         self._untrained = _mark(model)
@@ -205,7 +207,7 @@ class StripeLoss(nn.Module):
     @torch.no_grad()
     def _press(self) -> Tensor:
         """The dual step, then lambda_t."""
-        self.share_hard.copy_(hard_share(self.model))
+        self._count()
         # Where the cut meets the target by itself M says which stripes, not how many: its share is no error.
         exact = all(gate.exact for gate in gates(self.model).values())
         seen = self.share_soft.lerp(wanted_share(self.model), 1.0 if exact else self._progress())
@@ -219,6 +221,12 @@ class StripeLoss(nn.Module):
         self.pressure.copy_(torch.where(held, self.pressure, (self.pressure * factor).clamp(*LAMBDA_RANGE)))
         self.lambda_now.copy_(self.pressure * (1 + error).clamp(0, 2) * link)
         return self.lambda_now.clone()
+
+    def _count(self) -> None:
+        found = gates(self.model).values()
+        live = [gate.live().sum() for gate in found]
+        self.share_hard.copy_(_share(self.model, live))
+        self.density.copy_(torch.stack(live).sum() / sum(gate.site.stripes for gate in found))
 
     def _decay(self) -> Tensor:
         """decay/2 * |W|^2 over live stripes: what weight decay does, without fading the dead ones."""
@@ -236,7 +244,7 @@ class StripeLoss(nn.Module):
         if phase == "settled" and current != "settled":
             self._warn_of_still_gates()
             settle(self.model, self.budget)
-            self.share_hard.copy_(hard_share(self.model))
+            self._count()
             return
         for gate in found.values():
             if current != "settled":
@@ -268,4 +276,4 @@ class StripeLoss(nn.Module):
         else:
             for name, skeleton in rank(self.model, self.target()).items():
                 found[name].remask(skeleton)
-            self.share_hard.copy_(hard_share(self.model))
+            self._count()

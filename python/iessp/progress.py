@@ -22,7 +22,7 @@ if not console.is_terminal:
 
 @contextmanager
 def progress_bar(title: str, every: int) -> Iterator[Callable[[Step], None]]:
-    """A bar with loss, lambda, R and target; where output is no terminal, a line every `every` steps."""
+    """A bar with loss, lambda, R, target and density; where output is no terminal, a line every `every` steps."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(24),
@@ -40,8 +40,9 @@ def progress_bar(title: str, every: int) -> Iterator[Callable[[Step], None]]:
             if step.phase == "learn":
                 state += f"  λ {step.pressure:.2g}  R {step.share_soft:.1%} soft"
                 state += f" {step.share_hard:.1%} hard -> {step.target:.1%}"
+                state += f"  {step.density:.1%} of stripes"
             elif step.phase in ("settled", "packed"):
-                state += f"  {step.phase}, {step.share_hard:.1%} of MACs"
+                state += f"  {step.phase}, {step.share_hard:.1%} of MACs, {step.density:.1%} of stripes"
             bar.update(task, completed=step.step, total=step.steps, state=state)
             if not console.is_terminal and (step.step % every == 0 or step.step == step.steps):
                 console.print(f"{title}  {step.step}/{step.steps}  {state}", highlight=False)

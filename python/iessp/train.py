@@ -52,6 +52,7 @@ class Step:
     share_soft: float = 1.0
     share_hard: float = 1.0
     target: float = 1.0
+    density: float = 1.0  # live stripes / stripes
 
 
 class Trainer:
@@ -235,10 +236,12 @@ class Trainer:
         self.step += 1
         done = Step(self.step, self.steps, phase, float(task.detach()), rate, x.shape[-1], target=target)
         if self.loss:
-            pressure, soft, hard = self.loss.lambda_now, self.loss.share_soft, self.loss.share_hard
-            done = replace(done, pressure=float(pressure), share_soft=float(soft), share_hard=float(hard))
+            pressure, density = float(self.loss.lambda_now), float(self.loss.density)
+            soft, hard = float(self.loss.share_soft), float(self.loss.share_hard)
+            done = replace(done, pressure=pressure, share_soft=soft, share_hard=hard, density=density)
         elif phase == "packed":
-            done = replace(done, share_hard=self.shares()[0])
+            live = torch.cat([s.flatten() for s in self.skeletons.values()])
+            done = replace(done, share_hard=self.shares()[0], density=float(live.float().mean()))
         if self.loss and self.loss.phase() == "settled" and recipe.packed:
             self._pack()
         return done

@@ -90,33 +90,45 @@ def batch(seed: int, n: int = 20) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def cifar_files(form: str) -> dict[str, bytes]:
+def cifar_files(form: str, fine: bool = False) -> dict[str, bytes]:
+    """Files of CIFAR-10, or of CIFAR-100, whose images have a coarse label (here always 19) before the fine one."""
     files = {}
-    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+    names = ["train", "test"] if fine else [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for i, name in enumerate(names, 6 - len(names)):
         pixels, labels = batch(i)
+        coarse = np.full_like(labels, 19)
         if form == "python":
-            content = {b"data": pixels, b"labels": labels.tolist(), b"batch_label": b"x"}
+            kinds = {b"coarse_labels": coarse.tolist(), b"fine_labels": labels.tolist()}
+            content = {
+                b"data": pixels,
+                b"batch_label": b"x",
+                **(kinds if fine else {b"labels": labels.tolist()}),
+            }
             files[name] = pickle.dumps(content, protocol=2)
         else:
-            files[f"{name}.bin"] = np.concatenate([labels[:, None], pixels], 1).tobytes()
+            columns = [coarse[:, None]] * fine + [labels[:, None], pixels]
+            files[f"{name}.bin"] = np.concatenate(columns, 1).tobytes()
     return files
 
 
 @pytest.mark.parametrize("form", ["python", "binary"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_cifar_in_every_official_form(tmp_path: Path, form: str, packed: bool) -> None:
+@pytest.mark.parametrize("classes", [10, 100])
+def test_cifar_in_every_official_form(tmp_path: Path, form: str, packed: bool, classes: int) -> None:
+    files = cifar_files(form, classes == 100)
     if packed:
-        with tarfile.open(tmp_path / f"cifar-10-{form}.tar.gz", "w:gz") as archive:
-            for name, content in cifar_files(form).items():
-                info = tarfile.TarInfo(f"cifar-10-batches/{name}")
+        with tarfile.open(tmp_path / f"cifar-{classes}-{form}.tar.gz", "w:gz") as archive:
+            for name, content in files.items():
+                info = tarfile.TarInfo(f"cifar-{classes}/{name}")
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
     else:
         (tmp_path / "sub").mkdir()
-        for name, content in cifar_files(form).items():
+        for name, content in files.items():
             (tmp_path / "sub" / name).write_bytes(content)
-    splits = load("cifar10", tmp_path)
-    assert (len(splits.train) + len(splits.held_out), len(splits.test)) == (100, 20)
+    splits = load(f"cifar{classes}", tmp_path)
+    assert (len(splits.train) + len(splits.held_out), len(splits.test)) == (20 * (len(files) - 1), 20)
+    assert len(splits.classes) == classes
     pixels, labels = batch(5)
     assert torch.equal(splits.test.x, torch.from_numpy(pixels).view(-1, 3, 32, 32))
     assert splits.test.y.tolist() == labels.tolist()

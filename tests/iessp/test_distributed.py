@@ -84,7 +84,10 @@ def test_torchrun_trains_a_recipe(tmp_path: Path) -> None:
     assert last.name == "step-00000005.pt"
     rows = [(tmp_path / f"run/{log}").read_text().splitlines() for log in ("log.csv", "log1.csv")]
     columns = rows[0][0].split(",")
-    shared = [columns.index(c) for c in ("step", "phase", "pressure", "share_soft", "share_hard", "target")]
+    shared = [
+        columns.index(c)
+        for c in ("step", "phase", "pressure", "share_soft", "share_hard", "target", "density")
+    ]
     for first, second in zip(*rows, strict=True):
         assert [first.split(",")[i] for i in shared] == [second.split(",")[i] for i in shared]
 

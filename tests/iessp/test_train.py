@@ -80,6 +80,10 @@ def test_log_has_every_step_and_phase(splits: Splits, tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(1, trainer.steps + 1))
     assert list(dict.fromkeys(row["phase"] for row in rows)) == ["warm", "learn", "packed"]
+    live = torch.cat([skeleton.flatten() for skeleton in trainer.skeletons.values()])
+    assert float(rows[0]["density"]) == 1
+    assert float(rows[-1]["density"]) == pytest.approx(float(live.float().mean()), rel=1e-4)
+    assert len({row["density"] for row in rows if row["phase"] == "learn"}) > 3, "it falls with the target"
     assert len(checkpoint.saved(tmp_path / "checkpoints")) <= checkpoint.KEPT
     assert trainer.equality["error"] <= trainer.equality["allowed"]
 
