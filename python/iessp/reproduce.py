@@ -21,7 +21,7 @@ from iessp import runs
 from iessp.attach import METHODS
 from iessp.data.images import Splits, reduced
 from iessp.progress import console, train_with_bar
-from iessp.recipe import UNPRUNED, Recipe, parse_changes
+from iessp.recipe import UNPRUNED, Recipe, bundled, parse_changes, read
 from iessp.report import draw_curves, draw_skeletons, table
 from iessp.timing import busy
 from iessp.train import Trainer, count_errors, write_results
@@ -151,6 +151,7 @@ def _write(
             [
                 "iessp reproduce",
                 recipe.name,
+                *(f"--set '{change}'" for change in changed(recipe)),
                 f"--seeds {seeds}",
                 *(f'--method "{method}"' for method in tried),
             ]
@@ -170,6 +171,22 @@ def _write(
     }
     write_results(out, record, "table.json")
     return rows
+
+
+def changed(recipe: Recipe) -> list[str]:
+    """FIELD=VALUE, as in TOML, of what is not as in the bundled recipe of that name; a recipe of one's own has none."""
+    if recipe.name not in bundled():
+        return []
+    theirs = read(recipe.name).as_dict()
+    return [f"{k}={_toml(v)}" for k, v in recipe.as_dict().items() if v != theirs[k]]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return json.dumps(value)
 
 
 def folder_of(out: Path, method: str) -> Path:

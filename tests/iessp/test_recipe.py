@@ -56,3 +56,13 @@ def test_options_that_a_method_was_written_with_outlast_its_trials() -> None:
     assert (cell.seed, cell.lr, cell.options) == (7, 0.3, {"decay": 0, "alpha": 0.01})
     cell = reproduce.cell_of(read("digits"), "filter-skeleton(alpha=0.003, decay=0)", chosen, 7)
     assert (cell.lr, cell.options) == (0.3, {"decay": 0, "alpha": 0.003})
+
+
+def test_a_record_names_what_was_changed() -> None:
+    recipe = read("vgg10-few-cifar10").but(
+        budget="2 ms", packed=False, sizes=[[0, 8]], options={"hard": True}, pretrain={"epochs": 3}, trials={}
+    )
+    changes = reproduce.changed(recipe)
+    assert len(changes) == 6
+    assert read(recipe.name).but(**parse_changes(changes)) == recipe
+    assert reproduce.changed(Recipe("mine", epochs=3)) == []
