@@ -31,6 +31,7 @@ CHUNK_PIXELS = 192  # of wgrad
 CHUNK_BYTES = 600_000  # both copies of a chunk of wgrad: where larger ones were slower on Zen 4
 TAPS_BYTES = 300_000  # panel and output of a block of pairs of filters
 MATRIX_FILTERS = 9  # of a tap: fewer take as long
+LINE = 20.0  # cycles for a value of channels_last in a line of memory that other groups read too: 10 to 27 on a Xeon
 WINDOW = 12  # vectors: a common multiple of the register tiles 2, 3, 4, 6, 12
 
 
@@ -59,8 +60,10 @@ class Cycles:
     pair_end: float  # of a pair: the end of a sum and its vectors of y
     pair_row: float  # of an im2col along the width: beginning a row
     pair_copy: float  # the same: copying a vector
-    # Blocks of dgrad along pixels and along images are whole maps up to so many bytes; smaller beyond.
-    whole: tuple[int, int] = (WHOLE_MAP_BYTES, WHOLE_MAP_BYTES)
+    # Bytes along pixels, along images of NCHW, along images of channels_last: a map of up to `whole` is one block,
+    # larger ones are cut into blocks of up to `block`.
+    whole: tuple[int, int, int] = (WHOLE_MAP_BYTES,) * 3
+    block: tuple[int, int, int] = (BLOCK_BYTES,) * 3
     chunk: int = CHUNK_PIXELS  # of wgrad, where both copies fit CHUNK_BYTES
     matrix: bool = False  # fprop multiplies matrices; vectors hold cells of two channels
 
@@ -72,6 +75,10 @@ ZEN4 = Cycles(
     ends=(0.0, 0.0), beyond=1.3,  # ends are in the 1.3 of `wgrad`
     pair_fma=1.2, pair_end=110.0, pair_row=51.0, pair_copy=3.8,
 )  # fmt: skip
+# Measured at d = .24, fprop and dgrad of 15 or 17 layers: in the mean 0 to 4 % above each layer's best height. Taller
+# blocks wait for what 2 MB of L2 no longer keep: at 5 MB they took 1.05 to 1.35 times as long along pixels, 1.3 to 1.4
+# along images of channels_last. Images of NCHW move in longer stretches of a tall block: 1.2 to 1.35 times at 1.3 MB.
+_XEON_BLOCKS = (1_000_000, 8_000_000, 1_000_000)
 # AVX-512 on a Xeon of 2023 or later, two multiply-adds a cycle, 2 MB of L2: half of 570 timings of fprop along pixels
 # and images within 11 %, of 207 along filters within 10 %, of 170 of wgrad within 4 %. Whatever moves weighs twice as
 # much beside multiply-adds as on Zen 4, and a batch of maps comes from memory: `vector` is mostly waiting.
@@ -79,8 +86,8 @@ XEON = Cycles(
     lanes=16, fma=0.61, gradient=0.88, update=1.9, row=2.7, vector=12.9, apart=4.5, transpose=17.8, run=5.2,
     filters_fma=0.80, scatter=28.6, weights=6.7, out=26.9, wgrad=0.69, copy=10.9,
     ends=(11.3, 15.3), beyond=1.19,
-    pair_fma=0.42, pair_end=154.0, pair_row=10.4, pair_copy=3.95, whole=(1_000_000, 8_000_000),
-    chunk=2 * CHUNK_PIXELS,
+    pair_fma=0.42, pair_end=154.0, pair_row=10.4, pair_copy=3.95,
+    chunk=2 * CHUNK_PIXELS, whole=_XEON_BLOCKS, block=_XEON_BLOCKS,
 )  # fmt: skip
 # fprop in matrix registers on a Xeon of 2024; vectors of x are of cells: half of 415 timings (32 to 512 channels, 2x2
 # to 56x56, d = .1 to .5) within 16 %. What was predicted best took 4 % longer than what was best, dense included.
@@ -174,7 +181,7 @@ def tilings(problem: Problem, which: Pass, mode: int, cost: Cycles) -> Iterator[
     )
     for images in batches:
         image_blocks = -(-s.N // images)
-        for rows in _heights(sides, which, mode, images, cost, problem.channels_last):
+        for rows in _heights(sides, mode, images, cost, problem.channels_last):
             blocks = image_blocks * s.groups * -(-rows_all // rows)
             if blocks % problem.threads and blocks < 8 * problem.threads:
                 # Too few blocks to share out: split the filters of one block, or cut the map into more rows.
@@ -186,9 +193,7 @@ def tilings(problem: Problem, which: Pass, mode: int, cost: Cycles) -> Iterator[
             yield (mode, images, rows, 1, WINDOW)
 
 
-def _heights(
-    sides: Sides, which: Pass, mode: int, images: int, cost: Cycles, channels_last: bool
-) -> list[int]:
+def _heights(sides: Sides, mode: int, images: int, cost: Cycles, channels_last: bool) -> list[int]:
     """Rows of a block worth measuring: the tallest first; those of one height as even as possible."""
     rows_all = max(1, sides.rows)
 
@@ -196,12 +201,10 @@ def _heights(
         rows = next((r for r in range(rows_all, 0, -1) if sides.block_bytes(r, images) <= most), 1)
         return -(-rows_all // -(-rows_all // rows))
 
-    whole = sides.block_bytes(rows_all, images)
-    if cost.matrix and mode == BATCH and not channels_last:  # whole maps of NCHW move faster
-        return list(dict.fromkeys((rows_all, within(BLOCK_BYTES))))
     if cost.lanes == 16 or mode == BATCH:
-        most = cost.whole[mode == BATCH] if which == "dgrad" else WHOLE_MAP_BYTES
-        return [rows_all if whole <= most else within(min(most, BLOCK_BYTES))]
+        kind = 0 if mode == PIXELS else 2 if channels_last else 1
+        whole = sides.block_bytes(rows_all, images) <= cost.whole[kind]
+        return [rows_all if whole else within(cost.block[kind])]
     tall = within(BLOCK_BYTES)
     short = within(SHORT_BYTES)
     if short < SHORT_ROWS:
@@ -252,6 +255,9 @@ def predict(problem: Problem, which: Pass, config: Config, cost: Cycles, step: f
     if mode == BATCH and s.stride != (1, 1) and not problem.channels_last:
         # Pixels that lie apart are moved once more before they are turned.
         move_in, move_out = (3 * move, move) if which == "fprop" else (move, 3 * move)
+    if problem.channels_last and mode == BATCH and s.groups > 1:
+        move_in += lanes * LINE / sides.channels_in
+        move_out += lanes * LINE / sides.channels_out
     if problem.channels_last and mode != BATCH:
         move_in += _apart(cost, sides.channels_in, planes)
         move_out += _apart(cost, sides.channels_out, 1)
