@@ -28,11 +28,11 @@ SOURCES = (
 # measured again.
 SAME_ON_A_GPU = {
     "a7dd3ca2f2792c38": (
-        "26e4d59e0c40dd3e",
+        "6e1d3903b76683df",
         "cuda_mma_tf32 without wgrad, groups whose channels the taps kernel would mix refused, checks of tables, an "
         "unused width of wgmma gone: nothing that a row has met; what kernels and runners said twice said once: the "
-        "same machine code, compared; dense's cost model of bfloat16 and its kept filters of half precision on a "
-        "CPU, F.conv2d under its other name, torch.conv2d",
+        "same machine code, compared; what dense and stripe_gemm should take on a "
+        "CPU, dense's kept filters of half precision there, F.conv2d under its other name, torch.conv2d",
     ),
 }
 # Stages without which a record says too little to be quoted; rows there was no time for are named in it.

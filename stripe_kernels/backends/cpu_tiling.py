@@ -27,6 +27,9 @@ WHOLE_MAP_BYTES = 4_500_000
 SHORT_BYTES = 300_000
 SHORT_ROWS = 7
 SPILL = 1.06  # of the multiply-adds' time, for blocks of more than 2 * SHORT_BYTES
+# What is never cut takes UNCUT times as long beyond so many bytes: gather's im2col with its outputs, both maps of an
+# image along filters.
+UNCUT, IM2COL_BYTES, IMAGE_BYTES = 1.5, 4_000_000, BLOCK_BYTES
 CHUNK_PIXELS = 192  # of wgrad
 CHUNK_BYTES = 600_000  # both copies of a chunk of wgrad: where larger ones were slower on Zen 4
 TAPS_BYTES = 300_000  # panel and output of a block of pairs of filters
@@ -46,14 +49,15 @@ class Cycles:
     row: float  # beginning a row of pixels
     vector: float  # moving a vector of pixels of NCHW
     apart: float  # the same in channels_last, beyond that
+    strided: float  # the same in NCHW where strides part the pixels of x, beyond that
     transpose: float  # moving a vector of images
-    run: float  # beginning a run of pixels of one image in NCHW, to be turned with those of others
+    turn: float  # the same in NCHW, beyond that
     filters_fma: float  # a multiply-add with lanes along filters
     scatter: float  # a vector of filters into y
     weights: float  # a vector of weights from beyond L2
     out: float  # writing a vector of y there
     wgrad: float  # a multiply-add in wgrad
-    copy: float  # moving a vector into a pixel-major copy
+    copy: tuple[float, float]  # moving a vector of x into a pixel-major copy, one of dy into another
     ends: tuple[float, float]  # of wgrad: a tile's row of pixels, joining a vector of a chunk's sums
     beyond: float  # factor of wgrad's multiply-adds where a chunk is larger than CHUNK_BYTES
     pair_fma: float  # a multiply-add in pairs of filters
@@ -70,8 +74,9 @@ class Cycles:
 
 # AVX-512 on Zen 4, one multiply-add a cycle. What its name ends in was not measured there.
 ZEN4 = Cycles(
-    lanes=16, fma=1.05, gradient=1.05, update=3.0, row=20.0, vector=1.5, apart=4.5, transpose=8.0, run=0.0,
-    filters_fma=1.15, scatter=24.0, weights=5.0, out=8.0, wgrad=1.3, copy=6.0,
+    lanes=16, fma=1.05, gradient=1.05, update=3.0, row=20.0, vector=1.5, apart=4.5, strided=0.0,
+    transpose=8.0, turn=0.0,
+    filters_fma=1.15, scatter=24.0, weights=5.0, out=8.0, wgrad=1.3, copy=(6.0, 6.0),
     ends=(0.0, 0.0), beyond=1.3,  # ends are in the 1.3 of `wgrad`
     pair_fma=1.2, pair_end=110.0, pair_row=51.0, pair_copy=3.8,
 )  # fmt: skip
@@ -83,22 +88,24 @@ _XEON_BLOCKS = (1_000_000, 8_000_000, 1_000_000)
 # and images within 11 %, of 207 along filters within 10 %, of 170 of wgrad within 4 %. Whatever moves weighs twice as
 # much beside multiply-adds as on Zen 4, and a batch of maps comes from memory: `vector` is mostly waiting.
 XEON = Cycles(
-    lanes=16, fma=0.61, gradient=0.88, update=1.9, row=2.7, vector=12.9, apart=4.5, transpose=17.8, run=5.2,
-    filters_fma=0.80, scatter=28.6, weights=6.7, out=26.9, wgrad=0.69, copy=10.9,
-    ends=(11.3, 15.3), beyond=1.19,
-    pair_fma=0.42, pair_end=154.0, pair_row=10.4, pair_copy=3.95,
+    lanes=16, fma=0.70, gradient=0.88, update=1.6, row=2.7, vector=13.2, apart=4.0, strided=36.0,
+    transpose=13.5, turn=15.0,
+    filters_fma=0.80, scatter=35.0, weights=6.7, out=26.9, wgrad=0.73, copy=(8.4, 23.7),
+    ends=(9.5, 12.1), beyond=1.19,
+    pair_fma=0.38, pair_end=137.0, pair_row=13.0, pair_copy=8.3,
     chunk=2 * CHUNK_PIXELS, whole=_XEON_BLOCKS, block=_XEON_BLOCKS,
 )  # fmt: skip
 # fprop in matrix registers on a Xeon of 2024; vectors of x are of cells: half of 415 timings (32 to 512 channels, 2x2
 # to 56x56, d = .1 to .5) within 16 %. What was predicted best took 4 % longer than what was best, dense included.
 AMX = replace(
-    XEON, matrix=True, fma=0.078, update=3.25, row=0.32, vector=9.6, apart=1.4, transpose=14.7, run=11.5
+    XEON, matrix=True, fma=0.073, update=3.5, row=2.1, vector=12.5, apart=1.2, strided=21.0, transpose=16.0, turn=10.0
 )  # fmt: skip
 # AVX2 on Zen 3, two multiply-adds a cycle; stands for shorter vectors too. Half of 234 of its layers' wgrad within 7 %
 # below and 36 % above, channels of 16 to 1024 on 1x1 to 56x56.
 ZEN3 = Cycles(
-    lanes=8, fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, apart=4.5, transpose=13.0, run=0.0,
-    filters_fma=0.9, scatter=14.0, weights=3.7, out=8.0, wgrad=0.95, copy=20.0,
+    lanes=8, fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, apart=4.5, strided=0.0,
+    transpose=13.0, turn=0.0,
+    filters_fma=0.9, scatter=14.0, weights=3.7, out=8.0, wgrad=0.95, copy=(20.0, 20.0),
     ends=(30.0, 7.0), beyond=1.0,
     pair_fma=0.67, pair_end=109.0, pair_row=51.0, pair_copy=3.8,
 )  # fmt: skip
@@ -227,7 +234,8 @@ def predict(problem: Problem, which: Pass, config: Config, cost: Cycles, step: f
     sides = Sides.of(s, which, mode, cost.matrix)
     if mode == BATCH:
         blocks_n, lanes_n = -(-s.N // images), images
-        width, move, per_row = sides.cols, cost.transpose, 0.0
+        move = cost.transpose + (0.0 if problem.channels_last else cost.turn)
+        width, per_row = sides.cols, 0.0
     elif mode == GATHER:
         blocks_n, lanes_n = -(-s.N // images), 1
         width, move, per_row = sides.cols * images, cost.vector, cost.row * images
@@ -258,13 +266,17 @@ def predict(problem: Problem, which: Pass, config: Config, cost: Cycles, step: f
     if problem.channels_last and mode == BATCH and s.groups > 1:
         move_in += lanes * LINE / sides.channels_in
         move_out += lanes * LINE / sides.channels_out
+    if mode != BATCH and s.stride[1] > 1 and not problem.channels_last:
+        move_in, move_out = (move + cost.strided, move) if which == "fprop" else (move, move + cost.strided)
     if problem.channels_last and mode != BATCH:
         move_in += _apart(cost, sides.channels_in, planes)
         move_out += _apart(cost, sides.channels_out, 1)
     block = fma + move_in * in_vectors * sides.channels_in + move_out * out_vectors * sides.channels_out
     block += per_row * (in_rows * planes * sides.channels_in + min(rows, sides.rows) * sides.channels_out)
-    if mode == BATCH and not problem.channels_last:
-        block += cost.run * images * (sides.channels_in + sides.channels_out)
+    if mode == GATHER and (
+        4 * lanes * (in_vectors * sides.channels_in + out_vectors * sides.channels_out) > IM2COL_BYTES
+    ):
+        block *= UNCUT
     blocks = blocks_n * row_blocks * s.groups * (sides.phases if which == "dgrad" else 1)
     if parts > 1:
         rounds = blocks * (1.0 / min(parts, problem.threads)) * 1.03
@@ -288,6 +300,8 @@ def _predict_filters(problem: Problem, config: Config, cost: Cycles) -> float:
     # One tap with all filters runs at 60 % of what several taps with a share each do (measured, not explained).
     fma = cost.filters_fma * (1.0 if s.taps > 1 else 1.6)
     tile = vectors * pixels * (fma * s.group_c + cost.scatter)
+    if 4 * (s.C * s.H * s.W + s.K * s.P * s.Q) > IMAGE_BYTES:
+        tile *= UNCUT
     weights = vectors * s.group_c * cost.weights * -(-s.N // config[0])
     out = cost.out * s.N * s.K * s.P * s.Q / lanes
     return 4e-6 + (max(tile, weights) + out) / min(problem.threads, parts * max(s.N, 1)) / CLOCK
@@ -321,9 +335,12 @@ def _predict_taps(problem: Problem, config: Config, cost: Cycles) -> float:
         work *= 1.5
     copied = s.group_c * s.S * phases * (rows + halo)
     copy = copied * (cost.pair_row + cost.pair_copy * s.Q / lanes)
+    if s.stride[1] > 1 and not problem.channels_last:
+        copy += cost.strided * copied * s.Q / lanes
     if problem.channels_last:
         copy += _apart(cost, s.group_c, phases) * copied * s.Q / lanes / s.S
-        work += (cost.vector + cost.apart) * s.group_k * vectors
+    if problem.channels_last or problem.dtype != "float32":  # y leaves through a buffer
+        work += cost.vector * s.group_k * vectors
     tasks = blocks * s.N * s.groups
     return 6e-6 + -(-tasks // problem.threads) * (work + copy) / CLOCK
 
@@ -353,8 +370,8 @@ def predict_wgrad(problem: Problem, cost: Cycles) -> float:
     row, join = cost.ends
     ends = tiles * row * s.N * s.P * sqrt(share) + join * stripes * vectors * chunks
 
-    def moved(pixels: int, channels: int) -> float:  # fewer channels than a vector has go value by value
-        return pixels * (channels if channels < lanes else channels / lanes)
-
-    copies = cost.copy * s.N * (moved(s.H * s.W, s.C) + moved(s.P * s.Q, s.K))
+    # A group's few channels go value by value; dy stays filter by filter.
+    channels = s.C if s.group_c < lanes else s.C / lanes
+    read, written = cost.copy
+    copies = s.N * (read * s.H * s.W * channels + written * s.P * s.Q * s.K / lanes)
     return 4e-6 + (work + ends + copies) / problem.threads / CLOCK

@@ -23,7 +23,7 @@ from stripe_kernels.roofline import gpu_seconds, item_size, math_type
 # begin two vectors a cycle), Zen 3. The Xeon is a sixth slower on contiguous tensors.
 _CPU_MACS = {
     "AVX512": {"fprop": 50.6e9, "dgrad": 50.6e9, "wgrad": 50.6e9},
-    "AVX512 twice": {"fprop": 98e9, "dgrad": 80e9, "wgrad": 77e9},
+    "AVX512 twice": {"fprop": 90e9, "dgrad": 80e9, "wgrad": 77e9},
     "AVX2": {"fprop": 40e9, "dgrad": 37e9, "wgrad": 29e9},
 }
 # What the out-of-image taps cost oneDNN, as a factor of those inside. With AVX2 it lost 2 to 20 times what counting the
@@ -41,13 +41,13 @@ _CPU_EXTRA = {
     "AVX2": {"fprop": 29, "dgrad": 29, "wgrad": 12},
 }
 _CONTIGUOUS = {"AVX512 twice": 0.86}  # of fprop's rate
+_STRIDED = {"AVX512 twice": 1.2e9}  # values of x in NCHW a second that fprop with strides takes beyond that
 _CHANNELS = {"AVX512 twice": 24}  # that the rate takes; elsewhere 8
 _CALL = {"AVX512 twice": 12e-6}  # seconds of torch's around the arithmetic; elsewhere 6
-# oneDNN's bfloat16 in AMX, one core of a Xeon of 2024: multiply-adds, reordered weights and (but for channels_last)
-# moved activations a second; weights beyond L2 are read again for each image. Half of 190 timings of fprop within 12 %.
-_AMX_MACS, _AMX_WEIGHTS, _AMX_READ = 1.05e12, 3.3e9, 12.5e9
-_AMX_MOVED, _AMX_MOVED_NARROW = 1.2e9, 1.9e9  # narrow: of up to 32 channels
-_L2_WEIGHTS = 1_000_000
+# oneDNN fprop in bfloat16 in AMX, one core of a Xeon of 2024: multiply-adds, weights in a form of its own, values of x
+# and of y a second. Of 486 layers, formats and batches of 1 to 32 half took .91 to 1.26 times as long.
+_AMX_MACS, _AMX_WEIGHTS = 9e11, 1e10
+_AMX_MOVED = {"contiguous": (2.4e9, 0.93e9), "channels_last": (16e9, 9e9)}
 _DEPTHWISE_MACS = {"fprop": 10e9, "dgrad": 6e9, "wgrad": 6e9}  # loops of their own, bound by memory
 _CUDNN_SHARE = 0.75  # of the GEMM rate on a GPU: an estimate
 
@@ -232,7 +232,10 @@ def predict(problem: Problem, which: Pass) -> float:
     channels = _CHANNELS.get(capability, 8)
     depth = max(s.group_c / channels, s.group_c * s.taps / 48 if which != "dgrad" else 0.0)
     narrow = min(1.0, depth) * min(1.0, s.group_k / channels)
-    return _CALL.get(capability, 6e-6) + macs / max(rate * max(narrow, 0.02), 1.0)
+    seconds = macs / max(rate * max(narrow, 0.02), 1.0)
+    if which == "fprop" and s.stride != (1, 1) and not problem.channels_last and capability in _STRIDED:
+        seconds += s.N * s.C * s.H * s.W / _STRIDED[capability] / problem.threads
+    return _CALL.get(capability, 6e-6) + seconds
 
 
 def _has_amx() -> bool:
@@ -243,14 +246,10 @@ def _has_amx() -> bool:
 def _predict_amx(problem: Problem) -> float:
     s = problem.shape
     weights = s.K * s.taps * s.group_c
-    work = s.N * s.P * s.Q * weights / _AMX_MACS
-    if weights > _L2_WEIGHTS:
-        work = max(work, s.N * weights / _AMX_READ)
-    moved = 0.0
-    if not problem.channels_last:
-        for channels, pixels in ((s.C, s.H * s.W), (s.K, s.P * s.Q)):
-            moved += s.N * channels * pixels / (_AMX_MOVED if channels > 32 else _AMX_MOVED_NARROW)
-    return 22e-6 + (work + weights / _AMX_WEIGHTS + moved) / problem.threads
+    read, written = _AMX_MOVED["channels_last" if problem.channels_last else "contiguous"]
+    moved = s.N * (s.C * s.H * s.W / read + s.K * s.P * s.Q / written)
+    work = s.N * s.P * s.Q * weights / _AMX_MACS + weights / _AMX_WEIGHTS
+    return 30e-6 + (work + moved) / problem.threads
 
 
 def _candidates(problem: Problem, which: Pass) -> dict[Config, float]:

@@ -43,7 +43,10 @@ _CPU_CALL = 2.3e-4
 _CPU_MACS = {"fprop": 29e9, "dgrad": 21e9, "wgrad": 18e9}
 _CPU_GATHER = {"fprop": 1.5e-9, "dgrad": 2.6e-9, "wgrad": 8.4e-9}
 _CPU_SUM = 1e-9  # seconds a value of dw that an image is added to
-_CPU_TURN = 2e-9  # seconds a value of y or dx that goes out in channels_last
+_CPU_OUT, _CPU_TURN = (
+    1e-9,
+    2e-9,
+)  # seconds a value of y or dx, and beyond that where it goes out in channels_last
 # Instructions of a value in the compiled gathers, over those that roofline.py counts: 11 to 8.
 _GATHERED = 1.4
 
@@ -359,7 +362,7 @@ def _predict(problem: Problem, which: Pass, config: GemmConfig, image_values: in
     macs = values * s.group_c
     if problem.device != "cuda":
         out = {"fprop": s.K * s.P * s.Q, "dgrad": s.C * s.H * s.W, "wgrad": 0}[which] * s.N
-        turn = _CPU_TURN * out if problem.channels_last else 0.0
+        turn = (_CPU_OUT + (_CPU_TURN if problem.channels_last else 0.0)) * out
         # wgrad takes image by image (_chunks), and adds all of dw every time.
         calls, sums = (s.N, s.N * problem.skeleton.stripes * s.group_c) if which == "wgrad" else (1, 0)
         seconds = macs / _CPU_MACS[which] + values * _CPU_GATHER[which] + turn + sums * _CPU_SUM
