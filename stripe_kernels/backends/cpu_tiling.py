@@ -84,9 +84,10 @@ ZEN4 = Cycles(
 # blocks wait for what 2 MB of L2 no longer keep: at 5 MB they took 1.05 to 1.35 times as long along pixels, 1.3 to 1.4
 # along images of channels_last. Images of NCHW move in longer stretches of a tall block: 1.2 to 1.35 times at 1.3 MB.
 _XEON_BLOCKS = (1_000_000, 8_000_000, 1_000_000)
-# AVX-512 on a Xeon of 2023 or later, two multiply-adds a cycle, 2 MB of L2: half of 570 timings of fprop along pixels
-# and images within 11 %, of 207 along filters within 10 %, of 170 of wgrad within 4 %. Whatever moves weighs twice as
-# much beside multiply-adds as on Zen 4, and a batch of maps comes from memory: `vector` is mostly waiting.
+# AVX-512 on a Xeon of 2023 or later, two multiply-adds a cycle, 2 MB of L2. Layers of bench, d = .24, batches of 1, 8,
+# 32: half of 1,281 timings of fprop along pixels and images within 12 %, of 416 along filters within 13 %, of 436 in
+# pairs of filters within 20 %, of 159 of wgrad (batch 8) within 9 %. Whatever moves weighs twice as much beside
+# multiply-adds as on Zen 4, and a batch of maps comes from memory: `vector` is mostly waiting.
 XEON = Cycles(
     lanes=16, fma=0.70, gradient=0.88, update=1.6, row=2.7, vector=13.2, apart=4.0, strided=36.0,
     transpose=13.5, turn=15.0,
@@ -95,8 +96,9 @@ XEON = Cycles(
     pair_fma=0.38, pair_end=137.0, pair_row=13.0, pair_copy=8.3,
     chunk=2 * CHUNK_PIXELS, whole=_XEON_BLOCKS, block=_XEON_BLOCKS,
 )  # fmt: skip
-# fprop in matrix registers on a Xeon of 2024; vectors of x are of cells: half of 415 timings (32 to 512 channels, 2x2
-# to 56x56, d = .1 to .5) within 16 %. What was predicted best took 4 % longer than what was best, dense included.
+# fprop in matrix registers on a Xeon of 2024; vectors of x are of cells: half of 1,345 timings (the same layers, d of
+# .1, .24 and .5) within 11 %. What was predicted best took 3 % longer than what was best in channels_last, 7 % in NCHW,
+# dense and its margin included.
 AMX = replace(
     XEON, matrix=True, fma=0.073, update=3.5, row=2.1, vector=12.5, apart=1.2, strided=21.0, transpose=16.0, turn=10.0
 )  # fmt: skip

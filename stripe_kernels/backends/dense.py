@@ -45,7 +45,7 @@ _STRIDED = {"AVX512 twice": 1.2e9}  # values of x in NCHW a second that fprop wi
 _CHANNELS = {"AVX512 twice": 24}  # that the rate takes; elsewhere 8
 _CALL = {"AVX512 twice": 12e-6}  # seconds of torch's around the arithmetic; elsewhere 6
 # oneDNN fprop in bfloat16 in AMX, one core of a Xeon of 2024: multiply-adds, weights in a form of its own, values of x
-# and of y a second. Of 486 layers, formats and batches of 1 to 32 half took .91 to 1.26 times as long.
+# and of y a second. Of 486 layers, formats and batches of 1 to 32 half took .94 to 1.30 times as long.
 _AMX_MACS, _AMX_WEIGHTS = 9e11, 1e10
 _AMX_MOVED = {"contiguous": (2.4e9, 0.93e9), "channels_last": (16e9, 9e9)}
 _DEPTHWISE_MACS = {"fprop": 10e9, "dgrad": 6e9, "wgrad": 6e9}  # loops of their own, bound by memory
