@@ -81,7 +81,7 @@ ZEN4 = Cycles(
     pair_fma=1.2, pair_end=110.0, pair_row=51.0, pair_copy=3.8,
 )  # fmt: skip
 # Measured at d = .24, fprop and dgrad of 15 or 17 layers: in the mean 0 to 4 % above each layer's best height. Taller
-# blocks wait for what 2 MB of L2 no longer keep: at 5 MB they took 1.05 to 1.35 times as long along pixels, 1.3 to 1.4
+# blocks wait for what 2 MB of L2 no longer keep: at 5 MB they took 1.05 to 1.3 times as long along pixels, 1.3 to 1.4
 # along images of channels_last. Images of NCHW move in longer stretches of a tall block: 1.2 to 1.35 times at 1.3 MB.
 _XEON_BLOCKS = (1_000_000, 8_000_000, 1_000_000)
 # AVX-512 on a Xeon of 2023 or later, two multiply-adds a cycle, 2 MB of L2. Layers of bench, d = .24, batches of 1, 8,
