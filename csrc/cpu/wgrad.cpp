@@ -148,7 +148,7 @@ void Wgrad::run(const TensorView& x, const TensorView& dy, void* dw, DType type,
       const int parts = turned + ceil_div(s.K, kCopiedFilters);
       for (int i = static_cast<int>(team.begin(parts)); i < team.end(parts); ++i) {
         if (i < turned) {
-          const int image = i / x_parts;
+          const int image = i / x_parts;  // NOLINT(*-core.DivideZero): i < images * x_parts, so it is not 0
           turn(n0 + image, in, i % x_parts,
                px.x + static_cast<std::int64_t>(image) * in.size() * s.W * x_ld_);
         } else {
