@@ -1,6 +1,6 @@
 """Plants one fault of each class in a copy of the tree, builds there, and shows which test notices.
 
-    python -m tests.mutate [FAULT ...] [--record tests/records/mutations.json]      (make mutate)
+    python -m tests.mutate [FAULT ... | --record tests/records/mutations.json]      (make mutate)
 
 The copy takes the objects below build/ along, so that only what a fault touches is compiled again. Without the fault
 the same tests have to pass in the copy; with it one of them has to fail.
@@ -357,6 +357,8 @@ def main() -> int:
     parser.add_argument("fault", nargs="*", choices=[[], *FAULTS], help="all without a name")
     parser.add_argument("--record", type=Path, help="write what noticed each fault here as JSON")
     arguments = parser.parse_args()
+    if arguments.record and arguments.fault:
+        parser.error("a record is of all faults")
     caught: dict[str, str | None] = {}
     elsewhere: list[str] = []  # what cannot run on this processor
     sound: set[tuple[str, ...]] = set()  # tests that pass without a fault

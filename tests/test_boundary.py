@@ -41,6 +41,7 @@ def a_list(kind: str, *numbers: int) -> None:
         "arena": lambda type, offset: calls.add_arena(type, (64, 16, 4, 1), offset),
         "slot": lambda slot: calls.add_slot(0, (64, 16, 4, 1), slot),
         "planes": lambda *planes: calls.add_planes(planes, 0),
+        "floats of planes": lambda *planes: calls.planes_floats(planes),
         "threads": lambda threads: calls.run(threads, 0, [0]),
         "slots": lambda count: calls.run(1, 0, [0] * count),
     }
@@ -61,6 +62,7 @@ SOUND_LISTS = {
     "arena": [(2, 0)],
     "slot": [(1,)],
     "planes": [(1, 4, 4, 4, 5)],
+    "floats of planes": [(1, 4, 4, 4, 5)],
     "threads": [(1,)],
     "slots": [(1,)],
 }
@@ -82,6 +84,7 @@ WRONG_LISTS = {
     "arena": [(0, -4), (3, 0)],
     "slot": [(-1,), (2**31 - 1,)],
     "planes": [(1, 4, 4, 4, 3), (0, 4, 4, 4, 5), (1, 4, -4, 4, 5), (2**31 - 1,) * 5],
+    "floats of planes": [(0, *(2**31 - 1,) * 4), (2**31 - 1, 2**31 - 1, 1, 1, -64), (2**31 - 1,) * 5],
     "threads": [(0,)],
     "slots": [(0,)],
 }

@@ -88,6 +88,14 @@ def test_blocks_of_a_xeon_stay_in_its_cache(which, channels_last, mode, cost) ->
     assert cut
 
 
+def test_a_team_may_share_a_map_that_leaves_the_cache() -> None:
+    """Cut into rows, two cores write lines beside each other's, and planes are not written in place."""
+    shape = ConvShape(1, 64, 56, 56, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 1)
+    full = Problem(shape, FilterSkeleton.full(64, 3, 3), "float32", "cpu", False, 2)
+    found = {config[2:4] for config in cpu_tiling.tilings(full, "fprop", cpu_tiling.PIXELS, cpu_tiling.XEON)}
+    assert found == {(28, 1), (56, 2)}
+
+
 def test_groups_of_channels_last_cost_their_lines() -> None:
     """One channel a group along images took 15 to 23 times as long as torch's: 32 on 112x112, 144 on 56x56."""
     depthwise = ConvShape(32, 64, 28, 28, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 64)

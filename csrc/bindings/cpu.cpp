@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -149,8 +148,10 @@ MapSize map_size(const std::array<int, 4>& v) {
 
 // Their floats can be counted.
 Planes planes(const std::array<int, 5>& v) {
-  const double floats = (1. * v[2] * v[4] + 2 * kPlaneMargin) * v[1] * v[0];
-  require(std::abs(floats) < 0x1p60, "planes exceed 2^60 floats");
+  const auto [n, c, h, w, pitch] = v;
+  require(n >= 1 && c >= 1 && h >= 1 && w >= 1 && pitch >= w,
+          "planes have sizes, and a pitch of at least a row");
+  require((1. * h * pitch + 2 * kPlaneMargin) * c * n < 0x1p60, "planes exceed 2^60 floats");
   return {v[0], v[1], v[2], v[3], v[4]};
 }
 

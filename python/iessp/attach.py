@@ -164,12 +164,18 @@ def settle(model: nn.Module, budget: float) -> dict[str, Tensor]:
     return chosen
 
 
-def copy_gates(model: nn.Module, copy: nn.Module) -> None:
-    """Put the gates of `copy`, which averages the weights of `model`, into the state of the model's own: their phase is
-    no weight, and an average of masks is none. Call it before `copy` is evaluated or frozen.
+def copy_gates(model: nn.Module, averaged: nn.Module) -> None:
+    """Put the gates of `averaged`, a copy of `model` whose weights are averages, into the state of the model's own:
+    their phase is no weight, and an average of masks is none. Call it before `averaged` is evaluated or frozen.
+
+    Raises ValueError where the two have other gates.
     """
-    theirs = gates(copy)
-    for name, gate in _needed(model).items():
+    ours, theirs = _needed(model), gates(averaged)
+    if set(ours) != set(theirs):
+        raise ValueError(
+            f"an averaged copy has the gates of its model; only one of them has {sorted(set(ours) ^ set(theirs))}"
+        )
+    for name, gate in ours.items():
         theirs[name].load_state_dict(gate.state_dict())
 
 

@@ -15,8 +15,8 @@ is which stripes live, not how many. The best stripe of a layer always lives.
 
 Without `exact` M = sigmoid(z / tau), gain e is centred with y, and theta is 0, so that M > 1/2 lives, unless that
 would leave less than the target. Adam moves all gates under pressure at one speed; they then keep far more than the
-target until shortly before `meet` and fall at once. `iessp demo` still uses it: 3 test errors of 359, exact gates 9 at
-the same rate of 0.05, which makes masks flap.
+target until shortly before `meet` and fall at once. `iessp demo` still uses it: 3 to 5 test errors of 359,
+exact gates 9 at the same rate of 0.05, which makes masks flap.
 
 FC1, FC2, RECEIVE and gain are shared by the filters of a layer: about 600 weights for 3x3. b is free.
 Variance, not power: a channel that a dead filter left constant says nothing, its constant folds into the

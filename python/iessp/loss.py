@@ -148,7 +148,9 @@ class StripeLoss(nn.Module):
         self.register_buffer("pressure", torch.tensor(float(pressure), device=device))
         for name in ("output_loss", "reference", "lambda_now", "aimed", "share_soft", "share_hard"):
             self.register_buffer(name, torch.zeros((), device=device))
-        self.register_buffer("density", torch.ones((), device=device))
+        self.register_buffer(
+            "density", torch.ones((), device=device), persistent=False
+        )  # counted at every step
         self.share_hard.fill_(1.0)
         self.aimed.fill_(1.0)
         self._untrained = _mark(model)
@@ -184,6 +186,7 @@ class StripeLoss(nn.Module):
     def _selection(self, found: list[StripeGate]) -> Tensor:
         """lambda_t R, or the method's own regulariser; nothing for methods that rank and have nothing to
         learn."""
+        self._count()
         own = [term for gate in found if (term := gate.regularizer()) is not None]
         if own:
             return torch.stack(own).sum()
@@ -207,7 +210,6 @@ class StripeLoss(nn.Module):
     @torch.no_grad()
     def _press(self) -> Tensor:
         """The dual step, then lambda_t."""
-        self._count()
         # Where the cut meets the target by itself M says which stripes, not how many: its share is no error.
         exact = all(gate.exact for gate in gates(self.model).values())
         seen = self.share_soft.lerp(wanted_share(self.model), 1.0 if exact else self._progress())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def _write(
             [
                 "iessp reproduce",
                 recipe.name,
-                *(f"--set '{change}'" for change in changed(recipe)),
+                *(f"--set {shlex.quote(change)}" for change in changed(recipe)),
                 f"--seeds {seeds}",
                 *(f'--method "{method}"' for method in tried),
             ]

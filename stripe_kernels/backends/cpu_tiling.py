@@ -27,14 +27,12 @@ WHOLE_MAP_BYTES = 4_500_000
 SHORT_BYTES = 300_000
 SHORT_ROWS = 7
 SPILL = 1.06  # of the multiply-adds' time, for blocks of more than 2 * SHORT_BYTES
-# What is never cut takes UNCUT times as long beyond so many bytes: gather's im2col with its outputs, both maps of an
-# image along filters.
-UNCUT, IM2COL_BYTES, IMAGE_BYTES = 1.5, 4_000_000, BLOCK_BYTES
+# What is never cut is slower beyond so many bytes: gather's im2col with its outputs, both maps along filters.
+IM2COL_BYTES, IMAGE_BYTES = 4_000_000, BLOCK_BYTES
 CHUNK_PIXELS = 192  # of wgrad
 CHUNK_BYTES = 600_000  # both copies of a chunk of wgrad: where larger ones were slower on Zen 4
 TAPS_BYTES = 300_000  # panel and output of a block of pairs of filters
 MATRIX_FILTERS = 9  # of a tap: fewer take as long
-LINE = 20.0  # cycles for a value of channels_last in a line of memory that other groups read too: 10 to 27 on a Xeon
 WINDOW = 12  # vectors: a common multiple of the register tiles 2, 3, 4, 6, 12
 
 
@@ -68,6 +66,8 @@ class Cycles:
     # larger ones are cut into blocks of up to `block`.
     whole: tuple[int, int, int] = (WHOLE_MAP_BYTES,) * 3
     block: tuple[int, int, int] = (BLOCK_BYTES,) * 3
+    uncut: float = 1.0  # factor of what is never cut, beyond IM2COL_BYTES or IMAGE_BYTES
+    line: float = 0.0  # a value of channels_last in a line of memory that other groups read too
     chunk: int = CHUNK_PIXELS  # of wgrad, where both copies fit CHUNK_BYTES
     matrix: bool = False  # fprop multiplies matrices; vectors hold cells of two channels
 
@@ -94,6 +94,7 @@ XEON = Cycles(
     filters_fma=0.80, scatter=35.0, weights=6.7, out=26.9, wgrad=0.73, copy=(8.4, 23.7),
     ends=(9.5, 12.1), beyond=1.19,
     pair_fma=0.38, pair_end=137.0, pair_row=13.0, pair_copy=8.3,
+    uncut=1.5, line=20.0,  # line: 10 to 27
     chunk=2 * CHUNK_PIXELS, whole=_XEON_BLOCKS, block=_XEON_BLOCKS,
 )  # fmt: skip
 # fprop in matrix registers on a Xeon of 2024; vectors of x are of cells: half of 1,345 timings (the same layers, d of
@@ -199,6 +200,14 @@ def tilings(problem: Problem, which: Pass, mode: int, cost: Cycles) -> Iterator[
                 finer = -(-rows_all // (cuts * -(-rows_all // rows) if cuts > 1 else problem.threads))
                 if finer < rows:
                     yield (mode, images, max(1, finer), 1, WINDOW)
+            elif rows < rows_all and image_blocks * s.groups < problem.threads:
+                yield (
+                    mode,
+                    images,
+                    rows_all,
+                    problem.threads,
+                    WINDOW,
+                )  # no core writes beside another's rows
             yield (mode, images, rows, 1, WINDOW)
 
 
@@ -266,8 +275,8 @@ def predict(problem: Problem, which: Pass, config: Config, cost: Cycles, step: f
         # Pixels that lie apart are moved once more before they are turned.
         move_in, move_out = (3 * move, move) if which == "fprop" else (move, 3 * move)
     if problem.channels_last and mode == BATCH and s.groups > 1:
-        move_in += lanes * LINE / sides.channels_in
-        move_out += lanes * LINE / sides.channels_out
+        move_in += lanes * cost.line / sides.channels_in
+        move_out += lanes * cost.line / sides.channels_out
     if mode != BATCH and s.stride[1] > 1 and not problem.channels_last:
         move_in, move_out = (move + cost.strided, move) if which == "fprop" else (move, move + cost.strided)
     if problem.channels_last and mode != BATCH:
@@ -278,7 +287,7 @@ def predict(problem: Problem, which: Pass, config: Config, cost: Cycles, step: f
     if mode == GATHER and (
         4 * lanes * (in_vectors * sides.channels_in + out_vectors * sides.channels_out) > IM2COL_BYTES
     ):
-        block *= UNCUT
+        block *= cost.uncut
     blocks = blocks_n * row_blocks * s.groups * (sides.phases if which == "dgrad" else 1)
     if parts > 1:
         rounds = blocks * (1.0 / min(parts, problem.threads)) * 1.03
@@ -303,7 +312,7 @@ def _predict_filters(problem: Problem, config: Config, cost: Cycles) -> float:
     fma = cost.filters_fma * (1.0 if s.taps > 1 else 1.6)
     tile = vectors * pixels * (fma * s.group_c + cost.scatter)
     if 4 * (s.C * s.H * s.W + s.K * s.P * s.Q) > IMAGE_BYTES:
-        tile *= UNCUT
+        tile *= cost.uncut
     weights = vectors * s.group_c * cost.weights * -(-s.N // config[0])
     out = cost.out * s.N * s.K * s.P * s.Q / lanes
     return 4e-6 + (max(tile, weights) + out) / min(problem.threads, parts * max(s.N, 1)) / CLOCK

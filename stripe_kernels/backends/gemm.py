@@ -43,10 +43,8 @@ _CPU_CALL = 2.3e-4
 _CPU_MACS = {"fprop": 29e9, "dgrad": 21e9, "wgrad": 18e9}
 _CPU_GATHER = {"fprop": 1.5e-9, "dgrad": 2.6e-9, "wgrad": 8.4e-9}
 _CPU_SUM = 1e-9  # seconds a value of dw that an image is added to
-_CPU_OUT, _CPU_TURN = (
-    1e-9,
-    2e-9,
-)  # seconds a value of y or dx, and beyond that where it goes out in channels_last
+_CPU_OUT = 1e-9  # seconds a value of y or dx
+_CPU_TURN = 2e-9  # the same, beyond that, where it goes out in channels_last
 # Instructions of a value in the compiled gathers, over those that roofline.py counts: 11 to 8.
 _GATHERED = 1.4
 

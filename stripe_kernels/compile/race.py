@@ -54,7 +54,7 @@ def race(
 ) -> Ratio:
     """Both calls in every round, in an order that alternates; for `seconds`, and at least 9 rounds.
 
-    Up to 8 times as long where the median speaks for `one` and a scatter of rounds (a disturbed machine) leaves
+    8 times as long where the median speaks for `one` and a scatter of rounds (a disturbed machine) leaves
     it open: a clear gain is not to be lost by bad luck.
     """
     calls = (one, other)

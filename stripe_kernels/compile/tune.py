@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +34,9 @@ class Timing(NamedTuple):
     """Seconds of a call."""
 
     median: float
-    scatter: float  # what the middle half of the samples spans, in medians
+    scatter: (
+        float  # what the middle half of the samples spans, in medians; infinite where there is one sample
+    )
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def interleaved(
 
 def _timing(samples: list[float]) -> Timing:
     n, median = len(samples), samples[len(samples) // 2]
-    return Timing(median, (samples[3 * n // 4] - samples[n // 4]) / median)
+    return Timing(median, (samples[3 * n // 4] - samples[n // 4]) / median if n > 1 else math.inf)
 
 
 def _is_gpu(device: torch.device | None) -> bool:

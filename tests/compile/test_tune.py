@@ -124,6 +124,9 @@ def test_scatter_is_what_the_middle_half_of_the_samples_spans() -> None:
     assert tuner._timing([2.0] * 5) == (2.0, 0.0)
     assert tuner._timing([1.0, 2.0, 2.0, 2.0, 50.0]) == (2.0, 0.0)
     assert tuner._timing([1.0, 1.0, 2.0, 5.0, 50.0]) == (2.0, 2.0)
+    assert tuner._timing([2.0]) == (2.0, float("inf")), (
+        "dropped at first sight: if it is best, the others met noise"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -94,6 +95,8 @@ def test_averaged_weights() -> None:
     train(model, after=lambda: averaged.update_parameters(model))
     with pytest.warns(UserWarning, match="copy_gates"):
         assert iessp.freeze(averaged) is not None
+    with pytest.raises(ValueError, match=r"only one of them has \['0'"):
+        iessp.copy_gates(model, iessp.detach(copy.deepcopy(model)))
     iessp.copy_gates(model, averaged)
     check(averaged)
     mine, theirs = (iessp.gates(m)["0"] for m in (model, averaged))

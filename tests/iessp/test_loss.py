@@ -259,3 +259,26 @@ def test_impossible_schedules_are_refused(options: dict[str, float]) -> None:
     model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
     with pytest.raises(ValueError, match="need"):
         iessp.StripeLoss(model, **{"budget": 0.3, "steps": 10, **options})
+
+
+def test_live_stripes_are_counted_where_the_method_has_a_penalty_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = iessp.attach(toy(), method="filter-skeleton", alpha=0.1, example_input=torch.zeros(1, 2, 8, 8))
+    loss = iessp.StripeLoss(model, budget=0.5, steps=100)
+    train(model, loss, 40)
+    with torch.no_grad():
+        for gate in iessp.gates(model).values():
+            for entries in gate.parameters():
+                entries[::2] = 0.0
+    live = torch.cat([gate.live().flatten() for gate in iessp.gates(model).values()])
+    assert not live.all()
+    x, y = patterns(32, torch.Generator().manual_seed(1))
+    share = hard_share(model)
+    loss(F.cross_entropy(model(x), y))
+    assert float(loss.density) == pytest.approx(float(live.float().mean()))
+    assert float(loss.share_hard) == pytest.approx(float(share))
+
+
+def test_what_is_counted_anew_is_no_part_of_a_checkpoint() -> None:
+    """Runs of before `density` was counted go on."""
+    assert "density" not in iessp.StripeLoss(iessp.attach(toy()), budget=0.5, steps=100).state_dict()
