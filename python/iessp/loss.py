@@ -148,13 +148,15 @@ class StripeLoss(nn.Module):
         self.register_buffer("pressure", torch.tensor(float(pressure), device=device))
         for name in ("output_loss", "reference", "lambda_now", "aimed", "share_soft", "share_hard"):
             self.register_buffer(name, torch.zeros((), device=device))
-        self.register_buffer(
-            "density", torch.ones((), device=device), persistent=False
-        )  # counted at every step
+        self.register_buffer("density", torch.ones((), device=device))
         self.share_hard.fill_(1.0)
         self.aimed.fill_(1.0)
         self._untrained = _mark(model)
         self._enter()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.setdefault(prefix + "density", self.density)  # of before it was counted
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def phase(self) -> Phase:
         step = int(self.step)

@@ -279,6 +279,11 @@ def test_live_stripes_are_counted_where_the_method_has_a_penalty_of_its_own() ->
     assert float(loss.share_hard) == pytest.approx(float(share))
 
 
-def test_what_is_counted_anew_is_no_part_of_a_checkpoint() -> None:
-    """Runs of before `density` was counted go on."""
-    assert "density" not in iessp.StripeLoss(iessp.attach(toy()), budget=0.5, steps=100).state_dict()
+def test_a_run_of_before_density_was_counted_goes_on() -> None:
+    loss = iessp.StripeLoss(iessp.attach(toy()), budget=0.5, steps=100)
+    older = {**loss.state_dict(), "step": torch.tensor(7)}
+    del older["density"]
+    loss.load_state_dict(older)
+    assert int(loss.step) == 7
+    with pytest.raises(RuntimeError, match="pressure"):
+        loss.load_state_dict({name: value for name, value in older.items() if name != "pressure"})
