@@ -10,6 +10,7 @@ at batch 1. Fourth, networks without a dead stripe: `optimize` may not make them
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -119,6 +120,9 @@ def unpruned(threads: int) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     threads = torch.get_num_threads()
     machine = Machine.look()
     print(f"{machine}\n{machine.load_text()}")
