@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from stripe_kernels.compile.graph import module_of
 from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.unwrap import clone, move_hooks, replace_modules
+from stripe_kernels.epilogue import ACTIVATIONS
 from stripe_kernels.modules import StripeConv2d
-
-_ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -110,7 +108,7 @@ def _split_fused(network: fx.GraphModule) -> None:
             if residual and residual[0] is not None:
                 new = graph.call_function(operator.add, (new, residual[0]))
             if layer.activation != "none":
-                new = graph.call_function(_ACTIVATIONS[layer.activation], (new,))
+                new = graph.call_function(ACTIVATIONS[layer.activation], (new,))
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     graph.lint()

@@ -194,9 +194,9 @@ def _write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename is not None:  # the temporary file's
-            error.filename, error.filename2 = str(path), None
-        raise
+        if error.filename is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # not the temporary file's name
     finally:
         temporary.unlink(missing_ok=True)
 

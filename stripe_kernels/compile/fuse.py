@@ -49,7 +49,7 @@ def fuse_epilogues(network: fx.GraphModule) -> dict[str, list[str]]:
     for node in list(network.graph.nodes):
         if node.op != "call_module" and node.op != "call_function" and node.op != "call_method":
             continue
-        name = _activation(node)
+        name = activation_of(node)
         if name:
             source = node.args[0]
             layer = _open_layer(source)
@@ -58,7 +58,7 @@ def fuse_epilogues(network: fx.GraphModule) -> dict[str, list[str]]:
                 node.replace_all_uses_with(source)
                 network.graph.erase_node(node)
                 fused.setdefault(str(source.target), []).append(name)
-        elif _is_plain_sum(node):
+        elif is_plain_sum(node) and node.args[0] is not node.args[1]:
             source = _last_filter(node)
             if source is not None:
                 residual = node.args[1] if node.args[0] is source else node.args[0]
@@ -80,7 +80,8 @@ def _open_layer(node: Any) -> Filter | None:
     return layer if len(size_of(node) or ()) == 4 else None
 
 
-def _activation(node: fx.Node) -> str | None:
+def activation_of(node: fx.Node) -> str | None:
+    """The epilogue's word for what a node computes, if there is one."""
     for name, (modules, functions, methods) in _ACTIVATIONS.items():
         if calls(node, modules, functions, methods):
             return name
@@ -90,7 +91,7 @@ def _activation(node: fx.Node) -> str | None:
     return None
 
 
-def _is_plain_sum(node: fx.Node) -> bool:
+def is_plain_sum(node: fx.Node) -> bool:
     """a + b of two tensors of one size and dtype."""
     if (
         not calls(node, functions=(operator.add, torch.add), methods=("add",))
@@ -99,7 +100,7 @@ def _is_plain_sum(node: fx.Node) -> bool:
     ):
         return False
     a, b = node.args
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return False
     return size_of(a) is not None and size_of(a) == size_of(b) and a.meta["dtype"] == b.meta["dtype"]
 

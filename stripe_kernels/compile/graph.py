@@ -50,6 +50,11 @@ def module_of(node: Any) -> nn.Module | None:
     return node.graph.owning_module.get_submodule(node.target)  # type: ignore[union-attr, arg-type]
 
 
+def is_hooked(module: nn.Module | None) -> bool:
+    """Whether the caller's own functions run before or after the module's."""
+    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def calls(node: Any, modules: Any = (), functions: Iterable[Any] = (), methods: Iterable[str] = ()) -> bool:
     """Whether a node calls one of these modules (by class), functions or tensor methods."""
     if not isinstance(node, fx.Node):

@@ -17,7 +17,7 @@ from stripe_kernels.skeleton import FilterSkeleton
 class FusedConv2d(StripeConv2d):
     """activation(conv(x) + bias[k] + residual) in one call of the operator; inference only.
 
-    activation is one of ops.ACTIVATIONS; everything else is as in StripeConv2d.
+    activation is one of epilogue.ACTIVATIONS; everything else is as in StripeConv2d.
     """
 
     def __init__(

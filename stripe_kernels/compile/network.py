@@ -38,8 +38,8 @@ class Network(nn.Module):
     computes between them. Where torch has to see the operators (compilation, export, modes, subclasses,
     gradients of the input) `body` runs as it is.
 
-    Calls may come from several threads. Weights are not meant to change; after writing to one, call
-    `forget()`.
+    Calls may come from several threads. Weights and hooks of layers are not meant to change: after writing to the one,
+    or registering the other, call `forget()`. The first call of a signature runs the layers twice, and their hooks.
     """
 
     def __init__(self, body: fx.GraphModule) -> None:

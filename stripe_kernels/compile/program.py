@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from stripe_kernels import ops
 from stripe_kernels.checks import check
-from stripe_kernels.compile.graph import OneLineInterpreter, averages_pixels, calls
+from stripe_kernels.compile.graph import OneLineInterpreter, averages_pixels, calls, is_hooked
 from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.geometry import pair
 from stripe_kernels.modules import StripeConv2d
@@ -189,7 +189,7 @@ class _Writer(OneLineInterpreter):
         if n.op != "call_module" or n.kwargs:
             return None
         layer = self.module.get_submodule(str(n.target))
-        if layer._forward_hooks or layer._forward_pre_hooks or value.dim() != 4:
+        if is_hooked(layer) or value.dim() != 4:
             return None
         reads = {a: self.env[a] for a in n.args if isinstance(a, fx.Node)}
         if not reads or not all(isinstance(t, Tensor) and t.dim() == 4 for t in reads.values()):
@@ -229,8 +229,7 @@ class _Writer(OneLineInterpreter):
         source: Any = n.args[0]
         x = self.env[source]
         module = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
-        hooked = module is not None and (module._forward_hooks or module._forward_pre_hooks)
-        if hooked or {x.dtype, value.dtype} != {torch.float32} or x.numel() == 0:
+        if is_hooked(module) or {x.dtype, value.dtype} != {torch.float32} or x.numel() == 0:
             return None
         size = (*x.shape, 1, 1)[:4]
         if type(module) is nn.Linear:
@@ -301,9 +300,9 @@ class _Writer(OneLineInterpreter):
         if n.op == "call_function":
             return f"{self._bind('f', n.target)}({self._arguments(n.args, n.kwargs)})"
         layer = self.module.get_submodule(str(n.target))
-        if isinstance(layer, StripeConv2d) and not layer._forward_hooks and not layer._forward_pre_hooks:
+        hooked = is_hooked(layer)
+        if isinstance(layer, StripeConv2d) and not hooked:
             return self._stripe_call(n, layer)
-        hooked = layer._forward_hooks or layer._forward_pre_hooks
         function = layer if hooked else layer.forward
         return f"{self._bind('m', function)}({self._arguments(n.args, n.kwargs)})"
 

@@ -7,27 +7,19 @@ which node it cannot take.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from stripe_kernels import ops
-from stripe_kernels.compile.graph import averages_pixels, module_of, record_sizes, size_of
+from stripe_kernels.compile.fuse import activation_of, is_plain_sum
+from stripe_kernels.compile.graph import averages_pixels, is_hooked, module_of, record_sizes, size_of
 from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.compile.program import Program
 from stripe_kernels.geometry import ConvShape, pair
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.skeleton import FilterSkeleton
-
-_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
-_ACTIVATION_FUNCTIONS = {
-    F.relu: "relu", torch.relu: "relu", "relu": "relu", F.relu6: "relu6", F.silu: "silu", F.hardswish:
-    "hardswish",
-}  # fmt: skip
-_ADDS = (operator.add, torch.add, "add")
 
 
 class Untranslatable(ValueError):
@@ -48,6 +40,9 @@ def resident(body: fx.GraphModule, inputs: tuple[Tensor, ...], threads: int, vec
         or inputs[0].device.type != "cpu"
     ):
         raise Untranslatable("lanes take one float32 CPU input [N, C, H, W]")
+    hooked = [str(node.target) for node in body.graph.nodes if is_hooked(module_of(node))]
+    if hooked:
+        raise Untranslatable(f"{', '.join(hooked)}: its hooks want maps, not lanes")
     record_sizes(body, inputs)
     return _Translator(body, threads, vectors).program()
 
@@ -137,14 +132,11 @@ class _Translator:
             return self.average_pool(node, module)
         if averages_pixels(node):
             return self.global_average(node)
-        if module is not None and type(module) in _ACTIVATION_MODULES:
-            return self.pointwise(node, _ACTIVATION_MODULES[type(module)], None)
-        target: Any = node.target
-        if target in _ACTIVATION_FUNCTIONS:
-            return self.pointwise(node, _ACTIVATION_FUNCTIONS[target], None)
-        sizes = [size_of(a) for a in node.args]
-        if target in _ADDS and len(sizes) == 2 and not node.kwargs and sizes[0] == sizes[1]:
+        if (activation := activation_of(node)) is not None:
+            return self.pointwise(node, activation, None)
+        if is_plain_sum(node):
             return self.pointwise(node, "none", node.args[1])
+        target: Any = node.target
         if target is torch.flatten and tuple(node.args[1:]) == (1,):
             return self.flatten(node)
         if target is torch.cat and (node.args[1:] == (1,) or node.kwargs == {"dim": 1}):

@@ -306,7 +306,7 @@ def test_a_failed_write_leaves_the_old_file(
     assert path.read_bytes() == before
     assert sorted(path.parent.iterdir()) == [path]
     nowhere = path.parent / "nowhere" / "net"
-    with pytest.raises(FileNotFoundError, match=re.escape(f"'{nowhere}'")):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"'{nowhere}'") + "$"):
         save(frozen, nowhere)
 
 

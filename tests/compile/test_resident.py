@@ -113,6 +113,34 @@ def test_says_what_it_cannot_take() -> None:
         resident(body, (x.double(),), 1)
 
 
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0.0, 6.0), nn.SiLU(), nn.Hardswish()], ids=str
+)
+def test_what_an_epilogue_takes_lanes_take_alone(activation: nn.Module) -> None:
+    model, x = nn.Sequential(nn.MaxPool2d(2), activation), 5 * torch.randn(16, 3, 4, 6)
+    torch.testing.assert_close(resident(compact(model, (x,)).body, (x,), 1)(x), model(x))
+
+
+@pytest.mark.parametrize("images", [2, 16])
+def test_hooks_are_called_at_every_batch_size(images: int) -> None:
+    x, seen = torch.randn(images, 3, 6, 5), []
+    network = compact(prune(nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)), 0.5), (x,))
+    network(x)
+    handles = [
+        network.body.get_submodule("0").register_forward_hook(lambda *_: seen.append("after")),
+        network.body.get_submodule("1").register_forward_pre_hook(lambda *_: seen.append("before")),
+    ]
+    network.forget()
+    network(x)
+    seen.clear()
+    network(x)
+    assert seen == ["after", "before"]
+    for handle in handles:
+        handle.remove()
+    network.forget()
+    resident(network.body, (x,), 1)
+
+
 class Scalars(nn.Module):
     def __init__(self) -> None:
         super().__init__()
