@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import warnings
 from collections.abc import Iterable
@@ -183,13 +182,17 @@ def detach(model: Model, *, merge: bool = True) -> Model:
     """Take the gates off, in place: plain convolutions whose weight is W * g (merge=True) or W as if never
     gated."""
     for conv in gated(model).values():
-        gate = StripeGate.of(conv)
-        for key, hook in list(conv._forward_pre_hooks.items()):
-            if getattr(hook, "__self__", None) is gate:
-                del conv._forward_pre_hooks[key]
+        _unobserved(conv)
         _own_class(conv)
         parametrize.remove_parametrizations(conv, "weight", leave_parametrized=merge)
     return model
+
+
+def _unobserved(conv: nn.Module) -> None:
+    """Takes off the hook through which a gate sees what its convolution is given."""
+    for key, hook in list(conv._forward_pre_hooks.items()):
+        if isinstance(getattr(hook, "__self__", None), StripeGate):
+            del conv._forward_pre_hooks[key]
 
 
 def _own_class(module: nn.Module) -> None:
@@ -205,20 +208,22 @@ def freeze(model: nn.Module) -> nn.Module:
     """A new model that runs only the stripes that live now, on the stripe kernels; `model` stays as it is.
 
     Every gated convolution with dead stripes becomes a `stripe_kernels.StripeConv2d`; outputs equal the
-    masked model's. Warns where `StripeLoss` has not come to the end of its cut.
+    masked model's; wrappers come off as in `stripe_kernels.freeze`. Warns where `StripeLoss` has not come to the end of
+    its cut.
     """
     import stripe_kernels
 
-    while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
-        model = inner  # DistributedDataParallel and torch.compile wrap a model, and cannot be copied
     if any(gate.phase != "settled" for gate in gates(model).values()):
         warnings.warn(
             "frozen before the schedule of StripeLoss has settled the skeletons: the budget is not met yet; an average "
             "of weights needs copy_gates(model, average) first",
             stacklevel=2,
         )
-    chosen = skeletons(model)
-    return stripe_kernels.freeze(detach(copy.deepcopy(model)), chosen)
+    live, names = skeletons(model), {module: name for name, module in model.named_modules()}
+    frozen = stripe_kernels.freeze(model, {names[conv]: live[site] for site, conv in gated(model).items()})
+    for module in frozen.modules():
+        _unobserved(module)
+    return frozen
 
 
 def param_groups(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stripe_kernels.compile.unwrap import clone, move_hooks, plain_name, replace_modules
+from stripe_kernels.compile.unwrap import clone, move_hooks, plain_names, replace_modules
 from stripe_kernels.functional import as_skeleton
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.skeleton import FilterSkeleton
@@ -25,7 +25,7 @@ def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
     convolutions not named stay as they are. None: a stripe is dead where its weights are all zero after masks
     of torch.nn.utils.prune, parametrizations and FilterSkeletons (of Pruning Filter in Filter) are applied. All
     are removed from the result, their effect baked into the weights; for checkpoints of such models see
-    `plain_state`. Modules used twice stay shared; DataParallel, DistributedDataParallel and
+    `plain_state`. Modules used twice stay shared; DataParallel, DistributedDataParallel, AveragedModel and
     torch.compile wrappers, at any depth, are taken off. Warns where no stripe is dead, and the result is dense.
 
     Raises ValueError for a name the model does not have, a skeleton of another shape, or two skeletons for
@@ -44,7 +44,7 @@ def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
         if skeletons is None:
             chosen = {m: _zeros_of(m) for m in copied.modules() if is_convolution(m)}
         else:
-            chosen = _named(copied, skeletons)
+            chosen = _named(copied, skeletons, plain_names(model))
         layers: dict[nn.Module, nn.Module] = {}
         conv: Any
         weights: dict[tuple[nn.Parameter, FilterSkeleton], nn.Parameter] = {}
@@ -81,7 +81,10 @@ def is_convolution(module: nn.Module) -> bool:
     return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
 
 
-def _named(model: nn.Module, skeletons: Skeletons) -> dict[nn.Module, FilterSkeleton]:
+def _named(
+    model: nn.Module, skeletons: Skeletons, names: Mapping[str, str]
+) -> dict[nn.Module, FilterSkeleton]:
+    """Skeletons by module; `names` are those of the caller's model -> those of this clone."""
     modules = dict(model.named_modules(remove_duplicate=False))
     if not isinstance(skeletons, Mapping):
         raise TypeError(
@@ -89,8 +92,7 @@ def _named(model: nn.Module, skeletons: Skeletons) -> dict[nn.Module, FilterSkel
         )
     chosen: dict[nn.Module, FilterSkeleton] = {}
     for given, skeleton in skeletons.items():
-        name = given if given in modules else plain_name(given)
-        module = modules.get(name)
+        module = modules.get(names.get(given, given))
         if module is None:
             convolutions = [n for n, m in modules.items() if isinstance(m, (nn.Conv2d, StripeConv2d))]
             near = difflib.get_close_matches(given, convolutions, n=3) or convolutions[:5]

@@ -11,9 +11,12 @@ from torch.nn.utils import parametrize, prune
 
 from stripe_kernels.compile.checkpoints import without_filter_skeleton
 
-# Compiled and data-parallel wrappers, by the attribute that holds what they wrap. Names, not classes:
+# Compiled, data-parallel and averaging wrappers, by the attribute that holds what they wrap. Names, not classes:
 # importing torch's compiler or its distributed package costs seconds and the latter is not built everywhere.
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module",
+    "AveragedModel": "module",
+}  # fmt: skip
 _SPREAD = "its parameters are spread over processes; gather them into the plain model first"
 _REFUSED = {
     "FullyShardedDataParallel": _SPREAD,
@@ -46,12 +49,15 @@ def clone(model: nn.Module) -> nn.Module:
     return replace_modules(copied, dict(plain))
 
 
-def plain_name(name: str) -> str:
-    """A module's name with the parts that wrappers insert removed: "module._orig_mod.conv" -> "conv".
-
-    A submodule that is itself called "module" keeps its name if `named` finds it first.
-    """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS.values())
+def plain_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a module -> that in the model's clone, without what wrappers put in: "_orig_mod.conv" -> "conv"."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plain = {"": ""}
+    for name in list(modules)[1:]:  # owners come first
+        owner, _, part = name.rpartition(".")
+        wrapped = _WRAPPERS.get(type(modules[owner]).__name__) == part
+        plain[name] = plain[owner] if wrapped else f"{plain[owner]}.{part}".removeprefix(".")
+    return plain
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:

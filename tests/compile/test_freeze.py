@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.optim.swa_utils import AveragedModel
 
 from stripe_kernels import StripeConv2d, freeze
 from stripe_kernels.compile import to_dense
@@ -152,6 +153,29 @@ def test_wrappers_come_off(wrap: object) -> None:
     assert not any(type(m).__name__ in ("DataParallel", "OptimizedModule") for m in frozen.modules())
     assert sum(isinstance(m, StripeConv2d) for m in frozen.modules()) == 1
     same(masked(model, {"0": live}), frozen)
+
+
+class Inner(nn.Module):
+    """A submodule by the name that wrappers give to theirs, beside one of the same name outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.conv = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)}), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.module["conv"](x))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, AveragedModel, torch.compile])
+@pytest.mark.parametrize("name", ["module.conv", "conv"])
+def test_a_submodule_called_module_is_no_wrapper(wrap: object, name: str) -> None:
+    model = Inner()
+    wrapped = wrap(model)  # type: ignore[operator]
+    live = skeleton(model.get_submodule(name))  # type: ignore[arg-type]
+    prefix = next(iter(wrapped.named_parameters()))[0].removesuffix("module.conv.weight")
+    frozen = freeze(wrapped, {prefix + name: live})
+    assert [n for n, m in frozen.named_modules() if isinstance(m, StripeConv2d)] == [name]
+    same(masked(model, {name: live}), frozen)
 
 
 def test_distributed_data_parallel_comes_off(tmp_path) -> None:  # type: ignore[no-untyped-def]

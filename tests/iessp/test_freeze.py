@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from math import log
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,6 +13,7 @@ from statistics import mean, stdev
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import iessp
 import stripe_kernels
@@ -54,6 +56,33 @@ def test_frozen_equals_masked_within_the_error_budget(name: str) -> None:
     assert layers.keys() == {n for n, s in skeletons.items() if not s.all()}
     assert all(torch.equal(layer.skeleton, skeletons[n]) for n, layer in layers.items())
     assert compare(frozen, thaw(frozen), x).ok
+
+
+class Headed(nn.Module):
+    """A submodule by the name that wrappers give to theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.head = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.module(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, AveragedModel, torch.compile])
+@pytest.mark.parametrize("first", ["attached", "wrapped"])
+def test_the_whole_model_is_frozen(wrap: Callable[[nn.Module], nn.Module], first: str) -> None:
+    model = Headed()
+    if first == "attached":
+        wrapped = wrap(iessp.attach(model, "magnitude"))
+    else:
+        wrapped = iessp.attach(wrap(model), "magnitude")
+    iessp.settle(wrapped, 0.5)
+    frozen = iessp.freeze(wrapped.eval())
+    assert type(frozen) is Headed
+    assert any(isinstance(m, StripeConv2d) for m in frozen.modules())
+    assert not any(m._forward_pre_hooks for m in frozen.modules()), "no gate looks on"
+    assert compare(frozen, wrapped, torch.randn(2, 3, 7, 6)).ok
 
 
 def test_comparison_notices_a_difference() -> None:
