@@ -322,7 +322,7 @@ def _fprop_gradients(
     dconv = dy if scale is None else dy * scale[:, None, None]
     dx = passes[0](op, dconv, weight, x.shape[2:]) if needs[0] else None
     dw = passes[1](op, dconv, x) if needs[1] else None
-    if needs[1]:  # an optimizer comes next, and torch's fused ones (2.13) leave no mark on what they write
+    if needs[1]:  # an optimizer comes next; those that are not torch's may write through .data
         drop_snapshot(weight)
     return dx, dw, dbias, dscale, dresidual
 

@@ -94,6 +94,18 @@ def fused_optimizer_step(module: StripeConv2d) -> None:
     torch.optim.AdamW(module.parameters(), 0.1, fused=True).step()
 
 
+def fused_optimizer_step_after_a_look(module: StripeConv2d) -> None:
+    module(X).square().sum().backward()
+    check(module, "no_grad")
+    torch.optim.AdamW(module.parameters(), 0.1, fused=True).step()
+
+
+def master_weights_copied(module: StripeConv2d) -> None:
+    """As optimizers of others than torch do it: through .data, where the backward pass is all that shows."""
+    module(X).square().sum().backward()
+    module.weight.data.copy_(module.weight.double() - module.weight.grad)
+
+
 def foreach_optimizer_step(module: StripeConv2d) -> None:
     module(X).square().sum().backward()
     torch.optim.AdamW(module.parameters(), 0.1, foreach=True).step()
@@ -130,6 +142,8 @@ CHANGES = [
     another_skeleton_loaded,
     optimizer_step,
     fused_optimizer_step,
+    fused_optimizer_step_after_a_look,
+    master_weights_copied,
     foreach_optimizer_step,
     moved_to_double_and_back,
     replaced,
@@ -169,6 +183,29 @@ def test_an_unchanged_weight_is_packed_once(mode: str) -> None:
         ops.fprop(op, x[:2], weight)
         ops.fprop(op, x, weight)
     assert len(packs) == 1
+
+
+@modes
+def test_a_compiled_layers_training_is_seen(mode: str) -> None:
+    torch._dynamo.reset()
+    module = layer()
+    compiled = torch.compile(module, backend="aot_eager")
+    optimizer = torch.optim.SGD(module.parameters(), 0.01, fused=True)
+    for _ in range(2):
+        check(module, mode)
+        compiled(X).sum().backward()
+        optimizer.step()
+    check(module, mode)
+
+
+def test_a_frozen_weight_keeps_its_form_while_others_train() -> None:
+    frozen, trained = layer().requires_grad_(False), layer()
+    optimizer = torch.optim.SGD([*frozen.parameters(), *trained.parameters()], 0.1)
+    frozen(X)
+    before = snapshots._snapshots[id(frozen.weight)]
+    trained(frozen(X)[:, :6]).sum().backward()
+    optimizer.step()
+    assert snapshots._snapshots[id(frozen.weight)] is before
 
 
 def test_the_weight_that_trains_is_packed_on_every_call() -> None:
