@@ -44,11 +44,6 @@ def penalty(model: nn.Module) -> Tensor:
     return _share(model, [gate.soft().sum() for gate in gates(model).values()])
 
 
-def hard_share(model: nn.Module) -> Tensor:
-    """R_hard, the share of MACs that live stripes keep, without a gradient."""
-    return _share(model, [gate.live().sum() for gate in gates(model).values()])
-
-
 def wanted_share(model: nn.Module) -> Tensor:
     """R_wanted, the share of MACs that the gates would keep if the target did not hold on to more."""
     return _share(model, [gate.wanted().sum() for gate in gates(model).values()])
@@ -67,6 +62,12 @@ def _mark(model: nn.Module) -> str:
     for p in gate_parameters(model):
         digest.update(p.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_schedule(warmup: float, meet: float, settle: float) -> None:
+    """Raises ValueError unless these shares of a schedule follow each other."""
+    if not 0 <= warmup < meet <= settle <= 1:
+        raise ValueError(f"need 0 <= warmup < meet <= settle <= 1, got {warmup}, {meet}, {settle}")
 
 
 class LiveEnergy(torch.autograd.Function):
@@ -129,8 +130,7 @@ class StripeLoss(nn.Module):
         remasks: int = 50,
     ):
         super().__init__()
-        if not 0 <= warmup < meet <= settle <= 1:
-            raise ValueError(f"need 0 <= warmup < meet <= settle <= 1, got {warmup}, {meet}, {settle}")
+        check_schedule(warmup, meet, settle)
         if not 0 < budget <= 1 or steps < 1:
             raise ValueError(f"need 0 < budget <= 1 and steps >= 1, got {budget} and {steps}")
         found = gates(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from iessp.attach import METHODS, nearest
 from iessp.data import DATASETS
+from iessp.loss import check_schedule
 from iessp.models import MODELS, own
 
 if sys.version_info >= (3, 11):
@@ -26,6 +28,14 @@ PRETRAINED_ALIKE = (
     "model", "width", "data", "images", "resolution", "batch", "seed", "momentum", "weight_decay",
     "label_smoothing", "crop", "channels_last", "bfloat16",
 )  # fmt: skip
+
+# Where a field's number lies: from the first on, below the second.
+_RANGES = {
+    **dict.fromkeys(("epochs", "batch", "timed_batch"), (1, math.inf)),
+    **dict.fromkeys(("images", "resolution", "crop", "trial_epochs"), (0, math.inf)),
+    **dict.fromkeys(("lr", "gate_lr", "weight_decay", "kappa", "eta", "tolerance"), (0, math.inf)),
+    **dict.fromkeys(("rise", "momentum", "label_smoothing"), (0, 1)),
+}
 
 
 @dataclass(frozen=True)
@@ -85,13 +95,15 @@ class Recipe:
         ):
             if given not in valid and not (kind == "model" and own(given)):
                 raise ValueError(nearest(kind, given, valid))
-        if self.epochs < 1 or self.batch < 1:
-            raise ValueError(f"epochs and batch must be at least 1, got {self.epochs} and {self.batch}")
+        for name, (low, high) in _RANGES.items():
+            if not low <= (value := getattr(self, name)) < high:
+                raise ValueError(f"{name} must be at least {low} and below {high}, got {value}")
+        check_schedule(self.warmup, self.meet, self.settle)
         if self.milliseconds and self.method in ("slim", "l1-filter"):
             raise ValueError(
                 f"{self.method} has no budget in milliseconds, got {self.budget!r}: give a share of MACs"
             )
-        object.__setattr__(self, "sizes", tuple((float(share), int(size)) for share, size in self.sizes))
+        object.__setattr__(self, "sizes", self._checked_sizes())
 
     def _check_type(self, name: str, annotation: str) -> None:
         """Raises ValueError where a field holds something else than it is declared to; TOML knows no tuples."""
@@ -101,21 +113,32 @@ class Recipe:
         if not isinstance(value, types) or (isinstance(value, bool) and "bool" not in kinds):
             raise ValueError(f"{name} takes {' or '.join(kinds)}, got {value!r}")
 
+    def _checked_sizes(self) -> tuple[tuple[float, int], ...]:
+        try:
+            sizes = tuple((float(share), int(size)) for share, size in self.sizes)
+        except (TypeError, ValueError):
+            sizes = ((math.nan, 0),)
+        if not all(0 <= share <= 1 and size >= 1 for share, size in sizes) or list(sizes) != sorted(sizes):
+            raise ValueError(
+                f"sizes takes [[share, size], ...], the shares 0..1 in order, got {self.sizes!r}"
+            )
+        return sizes
+
     @property
     def milliseconds(self) -> float | None:
         """The budget in milliseconds, if that is how it is given; raises ValueError for what is no budget."""
-        if not isinstance(self.budget, str):
-            return None
-        number, unit = self.budget[:-2].strip(), self.budget[-2:]
+        text = self.budget if isinstance(self.budget, str) else ""
         try:
-            value = float(number)
+            value = float(text.removesuffix("ms")) if text.endswith("ms") else 0.0
         except ValueError:
             value = 0.0
-        if unit != "ms" or not value > 0:
-            raise ValueError(
-                f'budget is a share of MACs in (0, 1] or a time such as "2.5 ms", got {self.budget!r}'
-            )
-        return value
+        if 0 < value < math.inf:
+            return value
+        if not isinstance(self.budget, str) and 0 < self.budget <= 1:
+            return None
+        raise ValueError(
+            f'budget is a share of MACs in (0, 1] or a time such as "2.5 ms", got {self.budget!r}'
+        )
 
     @property
     def pruned(self) -> bool:

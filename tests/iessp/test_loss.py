@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import iessp
 from iessp.attach import METHODS, network_of
 from iessp.gate import StripeGate
-from iessp.loss import BAND, LAMBDA_RANGE, hard_share, wanted_share
+from iessp.loss import BAND, LAMBDA_RANGE, wanted_share
 
 
 def toy(width: int = 16) -> nn.Sequential:
@@ -49,7 +49,7 @@ def train(
         optimiser.step()
         history.append(
             {
-                "hard": float(hard_share(model)),
+                "hard": iessp.macs_kept(network_of(model), iessp.skeletons(model)),
                 "wanted": float(wanted_share(model)),
                 "lambda": float(loss.lambda_now),
                 "pressure": float(loss.pressure),
@@ -273,10 +273,10 @@ def test_live_stripes_are_counted_where_the_method_has_a_penalty_of_its_own() ->
     live = torch.cat([gate.live().flatten() for gate in iessp.gates(model).values()])
     assert not live.all()
     x, y = patterns(32, torch.Generator().manual_seed(1))
-    share = hard_share(model)
+    share = iessp.macs_kept(network_of(model), iessp.skeletons(model))
     loss(F.cross_entropy(model(x), y))
     assert float(loss.density) == pytest.approx(float(live.float().mean()))
-    assert float(loss.share_hard) == pytest.approx(float(share))
+    assert float(loss.share_hard) == pytest.approx(share)
 
 
 def test_a_run_of_before_density_was_counted_goes_on() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from iessp import reproduce
@@ -16,6 +18,24 @@ from iessp.recipe import Recipe, bundled, parse_changes, read
 def test_a_recipe_says_what_a_field_takes(field: str, value: object, kind: str) -> None:
     with pytest.raises(ValueError, match=f"{field} takes {kind}, got "):
         read("digits").but(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"rise": 1.0}, "rise must be at least 0 and below 1, got 1.0"), ({"rise": -0.1}, "rise must be"),
+     ({"momentum": 1}, "momentum must be"), ({"label_smoothing": 1.5}, "label_smoothing must be"),
+     ({"lr": float("nan")}, "lr must be"), ({"gate_lr": -1}, "gate_lr must be"), ({"crop": -1}, "crop must be"),
+     ({"weight_decay": -1e-4}, "weight_decay must be"), ({"tolerance": -1}, "tolerance must be"),
+     ({"batch": 0}, "batch must be at least 1"), ({"timed_batch": 0}, "timed_batch must be"),
+     ({"warmup": 0.6}, "need 0 <= warmup < meet <= settle <= 1, got 0.6, 0.5, 0.65"),
+     ({"meet": 0.9}, "need 0 <="), ({"settle": 1.1}, "need 0 <="), ({"budget": 0}, "budget is a share of MACs in"),
+     ({"budget": 1.5}, "budget is a share"), ({"budget": "inf ms"}, "budget is a share"),
+     ({"budget": "2 s"}, "budget is a share"), ({"sizes": [16]}, r"sizes takes \[\[share, size\]"),
+     ({"sizes": [[0.8, 32], [0, 16]]}, "sizes takes"), ({"sizes": [[0, 0]]}, "sizes takes")],
+)  # fmt: skip
+def test_a_recipe_says_what_makes_no_sense(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read("digits").but(**change)
 
 
 def test_bundled_recipes_are_valid() -> None:
