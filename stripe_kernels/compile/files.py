@@ -212,7 +212,7 @@ def _graph_json(network: fx.GraphModule) -> dict[str, Any]:
             if first.setdefault(module, target) != target:
                 modules[target] = {"same_as": first[module]}
             else:
-                modules[target] = _module_json(target, module)
+                modules[target] = _module_json(node, module)
         elif node.op == "call_function":
             target = vocabulary.FUNCTION_NAMES.get(target)
             known = target is not None and (target != "getattr" or node.args[1] in vocabulary.ATTRIBUTES)
@@ -230,11 +230,12 @@ def _graph_json(network: fx.GraphModule) -> dict[str, Any]:
     return {**versions, "modules": modules, "nodes": nodes}
 
 
-def _module_json(name: str, module: nn.Module) -> dict[str, Any]:
+def _module_json(node: fx.Node, module: nn.Module) -> dict[str, Any]:
     kind = vocabulary.MODULE_NAMES.get(type(module))
     if kind is None:
         raise ValueError(
-            f"a file cannot hold {name!r}: {type(module).__name__} is not among the modules it carries"
+            f"a file cannot hold {node.target!r}{line_of(node)}: {type(module).__name__} is not among the modules it "
+            f"carries: {WAY_OUT}"
         )
     entry = {"class": kind, "config": vocabulary.encode(vocabulary.module_config(module))}
     if isinstance(module, StripeConv2d):
@@ -349,6 +350,8 @@ def _module(name: str, entry: dict[str, Any], found: dict[str, Tensor]) -> nn.Mo
         live = np.unpackbits(bits, count=count).astype(np.bool_).reshape(shape)
         state["skeleton"] = torch.from_numpy(live)
         config["skeleton"] = FilterSkeleton(live)
+    if issubclass(kind, nn.RNNBase) and config.get("num_layers", 1) > len(state):
+        raise ValueError(f"{name!r} asks for {config['num_layers']} layers but has {len(state)} tensors")
     with torch.device("meta"):
         module = kind(**config)
     wants_gradient = {key: t.requires_grad for key, t in state.items()}

@@ -26,7 +26,9 @@ def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
     of torch.nn.utils.prune, parametrizations and FilterSkeletons (of Pruning Filter in Filter) are applied. All
     are removed from the result, their effect baked into the weights; for checkpoints of such models see
     `plain_state`. Modules used twice stay shared; DataParallel, DistributedDataParallel, AveragedModel and
-    torch.compile wrappers, at any depth, are taken off. Warns where no stripe is dead, and the result is dense.
+    torch.compile wrappers, at any depth, are taken off. A StripeConv2d holds live stripes alone, so code that reads
+    a convolution's weight instead of calling it needs that one left out of `skeletons`. Warns where no stripe is
+    dead, and the result is dense.
 
     Raises ValueError for a name the model does not have, a skeleton of another shape, or two skeletons for
     one shared module; TypeError for a named module that is no convolution, and for models that hide their

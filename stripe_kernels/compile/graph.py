@@ -40,7 +40,9 @@ _QUESTIONS = (
     operator.mod, operator.ne,
 )  # fmt: skip
 _ASSERTIONS = (torch._assert, _assert_is_none)
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
+_DROPOUTS = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity,
+)  # fmt: skip
 
 
 def module_of(node: Any) -> nn.Module | None:

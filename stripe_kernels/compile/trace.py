@@ -20,6 +20,7 @@ from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.unwrap import clone
 
 _OTHERS = ("<", *(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])))
+_CONTAINERS = nn.Sequential.__module__
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n +(.*)')
 WAY_OUT = (
     "freeze alone takes any network, and torch.save its state_dict; for optimize, save and export keep such lines "
@@ -31,7 +32,9 @@ class _Tracer(fx.Tracer):
     record_stack_traces = True  # which line asked for an operation that a file cannot hold
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in vocabulary.MODULE_NAMES
+        # Those of torch that no file holds, attention for one, run as they are: their code is not for tracers.
+        home = type(m).__module__
+        return type(m) in vocabulary.MODULE_NAMES or (home.startswith("torch.nn.") and home != _CONTAINERS)
 
 
 def _left_out(forward: Callable[..., Any], given: int | None) -> dict[str, Any]:

@@ -20,13 +20,15 @@ from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.modules import StripeConv2d
 
 _MODULES = """
-    AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveMaxPool1d AdaptiveMaxPool2d AvgPool1d AvgPool2d BatchNorm1d
-    BatchNorm2d CELU ChannelShuffle ConstantPad2d Conv1d Conv2d ConvTranspose2d Dropout Dropout1d Dropout2d
-    ELU Flatten GELU GLU GroupNorm Hardsigmoid Hardswish Hardtanh Identity InstanceNorm2d LayerNorm LeakyReLU
-    Linear LocalResponseNorm LogSigmoid LogSoftmax LPPool2d MaxPool1d MaxPool2d Mish PixelShuffle
-    PixelUnshuffle PReLU ReflectionPad2d ReLU ReLU6 ReplicationPad2d SELU Sigmoid SiLU Softmax Softmax2d
-    Softplus Softsign Tanh Threshold Unflatten Unfold Upsample UpsamplingBilinear2d UpsamplingNearest2d
-    ZeroPad2d
+    AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveMaxPool1d AdaptiveMaxPool2d AvgPool1d AvgPool2d
+    BatchNorm1d BatchNorm2d CELU ChannelShuffle CircularPad1d CircularPad2d CircularPad3d ConstantPad1d
+    ConstantPad2d ConstantPad3d Conv1d Conv2d ConvTranspose2d Dropout Dropout1d Dropout2d ELU Flatten
+    Fold GELU GLU GroupNorm GRU Hardshrink Hardsigmoid Hardswish Hardtanh Identity InstanceNorm2d
+    LayerNorm LeakyReLU Linear LocalResponseNorm LogSigmoid LogSoftmax LPPool2d LSTM MaxPool1d MaxPool2d
+    Mish PixelShuffle PixelUnshuffle PReLU ReflectionPad1d ReflectionPad2d ReflectionPad3d ReLU ReLU6
+    ReplicationPad1d ReplicationPad2d ReplicationPad3d RNN SELU Sigmoid SiLU Softmax Softmax2d Softplus
+    Softsign Tanh Tanhshrink Threshold Unflatten Unfold Upsample UpsamplingBilinear2d UpsamplingNearest2d
+    ZeroPad1d ZeroPad2d ZeroPad3d
 """
 
 _FUNCTIONS: dict[Any, str] = {
@@ -74,15 +76,19 @@ MODULES: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in _MODU
 MODULES |= {"StripeConv2d": StripeConv2d, "FusedConv2d": FusedConv2d}
 MODULE_NAMES = {kind: name for name, kind in MODULES.items()}
 
+# Recurrent layers sign with *args and **kwargs.
+_RECURRENT = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+_ARGUMENTS = {nn.GRU: _RECURRENT, nn.LSTM: (*_RECURRENT, "proj_size"), nn.RNN: (*_RECURRENT, "nonlinearity")}
+
 
 def module_config(module: nn.Module) -> dict[str, Any]:
     """The constructor's arguments, which torch's modules keep as attributes of the same name; no tensors."""
     config: dict[str, Any] = {}
-    for name in inspect.signature(type(module)).parameters:
+    for name in _ARGUMENTS.get(type(module)) or inspect.signature(type(module)).parameters:
         if name in ("device", "dtype", "skeleton") or not hasattr(module, name):
             continue
         value = getattr(module, name)
-        config[name] = value is not None if name == "bias" else value
+        config[name] = value is not None and value is not False if name == "bias" else value
     if isinstance(module, nn.PReLU):
         config.pop("init")
     return config

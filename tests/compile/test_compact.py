@@ -73,6 +73,59 @@ def test_an_unpruned_network_is_only_fused(name: str) -> None:
     assert_same(model, network, [x, torch.randn(16, 3, *size)])
 
 
+class Attending(nn.Module):
+    """Pixels of a map [N, C, H, W] that attend to each other."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.layer, self.head = nn.Conv2d(3, 8, 3), layer, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).flatten(2).transpose(1, 2)
+        if isinstance(self.layer, nn.MultiheadAttention):
+            y, _ = self.layer(y, y, y, need_weights=False)
+            return self.head(y)
+        return self.head(self.layer(y))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.MultiheadAttention(8, 2, batch_first=True),
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        nn.InstanceNorm1d(30),
+    ],
+)
+def test_torchs_own_modules_stay_whole(layer: nn.Module) -> None:
+    """torch.fx cannot follow what they do, and need not: the convolution before them is pruned all the same."""
+    torch.manual_seed(0)
+    model = Attending(layer).eval()
+    model.first.weight.data[:4] = 0
+    x = torch.randn(2, 3, 7, 8)
+    network = compact(freeze(model), (x,))
+    assert isinstance(network.body.first, FusedConv2d)
+    assert_same(model, network, [x, torch.randn(16, *x.shape[1:])])
+
+
+class Overwritten(nn.Module):
+    """What dropout gives in evaluation mode is what it was given, which is written to."""
+
+    def __init__(self, dropout: nn.Module) -> None:
+        super().__init__()
+        self.first, self.dropout = nn.Conv2d(3, 4, 3), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        self.dropout(x).add_(1)
+        return x * 2
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout2d(), nn.AlphaDropout(), nn.FeatureAlphaDropout()])
+def test_dropout_is_its_input(dropout: nn.Module) -> None:
+    model, x = Overwritten(dropout).eval(), torch.randn(2, 3, 7, 8)
+    assert_same(model, compact(model, (x,)), [x, x[:1]])
+
+
 @pytest.mark.parametrize("name", ["unet", "resnet20", "yolo_neck"])
 def test_other_image_sizes(name: str) -> None:
     """Constants meet borders elsewhere in a larger image."""

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,6 +127,24 @@ def test_parameters_and_files_fall_with_the_stripes(name: str, density: float, t
     dense, sparse, *fused = sizes
     assert abs(dense - sparse - 4 * gone + bits) < 8 * len(stripes) + 8  # alignment
     assert all(size <= sparse for size in fused)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LSTM(4, 3, num_layers=2, proj_size=2, bidirectional=True),
+        nn.GRU(4, 3, bias=False, batch_first=True),
+        nn.RNN(4, 3, nonlinearity="relu"),
+    ],
+)
+def test_recurrent_layers(layer: nn.Module, tmp_path: Path) -> None:
+    save(nn.Sequential(layer), tmp_path / "net")
+    loaded = load(tmp_path / "net")
+    assert str(loaded.get_submodule("0")) == str(layer)
+    x = torch.randn(5, 2, 4)
+    with torch.inference_mode():
+        assert all(map(torch.equal, tree_leaves(loaded(x)), tree_leaves(layer(x))))
 
 
 def test_shared_modules_and_tied_weights_are_stored_once(tmp_path: Path) -> None:
@@ -277,6 +296,18 @@ def test_hand_made_files_are_refused(what: str, path: Path) -> None:
         load(rewritten(path, changes()[what]))
 
 
+def test_more_layers_than_tensors_are_not_built(tmp_path: Path) -> None:
+    """A number in a file is no reason to build a thousand million modules, not even without storage."""
+    save(nn.Sequential(nn.GRU(2, 3)), tmp_path / "net")
+
+    def many(graph: Any, tensors: object) -> None:
+        settings = graph["modules"]["0"]["config"]["dict"]
+        settings[:] = [[k, 1000 if k == "num_layers" else v] for k, v in settings]
+
+    with pytest.raises(ValueError, match="asks for 1000 layers but has 4 tensors"):
+        load(rewritten(tmp_path / "net", many))
+
+
 @pytest.mark.parametrize("depth", [250, 400, 100_000])
 def test_a_description_nested_too_deep_is_refused(depth: int, path: Path) -> None:
     """Deeper than Python's compiler, what rebuilds arguments, or the JSON parser follows; it is written as text, since
@@ -328,6 +359,15 @@ class Method(nn.Module):
         return x.cauchy_()
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
 class Argument(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.add(x, 1j)
@@ -339,6 +379,7 @@ class Argument(nn.Module):
         (Branch, "symbolically traced variables cannot be", "return x if x.sum() > 0 else -x"),
         (Custom, "a file cannot hold the function fft_fft", "return torch.fft.fft(x).real"),
         (Method, "a file cannot hold the method cauchy_", "return x.cauchy_()"),
+        (Attention, "a file cannot hold '0.attention'", "return self.attention(x, x, x)[0]"),
         (Argument, "a file cannot hold the graph argument 1j", "return torch.add(x, 1j)"),
     ],
 )

@@ -183,6 +183,20 @@ class InPlace(nn.Module):
         return x + y
 
 
+class Reader(nn.Module):
+    """A text line's columns through a recurrent layer, whose tuple is taken apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(conv_bn(3, 12), conv_bn(12, 10))
+        self.columns = nn.LSTM(10, 6, num_layers=2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, (h, _) = self.columns(self.features(x).mean(2).transpose(1, 2))
+        return self.head(y), h[-1]
+
+
 Net = Callable[[], nn.Module]
 NETS: dict[str, tuple[Net, tuple[int, int]]] = {
     "vgg16": (lambda: build("vgg16", classes=10, width=0.25), (32, 32)),
@@ -198,6 +212,7 @@ NETS: dict[str, tuple[Net, tuple[int, int]]] = {
     "squeeze_excite": (SqueezeExcite, (9, 11)),
     "lopsided": (Lopsided, (15, 14)),
     "in_place": (InPlace, (7, 9)),
+    "reader": (Reader, (9, 14)),
 }
 
 
