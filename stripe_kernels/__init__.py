@@ -10,6 +10,7 @@ from typing import Any
 import stripe_kernels.interpreter  # noqa: F401 # isort: split
 from stripe_kernels.compile import (
     Network,
+    UnchangedWarning,
     example_input,
     explain,
     export_onnx,
@@ -32,6 +33,7 @@ __all__ = [
     "Network",
     "Roof",
     "StripeConv2d",
+    "UnchangedWarning",
     "__version__",
     "diagnose",
     "example_input",

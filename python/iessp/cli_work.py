@@ -73,7 +73,7 @@ def _share(model: nn.Module, method: str, budget: str, given: Given) -> float:
 def freeze_to(given: Given, output: Path) -> dict[str, Any]:
     """Takes a model's zeros out and writes it."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "freeze found no stripe")
+        warnings.simplefilter("ignore", stripe_kernels.UnchangedWarning)  # a Failure says it
         frozen = given.frozen
     if not any(isinstance(m, stripe_kernels.StripeConv2d) for m in frozen.modules()):
         raise Failure(
@@ -129,9 +129,8 @@ def optimize(given: Given, batch: int, output: Path) -> dict[str, Any]:
         working("optimizing: every layer's kernels are timed, then whole networks"),
         warnings.catch_warnings(),
     ):
-        warnings.filterwarnings("ignore", "optimize kept")  # the report says why
+        warnings.simplefilter("ignore", stripe_kernels.UnchangedWarning)  # the report says why
         network = stripe_kernels.optimize(given.frozen, given.images(batch))
-    report = list(getattr(network, "report", []))
     _save(network, output, given.example)
     with redirect_stdout(io.StringIO()):
         explanation = stripe_kernels.explain(network, given.images(batch))
@@ -142,7 +141,12 @@ def optimize(given: Given, batch: int, output: Path) -> dict[str, Any]:
         f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB; stripe_kernels.load reads it, iessp bench times it",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    return {"file": str(output), "bytes": output.stat().st_size, "rewritten": not kept, "notes": report}
+    return {
+        "file": str(output),
+        "bytes": output.stat().st_size,
+        "rewritten": not kept,
+        "notes": explanation.notes,
+    }
 
 
 def bench(given: Given, batches: list[int], seconds: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stripe_kernels.compile import ordinary, page
-from stripe_kernels.compile.network import Network, threads_of
+from stripe_kernels.compile.network import Network, report_of, threads_of
 from stripe_kernels.compile.tune import Site, sites
 from stripe_kernels.plan import PREDICTED_MARGIN, Candidate, Plan
 from stripe_kernels.roof import Roof
@@ -180,7 +180,7 @@ def explain(
     others = ordinary.rows(model, inputs, seconds)
     for row in others:
         row["layer"] = row["layer"].removeprefix(inside)
-    notes = list(getattr(model, "report", []))
+    notes = list(report_of(model) or [])
     skeletons = [torch.from_numpy(site.op.skeleton.live.copy()) for site in found]
     explanation = Explanation(rows, notes, skeletons, roof, others, list(inputs[0].shape))
     print(explanation)

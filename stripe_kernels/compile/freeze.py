@@ -18,6 +18,10 @@ from stripe_kernels.skeleton import FilterSkeleton
 Skeletons = Mapping[str, "Tensor | FilterSkeleton"]
 
 
+class UnchangedWarning(UserWarning):
+    """Of `freeze` and `optimize`: what they return is the model as it was."""
+
+
 def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
     """A new model in which every nn.Conv2d with dead stripes is a StripeConv2d; the input is not touched.
 
@@ -66,6 +70,7 @@ def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
         warnings.warn(
             "freeze found no stripe weight[k, :, r, s] that is zero throughout: the network stays dense. Prune "
             "stripes first, or say which ones to keep: freeze(model, {name: bool [K, R, S]})",
+            UnchangedWarning,
             stacklevel=2,
         )
     return frozen

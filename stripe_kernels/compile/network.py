@@ -209,6 +209,12 @@ class Network(nn.Module):
         self._reset()
 
 
+def report_of(model: nn.Module) -> list[str] | None:
+    """What `optimize` did to a model, nothing for one it has not seen; None: its `report` is something of its own."""
+    report: Any = getattr(model, "report", [])
+    return report if isinstance(report, list) and all(isinstance(line, str) for line in report) else None
+
+
 @contextmanager
 def threads_of(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
     """torch's number of threads is the one that `model` uses on `inputs`, for a while."""

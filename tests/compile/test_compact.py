@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -328,6 +329,27 @@ def test_channels_last_inside_contiguous_outside(name: str) -> None:
     with torch.inference_mode():
         assert all(y.is_contiguous() for y in tree_leaves(network(x)))
     assert_same(model, network, [x, torch.randn(5, *x.shape[1:])])
+
+
+class Maps(NamedTuple):
+    large: Tensor
+    small: Tensor
+
+
+def test_maps_in_a_class_of_the_models_go_out_contiguous() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Maps:
+            return Maps(self.conv(x), small=self.conv(x).relu())
+
+    x = torch.randn(2, 3, 7, 6)
+    y = in_channels_last(compact(Named().eval(), (x,)))(x)
+    assert isinstance(y, Maps)
+    assert y.large.is_contiguous()
+    assert y.small.is_contiguous()
 
 
 def test_autocast_and_named_inputs(network: tuple[nn.Module, Network, Tensor]) -> None:

@@ -323,6 +323,16 @@ def test_a_description_nested_too_deep_is_refused(depth: int, path: Path) -> Non
         load(path)
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 8, 3), nn.Linear(7, 5)], ids=lambda m: type(m).__name__)
+def test_a_model_of_one_layer(layer: nn.Module, path: Path) -> None:
+    model = freeze(layer, {"": torch.rand(8, 3, 3) < 0.5} if isinstance(layer, nn.Conv2d) else {})
+    save(model, path)
+    x, network = torch.randn(2, 3, 6, 7), load(path)
+    assert torch.equal(network(x), model(x))
+    assert sum(type(m) is type(model) for m in network.modules()) == 1, "stored as what it is"
+    torch.testing.assert_close(compact(model, (x,))(x), model(x))
+
+
 def test_a_failed_write_leaves_the_old_file(
     frozen: nn.Module, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

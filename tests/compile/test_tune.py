@@ -26,6 +26,7 @@ import stripe_kernels
 from stripe_kernels import StripeConv2d, explain, freeze, optimize, plan, tune
 from stripe_kernels.compile import cache
 from stripe_kernels.compile import race as racing
+from stripe_kernels.compile.exact import check_exact
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.race import Ratio, race
 from stripe_kernels.compile.tune import interleaved, sites
@@ -278,7 +279,7 @@ def test_other_dtypes_pass_the_check_of_exactness(dtype: torch.dtype) -> None:
     for name in ("resnet20", "squeeze_excite"):
         _, frozen, x = masked(name, 0.24)
         frozen, x = frozen.to(dtype), x.to(dtype)
-        optimizer._check_exact(frozen, optimizer.compact(frozen, (x,)), (x,))
+        check_exact(frozen, optimizer.compact(frozen, (x,)), (x,))
 
 
 def test_optimize_inside_inference_mode() -> None:
@@ -334,6 +335,28 @@ def test_optimize_keeps_what_it_cannot_follow_and_says_why() -> None:
     assert any(p.requires_grad for p in model.parameters())
     with torch.no_grad():
         torch.testing.assert_close(kept(x), model(x))
+
+
+class Reporting(nn.Module):
+    """A model with something of its own by the name of what `optimize` leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = small()[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def report(self) -> str:
+        return "mine"
+
+
+def test_a_report_of_the_models_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Reporting().eval(), small()[1]
+    assert explain(model, x).notes == []
+    monkeypatch.setattr(optimizer, "_race", lambda *_: Ratio(1.0, 1.0, 1.0))
+    with pytest.warns(UserWarning, match="no clear gain"):
+        assert optimize(model, x).report() == "mine"
 
 
 @pytest.mark.parametrize(
