@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stripe_kernels import ops
-from stripe_kernels.geometry import pair, resolve_padding
+from stripe_kernels.geometry import as_int, pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
 
 _skeletons: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -69,8 +69,7 @@ def stripe_conv2d(
     live = as_skeleton(skeleton)
     stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     pads = resolve_padding(padding, live.shape[1:], stride, dilation)
-    if not isinstance(groups, int):
-        raise TypeError(f"groups must be an int, got {groups!r}")
+    groups = as_int(groups, "groups")
     if groups < 1 or live.shape[0] % groups:
         raise ValueError(f"groups={groups} must be positive and divide K={live.shape[0]} filters")
     op = ops.StripeOp.of(live.text, stride, pads, dilation, groups, kernel)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 IntPair = tuple[int, int]
 
 
+def as_int(value: SupportsIndex, name: str, wanted: str = "an int") -> int:
+    """The int that `value` is, numpy's among them; TypeError for a bool and whatever else is none."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be {wanted}, got {value!r}")
+
+
 def pair(value: int | tuple[int, ...] | list[int], name: str, least: int) -> IntPair:
     """An int or a pair of ints, each at least `least`; ValueError or TypeError otherwise."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(values) == 1:
-        values = values * 2
-    if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    if min(values) < least:
+    wanted = "an int or a pair of ints"
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if len(values) not in (1, 2):
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    first, last = (as_int(v, name, wanted) for v in (values[0], values[-1]))
+    if min(first, last) < least:
         raise ValueError(f"{name} must be at least {least} in each direction, got {value!r}")
-    return values[0], values[1]
+    return first, last
 
 
 def resolve_padding(

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from stripe_kernels import functional, ops, snapshots
 from stripe_kernels.front import ShortWay
-from stripe_kernels.geometry import pair, resolve_padding
+from stripe_kernels.geometry import as_int, pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -59,15 +59,13 @@ class StripeConv2d(nn.Module):
     ) -> None:
         super().__init__()
         live = functional.as_skeleton(skeleton)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.in_channels = in_channels = as_int(in_channels, "in_channels")
+        self.out_channels = out_channels = as_int(out_channels, "out_channels")
+        self.groups = groups = as_int(groups, "groups")
         self.kernel_size = pair(kernel_size, "kernel_size", 1)
         self.stride, self.dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
         self.padding: Any = padding if isinstance(padding, str) else pair(padding, "padding", 0)
         self.padding_mode: Any = padding_mode
-        if not all(isinstance(n, int) for n in (in_channels, out_channels, groups)):
-            raise TypeError(
-                f"in_channels, out_channels and groups must be ints, got {(in_channels, out_channels, groups)}"
-            )
         if groups < 1 or in_channels < 1 or out_channels < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}, all positive"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ def test_wrong_padding_is_named(padding, stride, error) -> None:
         resolve_padding(padding, (3, 3), stride, (1, 1))
 
 
-@pytest.mark.parametrize("value", [1.5, (1, 2, 3), "3", (1, None), True, (), None])
+@pytest.mark.parametrize("value", [1.5, (1, 2, 3), "3", (1, None), True, (), None, np.True_])
 def test_what_is_no_pair_of_ints_is_a_type_error(value) -> None:
     with pytest.raises(TypeError, match="stride"):
         pair(value, "stride", 1)
@@ -83,6 +84,12 @@ def test_what_is_no_pair_of_ints_is_a_type_error(value) -> None:
 def test_a_pair_below_its_least_value_is_a_value_error(value) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         pair(value, "stride", 1)
+
+
+def test_numpys_integers_become_ints() -> None:
+    numbers = pair((np.int64(2), np.uint8(1)), "stride", 1)
+    assert numbers == (2, 1)
+    assert [type(n) for n in numbers] == [int, int]
 
 
 def test_one_number_serves_both_directions() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
-from stripe_kernels import StripeConv2d, freeze
+from stripe_kernels import StripeConv2d, freeze, save
 from stripe_kernels.compile import to_dense
 
 
@@ -188,6 +190,16 @@ def test_distributed_data_parallel_comes_off(tmp_path) -> None:  # type: ignore[
         dist.destroy_process_group()
     assert isinstance(frozen, nn.Sequential)
     assert isinstance(frozen[0], StripeConv2d)
+
+
+def test_a_network_built_with_numpys_integers(tmp_path: Path) -> None:
+    two = np.int64(2)
+    settings = {"stride": two, "padding": (two, two), "dilation": two, "groups": two}
+    model = nn.Sequential(nn.Conv2d(np.int64(4), np.int32(6), (np.int64(3), two), **settings))
+    live = skeleton(model[0])
+    frozen = freeze(model, {"0": live})
+    same(masked(model, {"0": live}), frozen, (2, 4, 9, 7))
+    save(frozen, tmp_path / "net")
 
 
 def test_refusals_name_the_reason() -> None:
