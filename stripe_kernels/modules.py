@@ -13,10 +13,11 @@ from torch.compiler import is_compiling
 
 from stripe_kernels import functional, ops, snapshots
 from stripe_kernels.front import ShortWay
-from stripe_kernels.geometry import as_int, pair, resolve_padding
+from stripe_kernels.geometry import IntPair, as_int, pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel")
 
 
 class StripeConv2d(nn.Module):
@@ -25,7 +26,9 @@ class StripeConv2d(nn.Module):
     weight  Parameter [A, C/groups]: live stripes in the order skeleton.nonzero() gives
     bias    Parameter [K] or None
     skeleton  buffer, bool [K, R, S]
-    kernel  "auto" or a name from list_kernels(); may be assigned
+    kernel  "auto" or a name from list_kernels()
+
+    stride, padding, dilation, groups, padding_mode and kernel may be assigned, and calls follow.
 
     In inference the kernel's own form of the weight is kept until the parameter changes, moves, is loaded or the layer
     trains; after writing through ``layer.weight.data`` call ``layer.repack()``.
@@ -40,6 +43,12 @@ class StripeConv2d(nn.Module):
 
     skeleton: Tensor
     bias: nn.Parameter | None
+    stride: IntPair
+    padding: Any
+    dilation: IntPair
+    groups: int
+    padding_mode: Any
+    kernel: str
 
     def __init__(
         self,
@@ -59,48 +68,57 @@ class StripeConv2d(nn.Module):
     ) -> None:
         super().__init__()
         live = functional.as_skeleton(skeleton)
-        self.in_channels = in_channels = as_int(in_channels, "in_channels")
-        self.out_channels = out_channels = as_int(out_channels, "out_channels")
-        self.groups = groups = as_int(groups, "groups")
+        self.in_channels = as_int(in_channels, "in_channels")
+        self.out_channels = as_int(out_channels, "out_channels")
         self.kernel_size = pair(kernel_size, "kernel_size", 1)
-        self.stride, self.dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-        self.padding: Any = padding if isinstance(padding, str) else pair(padding, "padding", 0)
-        self.padding_mode: Any = padding_mode
-        if groups < 1 or in_channels < 1 or out_channels < 1 or in_channels % groups or out_channels % groups:
-            raise ValueError(
-                f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}, all positive"
-            )
-        if live.shape != (out_channels, *self.kernel_size):
-            raise ValueError(
-                f"skeleton is {list(live.shape)} but the filter has K={out_channels} and {self.kernel_size} taps"
-            )
-        if padding_mode not in _PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}")
-        resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
+        self._bind(
+            live, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
+            kernel="auto",
+        )  # fmt: skip
         factory = {"device": device, "dtype": dtype}
         with torch.inference_mode(
             False
         ):  # inference tensors have no version: a change of theirs could not be seen
-            self.weight = nn.Parameter(torch.empty(live.stripes, in_channels // groups, **factory))
+            self.weight = nn.Parameter(torch.empty(live.stripes, self.in_channels // self.groups, **factory))
             self.register_parameter(
-                "bias", nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
+                "bias", nn.Parameter(torch.empty(self.out_channels, **factory)) if bias else None
             )
             self.register_buffer("skeleton", torch.tensor(live.live, device=device))
-        self._kernel = "auto"
-        self._bind(live)
         self.reset_parameters()
 
-    def _bind(self, live: FilterSkeleton) -> None:
-        """Derives what calls need from the settings; called when the skeleton or the kernel changes."""
-        self.filter_skeleton = live
-        pads = resolve_padding(self.padding, self.kernel_size, self.stride, self.dilation)
-        top, left, bottom, right = pads
-        self._explicit_pad = (
-            (left, right, top, bottom) if self.padding_mode != "zeros" and any(pads) else None
+    def _bind(self, live: FilterSkeleton, **changed: Any) -> None:
+        """Checks the skeleton and the settings and derives what calls need from them: of a new layer, and where they
+        change. Where it raises, the layer is as it was."""
+        stride, padding, dilation, groups, mode, kernel = (
+            changed[name] if name in changed else getattr(self, name) for name in _SETTINGS
         )
-        inner = (0, 0, 0, 0) if self._explicit_pad else pads
+        stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+        padding = padding if isinstance(padding, str) else pair(padding, "padding", 0)
+        c, k, groups = self.in_channels, self.out_channels, as_int(groups, "groups")
+        if groups < 1 or c < 1 or k < 1 or c % groups or k % groups:
+            raise ValueError(
+                f"groups={groups} must divide in_channels={c} and out_channels={k}, all positive"
+            )
+        if live.shape != (k, *self.kernel_size):
+            raise ValueError(
+                f"skeleton is {list(live.shape)} but the filter has K={k} and {self.kernel_size} taps"
+            )
+        if mode not in _PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {', '.join(_PADDING_MODES)}, got {mode!r}")
+        pads = resolve_padding(padding, self.kernel_size, stride, dilation)
+        top, left, bottom, right = pads
+        explicit = (left, right, top, bottom) if mode != "zeros" and any(pads) else None
+        inner = (0, 0, 0, 0) if explicit else pads
+        op = ops.StripeOp.of(live.text, stride, inner, dilation, groups, kernel)
+        vars(self).update(zip(_SETTINGS, (stride, padding, dilation, groups, mode, kernel), strict=True))
+        self.filter_skeleton, self._explicit_pad, self._op = live, explicit, op
         self._short = ShortWay(), ShortWay()  # of calls without gradients, and with them
-        self._op = ops.StripeOp.of(live.text, self.stride, inner, self.dilation, self.groups, self._kernel)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SETTINGS:
+            self._bind(self.filter_skeleton, **{name: value})
+        else:
+            super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """As nn.Conv2d: uniform in +-1/sqrt(fan_in), fan_in counted over the live stripes of an average filter."""
@@ -110,16 +128,6 @@ class StripeConv2d(nn.Module):
             self.weight.uniform_(-bound, bound)
             if self.bias is not None:
                 self.bias.uniform_(-bound, bound)
-
-    @property
-    def kernel(self) -> str:
-        """The kernel's name, or "auto"."""
-        return self._kernel
-
-    @kernel.setter
-    def kernel(self, name: str) -> None:
-        self._kernel = name
-        self._bind(self.filter_skeleton)
 
     @property
     def density(self) -> float:

@@ -134,6 +134,52 @@ def test_the_kernel_may_be_assigned(kernel: str) -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
+ASSIGNED = {
+    "stride": {"stride": 2},
+    "padding": {"padding": (0, 1)},
+    "same padding": {"padding": "same"},
+    "dilation": {"dilation": (2, 1)},
+    "groups": {"groups": 2},
+    "padding mode": {"padding_mode": "reflect"},
+}
+
+
+@pytest.mark.parametrize("what", ASSIGNED)
+@pytest.mark.parametrize("way", ["called", "compiled"])
+def test_a_setting_may_be_assigned(what: str, way: str) -> None:
+    """As nn.Conv2d's, which are read at each call."""
+    layer = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, C, 3, padding=1)))
+    call, x = layer, torch.randn(2, C, 7, 7)
+    if way == "compiled":
+        torch._dynamo.reset()
+        call = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):  # the third is short
+            call(x)
+        for name, value in ASSIGNED[what].items():
+            setattr(layer, name, value)
+        if what == "groups":
+            layer.weight = nn.Parameter(layer.weight[:, :3].clone())
+        expected = StripeConv2d.from_conv2d(layer.to_conv2d())
+        assert repr(expected) == repr(layer)
+        for _ in range(3):
+            torch.testing.assert_close(call(x), expected(x))
+        torch.testing.assert_close(call(x), layer.to_conv2d()(x))
+        assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_a_setting_that_is_refused_changes_nothing() -> None:
+    layer = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3, padding="same")))
+    x, before = torch.randn(1, C, 6, 6), repr(layer)
+    expected = layer(x)
+    wrong = {"stride": 2, "padding": -1, "dilation": 0, "groups": 5, "padding_mode": "mirror"}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=name if name != "stride" else "strided"):
+            setattr(layer, name, value)
+    assert repr(layer) == before
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("mode", ["contiguous", "channels_last"])
 def test_the_output_follows_the_inputs_memory_format(mode: str) -> None:
     memory_format = torch.channels_last if mode == "channels_last" else torch.contiguous_format
