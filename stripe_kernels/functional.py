@@ -10,11 +10,12 @@ from stripe_kernels import ops
 from stripe_kernels.geometry import as_int, pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
 
-_skeletons: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_skeletons: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of other devices than the CPU
 
 
 def as_skeleton(skeleton: Tensor | FilterSkeleton) -> FilterSkeleton:
-    """A FilterSkeleton from a bool tensor [K, R, S] (read on the host once per tensor and version) or as given."""
+    """A FilterSkeleton from a bool tensor [K, R, S] or as given. A tensor of a device, which has to be waited for, is
+    read once per version; one of the CPU at every call, since numpy and .data change it without a mark."""
     if isinstance(skeleton, FilterSkeleton):
         return skeleton
     if not isinstance(skeleton, Tensor):
@@ -23,7 +24,7 @@ def as_skeleton(skeleton: Tensor | FilterSkeleton) -> FilterSkeleton:
         )
     if skeleton.dtype != torch.bool:
         raise TypeError(f"skeleton must be bool [K, R, S], got {skeleton.dtype} {list(skeleton.shape)}")
-    if skeleton.is_inference():
+    if skeleton.is_cpu or skeleton.is_inference():
         return FilterSkeleton(skeleton.cpu().numpy())
     state = (skeleton.data_ptr(), skeleton._version)
     known, live = _skeletons.get(skeleton) or (None, None)
