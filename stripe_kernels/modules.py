@@ -20,6 +20,14 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel")
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """nn.Conv2d, or a subclass that computes what nn.Conv2d does."""
+    if not isinstance(module, nn.Conv2d):
+        return False
+    kind = type(module)
+    return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+
+
 class StripeConv2d(nn.Module):
     """A convolution over the live stripes of a filter; nn.Conv2d's signature plus `skeleton`, bool [K, R, S].
 
@@ -158,8 +166,11 @@ class StripeConv2d(nn.Module):
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, skeleton: Tensor | FilterSkeleton | None = None) -> StripeConv2d:
         """The live stripes of a convolution. Without a skeleton, stripes that are entirely zero are dead."""
-        if type(conv).__name__ in ("LazyConv2d",) or not isinstance(conv, nn.Conv2d):
-            raise TypeError(f"from_conv2d takes an initialised nn.Conv2d, got {type(conv).__name__}")
+        if isinstance(conv, nn.LazyConv2d) or not is_convolution(conv):
+            raise TypeError(
+                "from_conv2d takes an initialised nn.Conv2d, or a subclass that computes what it does, "
+                f"got {type(conv).__name__}"
+            )
         weight = conv.weight.detach()
         if skeleton is None:
             skeleton = (weight != 0).any(1)
@@ -173,7 +184,7 @@ class StripeConv2d(nn.Module):
             layer.weight.copy_(weight.permute(0, 2, 3, 1)[layer.skeleton])
             if conv.bias is not None and layer.bias is not None:
                 layer.bias.copy_(conv.bias)
-        layer.weight.requires_grad_(conv.weight.requires_grad)
+        _same_flags(conv, layer)
         return layer.train(conv.training)
 
     def dense_weight(self) -> Tensor:
@@ -191,6 +202,7 @@ class StripeConv2d(nn.Module):
             conv.weight.copy_(self.dense_weight())
             if self.bias is not None and conv.bias is not None:
                 conv.bias.copy_(self.bias)
+        _same_flags(self, conv)
         return conv.train(self.training)
 
     def train(self, mode: bool = True) -> StripeConv2d:
@@ -253,3 +265,10 @@ class StripeConv2d(nn.Module):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
         return text + (", bias=False" if self.bias is None else "")
+
+
+def _same_flags(source: nn.Conv2d | StripeConv2d, target: nn.Conv2d | StripeConv2d) -> None:
+    """What trains of one layer trains of the other."""
+    target.weight.requires_grad_(source.weight.requires_grad)
+    if source.bias is not None and target.bias is not None:
+        target.bias.requires_grad_(source.bias.requires_grad)

@@ -158,6 +158,19 @@ def test_from_conv2d_takes_conv2d_only(module) -> None:
         StripeConv2d.from_conv2d(module)
 
 
+def test_from_conv2d_takes_no_subclass_that_computes_something_else() -> None:
+    class Standardised(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+    class Named(nn.Conv2d):
+        pass
+
+    assert StripeConv2d.from_conv2d(Named(2, 2, 1)).density == 1
+    with pytest.raises(TypeError, match="computes what it does, got Standardised"):
+        StripeConv2d.from_conv2d(Standardised(2, 2, 1))
+
+
 @kernels
 def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(kernel: str) -> None:
     x, weight, bias = (

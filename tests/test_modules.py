@@ -119,9 +119,13 @@ def test_a_given_skeleton_decides_whatever_the_values() -> None:
     assert torch.equal(StripeConv2d.from_conv2d(conv, FilterSkeleton(live.numpy())).weight, layer.weight)
 
 
-def test_a_frozen_weight_stays_frozen() -> None:
-    conv = nn.Conv2d(C, K, 3).requires_grad_(False)
-    assert not StripeConv2d.from_conv2d(conv).weight.requires_grad
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_what_is_frozen_stays_frozen_both_ways(frozen: str) -> None:
+    conv = nn.Conv2d(C, K, 3)
+    conv.get_parameter(frozen).requires_grad_(False)
+    layer = StripeConv2d.from_conv2d(conv)
+    for twin in (layer, layer.to_conv2d()):
+        assert [n for n, p in twin.named_parameters() if not p.requires_grad] == [frozen]
 
 
 @pytest.mark.parametrize("kernel", ["auto", "dense", "reference"])

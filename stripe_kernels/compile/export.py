@@ -87,7 +87,6 @@ def _quiet() -> Iterator[None]:
 
 def _dense(layer: StripeConv2d) -> nn.Conv2d:
     conv = layer.to_conv2d()
-    conv.weight.requires_grad_(layer.weight.requires_grad)
     if layer.bias is not None:
         conv.bias = layer.bias
     move_hooks(layer, conv)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stripe_kernels.compile.unwrap import clone, move_hooks, plain_names, replace_modules
 from stripe_kernels.functional import as_skeleton
-from stripe_kernels.modules import StripeConv2d
+from stripe_kernels.modules import StripeConv2d, is_convolution
 from stripe_kernels.skeleton import FilterSkeleton
 
 Skeletons = Mapping[str, "Tensor | FilterSkeleton"]
@@ -78,14 +78,6 @@ def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
 
 def _zeros_of(conv: Any) -> FilterSkeleton:
     return as_skeleton((conv.weight != 0).any(1))
-
-
-def is_convolution(module: nn.Module) -> bool:
-    """nn.Conv2d, or a subclass that computes what nn.Conv2d does."""
-    if not isinstance(module, nn.Conv2d):
-        return False
-    kind = type(module)
-    return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
 
 
 def _named(
