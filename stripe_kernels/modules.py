@@ -91,7 +91,7 @@ class StripeConv2d(nn.Module):
             self.register_parameter(
                 "bias", nn.Parameter(torch.empty(self.out_channels, **factory)) if bias else None
             )
-            self.register_buffer("skeleton", torch.tensor(live.live, device=device))
+            self.register_buffer("skeleton", self._live(device))
         self.reset_parameters()
 
     def _bind(self, live: FilterSkeleton, **changed: Any) -> None:
@@ -127,6 +127,9 @@ class StripeConv2d(nn.Module):
             self._bind(self.filter_skeleton, **{name: value})
         else:
             super().__setattr__(name, value)
+
+    def _live(self, device: Any = None) -> Tensor:
+        return torch.tensor(self.filter_skeleton.live, device=device)
 
     def reset_parameters(self) -> None:
         """As nn.Conv2d: uniform in +-1/sqrt(fan_in), fan_in counted over the live stripes of an average filter."""
@@ -212,37 +215,47 @@ class StripeConv2d(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> StripeConv2d:
         self.repack()
         super()._apply(fn, recurse)
+        with torch.inference_mode(self.skeleton.is_inference()):
+            self.skeleton.copy_(
+                self._live()
+            )  # to_empty leaves no values, and this one is no parameter to fill later
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes a state with another skeleton too: the weight is resized to its live stripes. Of nn.Conv2d's state,
-        which has no skeleton, it takes the live stripes, and refuses values elsewhere."""
+        which has no skeleton, it takes the live stripes, and refuses values elsewhere. Where it refuses, the layer is
+        as it was."""
         self.repack()
-        saved = state_dict.get(prefix + "skeleton")
-        dense = state_dict.get(prefix + "weight")
-        if saved is None and dense is not None and dense.dim() == 4:
-            kept = self.skeleton.to(dense.device)
-            size = (kept.shape[0], self.weight.shape[1], *kept.shape[1:])
-            if tuple(dense.shape) == size:
-                lost = int(((dense != 0).any(1) & ~kept).sum())
-                if lost:
-                    args[-1].append(
-                        f"{prefix}weight has values in {lost} stripes that the skeleton counts as dead: "
-                        "load it into the dense model, and freeze that"
-                    )
-                stripes = dense.permute(0, 2, 3, 1)[kept]
-                state_dict = {**state_dict, prefix + "weight": stripes, prefix + "skeleton": self.skeleton}
-        if (
-            saved is not None
-            and tuple(saved.shape) == tuple(self.skeleton.shape)
-            and saved.dtype == torch.bool
-        ):
-            live = functional.as_skeleton(saved)
-            if live != self.filter_skeleton:
-                with torch.inference_mode(False):
-                    self.weight = nn.Parameter(self.weight.new_empty(live.stripes, self.weight.shape[1]))
-                self._bind(live)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        weight, skeleton = (state_dict.get(prefix + name) for name in ("weight", "skeleton"))
+        k, r, s = self.filter_skeleton.shape
+        wrong = None
+        if skeleton is None:
+            dense = (k, self.in_channels // self.groups, r, s)
+            if weight is not None and not weight.is_meta and tuple(weight.shape) == dense:
+                live = self._live(weight.device)
+                wrong = _values_in_dead_stripes(weight, live)
+                stripes = weight.permute(0, 2, 3, 1)[live]
+                state_dict = {**state_dict, prefix + "weight": stripes, prefix + "skeleton": live}
+        elif tuple(skeleton.shape) == (k, r, s) and not skeleton.is_meta:
+            wrong = self._take(functional.as_skeleton(skeleton.bool()), weight)
+        if wrong:
+            args[-1].append(f"{prefix}weight {wrong}")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _take(self, live: FilterSkeleton, weight: Tensor | None) -> str | None:
+        """Makes room for a weight with another skeleton, or says why not. The Parameter stays: optimizers hold it."""
+        own, size = self._parameters.get("weight"), (live.stripes, self.in_channels // self.groups)
+        if live == self.filter_skeleton:
+            return None
+        if own is None or weight is None or tuple(weight.shape) != size:
+            found = "is missing" if weight is None else f"is {list(weight.shape)}"
+            return f"{found} but its skeleton has {live.stripes} live stripes: size mismatch, expected {list(size)}"
+        with torch.inference_mode(False), torch.no_grad():
+            own.set_(own.new_empty(size))  # type: ignore[call-overload]
+        own.grad = None
+        self._bind(live)
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_op", "_short")}
@@ -265,6 +278,14 @@ class StripeConv2d(nn.Module):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
         return text + (", bias=False" if self.bias is None else "")
+
+
+def _values_in_dead_stripes(weight: Tensor, live: Tensor) -> str | None:
+    lost = int(((weight != 0).any(1) & ~live).sum())
+    if not lost:
+        return None
+    found = f"has values in {lost} stripes that the skeleton counts as dead"
+    return f"{found}: load it into the dense model, and freeze that"
 
 
 def _same_flags(source: nn.Conv2d | StripeConv2d, target: nn.Conv2d | StripeConv2d) -> None:

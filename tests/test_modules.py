@@ -249,14 +249,57 @@ def test_state_dict_both_ways() -> None:
     assert torch.equal(strict(x), expected)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_state_with_another_skeleton_keeps_the_parameter(trains: bool) -> None:
+    """An optimizer made before goes on with it, whatever graphs of the old one are alive."""
+    layer, other = (StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3), d)) for d in (0.3, 0.7))
+    layer.weight.requires_grad_(trains)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    weight, x = layer.weight, torch.randn(1, C, 6, 6)
+    old = layer(x)
+    old.sum().backward()
+    layer.load_state_dict(other.state_dict())
+    assert layer.weight is weight
+    assert torch.equal(weight, other.weight)
+    assert weight.requires_grad == trains
+    assert weight.grad is None
+    layer(x).sum().backward()
+    other(x).sum().backward()
+    optimizer.step()
+    step = -0.1 * other.weight.grad if trains else 0
+    torch.testing.assert_close(weight, other.weight + step)
+    torch.testing.assert_close(layer(x), layer.to_conv2d()(x))
+
+
 def test_a_state_that_does_not_fit_is_refused_with_its_sizes() -> None:
     layer = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3)))
+    before = copy.deepcopy(layer.state_dict())
+    fits = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3), 0.7)).state_dict()
+    states = [fits | {"weight": fits["weight"][1:]}, {n: t for n, t in fits.items() if n != "weight"}]
     for other in (nn.Conv2d(C, K, (2, 3)), nn.Conv2d(C, K + 1, 3), nn.Conv2d(C + 1, K, 3)):
-        state = StripeConv2d.from_conv2d(other).state_dict()
-        with pytest.raises(RuntimeError, match=r"size mismatch|\["):
+        states.append(StripeConv2d.from_conv2d(other).state_dict())
+    states.append(nn.Conv2d(C, K, 3).state_dict())  # with values in dead stripes
+    for state in states:
+        with pytest.raises(RuntimeError, match=r"size mismatch|\[|has values in"):
             layer.load_state_dict(state)
+        assert torch.equal(layer.skeleton, before["skeleton"])
+        assert torch.equal(layer.weight, before["weight"])
     with pytest.raises(RuntimeError, match="skeleton"):
         layer.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+
+
+def test_a_layer_made_without_memory_knows_its_skeleton() -> None:
+    live, x = live_stripes("random", (K, 3, 3), 0.4, 0), torch.randn(1, C, 6, 6)
+    empty = StripeConv2d(C, K, 3, skeleton=live, device="meta").to_empty(device="cpu")
+    empty.reset_parameters()
+    skipped = nn.utils.skip_init(StripeConv2d, C, K, 3, skeleton=live)
+    dense = StripeConv2d(C, K, 3, skeleton=live).to_conv2d()
+    loaded = StripeConv2d(C, K, 3, skeleton=live, device="meta")
+    loaded.load_state_dict(dense.state_dict(), assign=True)
+    for layer in (empty, skipped, loaded):
+        assert torch.equal(layer.skeleton, torch.from_numpy(live.live.copy()))
+    torch.testing.assert_close(loaded(x), dense(x))
+    torch.testing.assert_close(empty(x), empty.to_conv2d()(x))
 
 
 def test_data_parallel_training_takes_the_same_steps() -> None:
