@@ -26,11 +26,11 @@ def make(text: str) -> tuple[nn.Module, Tensor | None]:
     source, _, attribute = text.rpartition(":") if ":" in text else (text, "", "")
     names = _names(source)
     if attribute not in names:
-        callables = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
+        valid = _factories(names, attribute)
         if not attribute:
-            choice = ", ".join(f"{source}:{name}" for name in callables) or "none is in it"
+            choice = ", ".join(f"{source}:{name}" for name in valid) or "none is in it"
             raise ValueError(f"{source} needs the name of a factory: {choice}")
-        raise ValueError(nearest(f"factory of {source}", attribute, callables))
+        raise ValueError(nearest(f"factory of {source}", attribute, valid))
     made = names[attribute]
     if not isinstance(made, nn.Module):
         if not callable(made):
@@ -41,6 +41,19 @@ def make(text: str) -> tuple[nn.Module, Tensor | None]:
         said = textwrap.shorten(f"{type(made).__name__} {made!r}", 80, placeholder=" ...")
         raise ValueError(f"{text} returned {said}: expected nn.Module, or (nn.Module, Tensor)")
     return model, example
+
+
+def _factories(names: dict[str, Any], near: str) -> list[str]:
+    """What may be meant: callables that the module itself defines, its models, and an imported name only where it comes
+    near or nothing else is there."""
+    public = {name: value for name, value in names.items() if callable(value) and not name.startswith("_")}
+    own = [
+        name
+        for name, value in public.items()
+        if isinstance(value, nn.Module) or getattr(value, "__module__", None) == names["__name__"]
+    ]
+    imported = [name for name in public if name not in own]
+    return [*own, *difflib.get_close_matches(near, imported, n=1)] or imported
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class StripeLoss(nn.Module):
     """Call it on the task's loss in every training step; it runs the schedule of the gates it finds in
     `model`.
 
-    budget: share of MACs to keep, 0..1. steps: how many times it will be called in training.
+    budget: share of MACs to keep, 0..1. steps: how many times it will be called in training; it warns of a call more.
     warmup, meet, settle: shares of `steps`: gates switch on; the target has reached the budget; skeletons
     are fixed exactly.
     kappa: strength of the link to the output loss. adaptive=False: lambda stays at `pressure` (no dual step).
@@ -131,8 +131,15 @@ class StripeLoss(nn.Module):
     ):
         super().__init__()
         check_schedule(warmup, meet, settle)
-        if not 0 < budget <= 1 or steps < 1:
-            raise ValueError(f"need 0 < budget <= 1 and steps >= 1, got {budget} and {steps}")
+        if isinstance(budget, str):
+            raise ValueError(
+                f"need a share as the budget, got {budget!r}: a time is for recipes and the command line; in a loop of "
+                f"one's own attach(..., prices=...) lets the share be one of milliseconds (iessp.latency)"
+            )
+        if not 0 < budget <= 1 or steps < 1 or steps % 1:
+            raise ValueError(
+                f"need 0 < budget <= 1 and a whole number of steps >= 1, got {budget} and {steps}"
+            )
         found = gates(model)
         # Whole filters are given their budget after compaction, of which the cut alone can tell.
         by_stripes = not any(gate.whole_filters for gate in found.values())
@@ -173,6 +180,12 @@ class StripeLoss(nn.Module):
     def forward(self, task_loss: Tensor) -> Tensor:
         if not self.training:
             return task_loss
+        if int(self.step) == self.steps:
+            warnings.warn(
+                f"StripeLoss was to be called {self.steps} times in training, and its schedule ended with them: count "
+                f"every step of every epoch, and put it into eval() for losses that are not trained on",
+                stacklevel=4,
+            )
         self._follow(task_loss.detach().float())
         found = gates(self.model).values()
         # Times zero: DDP waits for a gradient of every parameter, in every phase.

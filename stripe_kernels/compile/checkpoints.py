@@ -4,6 +4,7 @@ torch.nn.utils.prune         NAME_orig, NAME_mask               NAME = NAME_orig
 Pruning Filter in Filter     weight, FilterSkeleton [K, R, S]   weight * FilterSkeleton[:, None]
   the same, broken up        weight [A, C, 1, 1], live stripes tap by tap, FilterSkeleton bool
 NNCF                         a binary mask among its hooks      NAME * mask
+gates of iessp, settled      weight under a parametrization     original * value[:, None], value [K, R, S]
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _NNCF_MASK = re.compile(r"__nncf_hooks\.(?:pre|post)_hooks\.(.+)__\d+\.\d+\.binary_mask")
+_GATE = re.compile(r"(.*\.)?parametrizations\.weight\.0\._extra_state")
 _SKELETON = "FilterSkeleton"  # the name Pruning Filter in Filter gave it
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -23,11 +25,11 @@ _PREFIXES = ("module.", "_orig_mod.")
 def plain_state(state: Mapping[str, Tensor], threshold: float = 0.0) -> dict[str, Tensor]:
     """A state_dict for the plain model, in which a pruned stripe is a stripe of zeros; `state` is not touched.
 
-    Masks of torch.nn.utils.prune, of NNCF and of Pruning Filter in Filter are multiplied into the weights they
-    belong to, prefixes of DataParallel and torch.compile are taken off; every other entry stays as it is.
+    Masks of torch.nn.utils.prune, of NNCF and of Pruning Filter in Filter and gates of iessp are multiplied into the
+    weights they belong to, prefixes of DataParallel and torch.compile are taken off; every other entry stays as it is.
     threshold: a FilterSkeleton value of at most this magnitude is a dead stripe.
 
-    Raises ValueError for a mask whose weight is missing or has another shape.
+    Raises ValueError for a mask whose weight is missing or has another shape, and for gates that have not settled.
 
     >>> import torch
     >>> from stripe_kernels import plain_state
@@ -46,6 +48,9 @@ def plain_state(state: Mapping[str, Tensor], threshold: float = 0.0) -> dict[str
             weight = name.removesuffix(_SKELETON) + "weight"
             plain[weight] = _whole(_weight_of(plain, weight, name), value, threshold, name)
             del plain[name]
+        elif found := _GATE.fullmatch(name):
+            layer = found[1] or ""
+            plain[f"{layer}weight"] = _gated(plain, f"{layer}parametrizations.weight.", value)
     for prefix in _PREFIXES * 2:  # of two wrappers, either outside
         if plain and all(name.startswith(prefix) for name in plain):
             plain = {name.removeprefix(prefix): value for name, value in plain.items()}
@@ -62,6 +67,14 @@ def _masked(weight: Tensor, mask: Tensor, name: str) -> Tensor:
     if mask.shape != weight.shape:
         raise ValueError(f"{name} is {list(mask.shape)} but its weight is {list(weight.shape)}")
     return torch.where(mask != 0, weight * mask, 0)  # a dead weight may be infinite
+
+
+def _gated(state: dict[str, Tensor], prefix: str, extra: Any) -> Tensor:
+    """The weight as its settled gate lets it through; takes what belongs to the gate out of `state`."""
+    gate = {name.removeprefix(prefix): state.pop(name) for name in [*state] if name.startswith(prefix)}
+    if extra["phase"] != "settled":
+        raise ValueError(f"{prefix}0 is a gate that still learns what to keep: save what iessp.freeze gives")
+    return torch.where(gate["0.value"][:, None] != 0, gate["original"] * gate["0.value"][:, None], 0)
 
 
 def _whole(weight: Tensor, skeleton: Tensor, threshold: float, name: str) -> Tensor:

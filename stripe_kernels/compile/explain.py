@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stripe_kernels.compile import ordinary, page
-from stripe_kernels.compile.network import Network, report_of, threads_of
+from stripe_kernels.compile.network import Network, as_inputs, report_of, threads_of
 from stripe_kernels.compile.tune import Site, sites
 from stripe_kernels.plan import PREDICTED_MARGIN, Candidate, Plan
 from stripe_kernels.roof import Roof
@@ -172,9 +172,9 @@ def explain(
     `Roof.probe(dtype, threads)`, to state times as shares of it. Ordinary convolutions and linear layers are summed
     up, and part of the total; seconds: time spent on measuring them, which nothing else does.
     """
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    inputs = as_inputs(example_input)
     with threads_of(model, inputs):
-        found = sites(model, example_input)
+        found = sites(model, inputs)
     inside = "body." if isinstance(model, Network) else ""
     rows = [_row(site, site.name.removeprefix(inside), roof) for site in found]
     others = ordinary.rows(model, inputs, seconds)

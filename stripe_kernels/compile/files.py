@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from stripe_kernels.compile import choices, vocabulary
-from stripe_kernels.compile.network import Network
+from stripe_kernels.compile.network import Network, as_inputs
 from stripe_kernels.compile.trace import WAY_OUT, line_of, trace
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.skeleton import FilterSkeleton
@@ -59,6 +59,7 @@ def save(
     # Imported here: kernels are checked and timed on machines that have torch and nothing else.
     from safetensors.torch import save as serialize
 
+    inputs = _inputs(model, example_input)
     network = trace(model)
     graph = _graph_json(network)
     tensors = _tensors(network, graph)
@@ -67,7 +68,7 @@ def save(
         graph["network"] = {
             name: getattr(model, name) for name in ("report", "resident_from", "lane_vectors", "alone_up_to")
         }
-    if (inputs := _inputs(model, example_input)) is not None:
+    if inputs is not None:
         graph["inputs"] = vocabulary.encode([(list(size), dtype) for size, dtype in inputs])
     text = json.dumps(graph, separators=(",", ":"), sort_keys=True)
     metadata = {_KEY: text, "sha256": _checksum(text, tensors)}
@@ -119,7 +120,7 @@ def example_input(path: str | os.PathLike[str]) -> tuple[Tensor, ...] | None:
 def _inputs(model: nn.Module, given: Tensor | tuple[Tensor, ...] | None) -> Inputs | None:
     if given is None:
         return model.inputs if isinstance(model, Network) else None
-    return [(tuple(x.shape), x.dtype) for x in (given if isinstance(given, tuple) else (given,))]
+    return [(tuple(x.shape), x.dtype) for x in as_inputs(given)]
 
 
 def _decoded(inputs: Any) -> Inputs | None:

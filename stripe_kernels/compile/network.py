@@ -215,6 +215,16 @@ def report_of(model: nn.Module) -> list[str] | None:
     return report if isinstance(report, list) and all(isinstance(line, str) for line in report) else None
 
 
+def as_inputs(example_input: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a network is called with; TypeError for what is neither a tensor nor a tuple of tensors."""
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        kinds = ", ".join(type(x).__name__ for x in inputs)
+        got = f"a tuple of ({kinds})" if isinstance(example_input, tuple) else kinds
+        raise TypeError(f"example_input must be a tensor or a tuple of tensors, got {got}")
+    return inputs
+
+
 @contextmanager
 def threads_of(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[None]:
     """torch's number of threads is the one that `model` uses on `inputs`, for a while."""
@@ -238,7 +248,12 @@ def _runs_itself(inputs: tuple[Any, ...]) -> bool:
     if not (ops._nobody_listens() and ops._plain(*inputs)):
         return False
     grad = torch.is_grad_enabled()
-    return not any((grad and x.requires_grad) or torch.is_autocast_enabled(x.device.type) for x in inputs)
+    try:
+        return not any((grad and x.requires_grad) or torch.is_autocast_enabled(x.device.type) for x in inputs)
+    except (
+        AttributeError
+    ):  # None, which an operator's optional tensors may be: the layer that it comes to says so
+        return False
 
 
 def _conditions() -> Any:

@@ -24,7 +24,7 @@ from stripe_kernels.compile.graph import (
     without_side_effects,
 )
 from stripe_kernels.compile.layers import Filter, FusedConv2d
-from stripe_kernels.compile.network import Network, report_of
+from stripe_kernels.compile.network import Network, as_inputs, report_of
 from stripe_kernels.compile.race import CLEARLY, Ratio, race
 from stripe_kernels.compile.shrink import shrink
 from stripe_kernels.compile.trace import trace
@@ -67,11 +67,15 @@ def optimize(
     >>> frozen = freeze(model, {"0": torch.rand(8, 3, 3) < 0.4})
     >>> fast = optimize(frozen, torch.randn(1, 3, 16, 16))  # doctest: +SKIP
     """
-    example = example_input if isinstance(example_input, tuple) else (example_input,)
+    example = as_inputs(example_input)
     original = clone(model).eval().requires_grad_(False)
     if isinstance(original, Network):
         tune(original, example, folder=folder, cuda_graphs=cuda_graphs)
         return original
+    if not any(x.numel() for x in example):
+        return _keep(
+            original, example, folder, f"the example {list(example[0].shape)} holds no values to compare"
+        )
     try:
         network = _fastest(original, example, folder, cuda_graphs)
         if torch.get_num_threads() > 1 and _is_short(network, example):

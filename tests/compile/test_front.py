@@ -129,7 +129,7 @@ def test_forward_mode_is_refused_not_dropped(network: Network, x: Tensor) -> Non
 
 @pytest.mark.parametrize("wrong", [(), (1,), ("two", "many"), (None,)])
 def test_wrong_inputs_say_what_they_said(wrong: tuple[Any, ...], network: Network) -> None:
-    with pytest.raises((TypeError, RuntimeError, ValueError, AttributeError)) as expected:
+    with pytest.raises((TypeError, RuntimeError, ValueError)) as expected:
         network.forward(*wrong)
     with pytest.raises(type(expected.value)) as said:
         network(*wrong)

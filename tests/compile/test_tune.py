@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import stripe_kernels
-from stripe_kernels import StripeConv2d, explain, freeze, optimize, plan, tune
+from stripe_kernels import StripeConv2d, explain, freeze, optimize, plan, save, tune
 from stripe_kernels.compile import cache
 from stripe_kernels.compile import race as racing
 from stripe_kernels.compile.exact import check_exact
@@ -451,6 +451,24 @@ def test_what_is_no_module_is_named() -> None:
     for verb in (tune, explain, optimize):
         with pytest.raises(TypeError, match=r"expected an nn\.Module, got int"):
             verb(3, torch.randn(1, 3, 8, 8))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [[torch.ones(1, 4, 9, 8)], (1, 4, 9, 8), None, ()])
+def test_an_example_is_tensors(wrong: object, tmp_path: Path) -> None:
+    frozen, given = small()[0], r"example_input must be a tensor or a tuple of tensors, got "
+    calls = {verb.__name__: partial(verb, frozen) for verb in (tune, explain, optimize)}
+    if wrong is not None:
+        calls["save"] = partial(save, frozen, tmp_path / "net")
+    said = {"list": "list", "NoneType": "NoneType", "tuple": r"a tuple of \("}[type(wrong).__name__]
+    for call in calls.values():
+        with pytest.raises(TypeError, match=given + said):
+            call(wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_example_is_called_so() -> None:
+    with pytest.warns(UserWarning, match=r"the example \[0, 4, 9, 8\] holds no values to compare"):
+        optimize(small()[0], torch.ones(0, 4, 9, 8))
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,8 +252,36 @@ def test_a_budget_that_no_cut_can_meet_is_refused_before_any_training() -> None:
     iessp.StripeLoss(iessp.attach(iessp.detach(net), pointwise=True), budget=0.5, steps=10)
 
 
+def test_a_budget_of_time_is_not_for_loops_of_ones_own() -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    with pytest.raises(ValueError, match=r"share as the budget, got '2.5 ms': .* attach\(..., prices="):
+        iessp.StripeLoss(model, budget="2.5 ms", steps=10)  # type: ignore[arg-type]
+
+
+def test_calls_beyond_the_last_step_are_warned_of_once(recwarn: pytest.WarningsRecorder) -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    loss = iessp.StripeLoss(model, budget=0.5, steps=4)
+    train(model, loss, 3)
+    resumed = iessp.StripeLoss(model, budget=0.5, steps=4)
+    resumed.load_state_dict(loss.state_dict())
+    train(model, resumed, 1)
+    resumed.eval()(torch.tensor(1.0))
+    assert not [w for w in recwarn if "was to be called" in str(w.message)]
+    train(model, resumed.train(), 3)
+    (surplus,) = [w for w in recwarn if "was to be called 4 times" in str(w.message)]
+    assert surplus.filename == __file__
+
+
 @pytest.mark.parametrize(
-    "options", [{"warmup": 0.6, "meet": 0.5}, {"budget": 0.0}, {"budget": 1.5}, {"steps": 0}, {"settle": 0.3}]
+    "options",
+    [
+        {"warmup": 0.6, "meet": 0.5},
+        {"budget": 0.0},
+        {"budget": 1.5},
+        {"steps": 0},
+        {"steps": 2.5},
+        {"settle": 0.3},
+    ],
 )
 def test_impossible_schedules_are_refused(options: dict[str, float]) -> None:
     model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+import iessp
 from stripe_kernels import StripeConv2d, freeze, plain_state
 
 
@@ -162,6 +163,23 @@ def test_plain_zeros_and_their_checkpoints(prefix: str) -> None:
     assert all(torch.equal(s, live[name]) for name, s in skeletons(frozen).items())
     assert skeletons(frozen).keys() == live.keys()
     assert_same(model, frozen)
+
+
+def test_gates_of_ours() -> None:
+    """Settled, they are a weight; learning, what they keep is not in their state."""
+    model = iessp.attach(Net())
+    with pytest.raises(ValueError, match=r"parametrizations.weight.0 is a gate that still learns"):
+        plain_state(model.state_dict())
+    iessp.settle(model, 0.5)
+    plain = Net()
+    plain.load_state_dict(
+        plain_state({f"module.{name}": value for name, value in model.state_dict().items()})
+    )
+    masked = iessp.detach(copy.deepcopy(model)).state_dict()
+    assert all(torch.equal(value, masked[name]) for name, value in plain.state_dict().items())
+    alone = iessp.attach(nn.Sequential(nn.Conv2d(2, 3, 3)))
+    iessp.settle(alone, 0.5)
+    assert plain_state(alone[0].state_dict()).keys() == {"weight", "bias"}
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:

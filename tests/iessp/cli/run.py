@@ -14,6 +14,7 @@ from iessp import cli
 FACTORIES = """
 import torch
 from torch import nn
+from torch.nn import Sequential
 
 def make():
     layers = [nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 16, 3, stride=2)]

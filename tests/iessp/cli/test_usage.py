@@ -108,6 +108,10 @@ def test_help_suffices(
             'unknown factory of factories_of_a_user "mkae": did you mean "make"?',
         ),
         (
+            ("explain", "factories_of_a_user:sequental"),
+            'unknown factory of factories_of_a_user "sequental": did you mean "Sequential"?',
+        ),
+        (
             ("explain", "factories_of_a_user.py:number"),
             "returned int 3: expected nn.Module, or (nn.Module, Tensor)",
         ),
