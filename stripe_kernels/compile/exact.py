@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -47,6 +48,10 @@ def check_exact(original: nn.Module, network: nn.Module, example: tuple[Tensor, 
         for what, norm in _NORMS.items():
             error, their_error, least, largest = (_worst(norm(e[i]) for e in found) for i in range(4))
             budget = 2 * max(their_error, least) + 2 * torch.finfo(dtype).eps * largest
+            if not math.isfinite(budget):
+                raise ValueError(
+                    f"its own output in {dtype} is not finite, so there is nothing to compare with"
+                )
             if not error <= budget:
                 raise ValueError(
                     f"its {what} error against float64 would be {error:.3g}, more than {budget:.3g} "

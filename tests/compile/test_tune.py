@@ -6,6 +6,7 @@ import gc
 import importlib
 import itertools
 import json
+import math
 import random
 import subprocess
 import sys
@@ -464,6 +465,15 @@ def test_an_example_is_tensors(wrong: object, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match=given + said):
             call(wrong)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_output_that_is_not_finite_is_called_so(value: float) -> None:
+    model, x = small()
+    model[2].bias.data[1] = value
+    with pytest.warns(UserWarning, match="its own output in torch.float32 is not finite"):
+        kept = optimize(model, x)
+    assert not isinstance(kept, Network)
 
 
 def test_an_empty_example_is_called_so() -> None:
