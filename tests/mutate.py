@@ -262,7 +262,8 @@ FAULTS = {
         "csrc/cpu/fprop_taps.cpp",
         "      std::fill(panel + c * c_stride_ + zeros_, panel + (c + 1) * c_stride_, 0.f);\n",
         "      ;\n",
-        suite("test_fprop", "test_taps", only="taps_generic and (lopsided or pairs or reaches)"),
+        # Problems of many sizes in turn: a kernel finds zeros in memory that is new, and then no test notices.
+        ("-m", "tests.generate", "--kernel", "cpu_taps_generic", "--count", "60", "--seed", "3"),
     ),
     "memory read before it is written: sums of a matrix": Fault(
         "csrc/cpu/isa/matrix.h", "  (zero_matrix<I>(), ...);\n", "", MATRICES, "amx"
