@@ -16,6 +16,7 @@ from stripe_kernels.front import ShortWay
 from stripe_kernels.geometry import IntPair, as_int, pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel")
 
@@ -83,6 +84,8 @@ class StripeConv2d(nn.Module):
             live, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
             kernel="auto",
         )  # fmt: skip
+        if dtype is not None and dtype not in _DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         factory = {"device": device, "dtype": dtype}
         with torch.inference_mode(
             False

@@ -172,6 +172,13 @@ def test_a_setting_may_be_assigned(what: str, way: str) -> None:
         assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e5m2])
+def test_a_dtype_that_no_kernel_takes_is_refused_at_once(dtype: torch.dtype) -> None:
+    taken = r"torch.float32, torch.float64, torch.bfloat16, torch.float16, got "
+    with pytest.raises(TypeError, match=f"dtype must be one of {taken}{dtype}"):
+        StripeConv2d(C, K, 3, skeleton=torch.ones(K, 3, 3, dtype=torch.bool), dtype=dtype)
+
+
 def test_a_setting_that_is_refused_changes_nothing() -> None:
     layer = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3, padding="same")))
     x, before = torch.randn(1, C, 6, 6), repr(layer)
