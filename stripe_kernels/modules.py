@@ -132,6 +132,7 @@ class StripeConv2d(nn.Module):
             super().__setattr__(name, value)
 
     def _live(self, device: Any = None) -> Tensor:
+        """What the buffer `skeleton` holds."""
         return torch.tensor(self.filter_skeleton.live, device=device)
 
     def reset_parameters(self) -> None:
@@ -218,10 +219,9 @@ class StripeConv2d(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> StripeConv2d:
         self.repack()
         super()._apply(fn, recurse)
+        # to_empty leaves no values in it, and whoever fills the parameters then does not fill a buffer.
         with torch.inference_mode(self.skeleton.is_inference()):
-            self.skeleton.copy_(
-                self._live()
-            )  # to_empty leaves no values, and this one is no parameter to fill later
+            self.skeleton.copy_(self._live())
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -278,6 +278,17 @@ def test_a_state_with_another_skeleton_keeps_the_parameter(trains: bool) -> None
     torch.testing.assert_close(layer(x), layer.to_conv2d()(x))
 
 
+def test_layers_that_share_a_weight_load_another_skeleton() -> None:
+    first, other = (StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, C, 3, padding=1), d)) for d in (0.3, 0.7))
+    second = copy.deepcopy(first)
+    second.weight = first.weight
+    pair, state = nn.Sequential(first, second), nn.Sequential(other, other).state_dict()
+    pair.load_state_dict(state)
+    x = torch.randn(1, C, 6, 6)
+    assert first.weight is second.weight
+    assert torch.equal(pair(x), other(other(x)))
+
+
 def test_a_state_that_does_not_fit_is_refused_with_its_sizes() -> None:
     layer = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3)))
     before = copy.deepcopy(layer.state_dict())
