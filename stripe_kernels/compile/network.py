@@ -250,9 +250,7 @@ def _runs_itself(inputs: tuple[Any, ...]) -> bool:
     grad = torch.is_grad_enabled()
     try:
         return not any((grad and x.requires_grad) or torch.is_autocast_enabled(x.device.type) for x in inputs)
-    except (
-        AttributeError
-    ):  # None, which an operator's optional tensors may be: the layer that it comes to says so
+    except AttributeError:  # of None, an optional tensor to `_plain`: the layer that gets it says so
         return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -267,8 +268,10 @@ def test_calls_beyond_the_last_step_are_warned_of_once(recwarn: pytest.WarningsR
     train(model, resumed, 1)
     resumed.eval()(torch.tensor(1.0))
     assert not [w for w in recwarn if "was to be called" in str(w.message)]
-    train(model, resumed.train(), 3)
-    (surplus,) = [w for w in recwarn if "was to be called 4 times" in str(w.message)]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")  # the default would show one of a line
+        train(model, resumed.train(), 3)
+    (surplus,) = [w for w in seen if "was to be called 4 times" in str(w.message)]
     assert surplus.filename == __file__
 
 
