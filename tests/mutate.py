@@ -309,7 +309,7 @@ FAULTS = {
         "stripe_kernels/ops.py",
         "self._runners.pop(oldest, None)",
         "self._runners.pop(oldest)",
-        suite("test_threads", only="more_shapes"),
+        suite("test_threads", only="oldest_runner"),
     ),
     "resources: no memory": Fault(
         "csrc/cpu/parallel.cpp",

@@ -294,6 +294,22 @@ def test_many_threads_with_more_shapes_than_a_layer_remembers() -> None:
     assert len(op._runners) < 64 + 8
 
 
+def test_the_oldest_runner_may_be_gone() -> None:
+    """Another thread takes it when its key has been read: here always, above by chance."""
+
+    class Shared(dict):
+        def __iter__(self):
+            keys = list(super().__iter__())
+            self.pop(keys[0])
+            return iter(keys)
+
+    op = StripeOp(*CASES["pointwise"].arguments, "reference")
+    op._runners = Shared.fromkeys(range(64))
+    size = (1, CASES["pointwise"].shape.C, 2, 3)
+    assert op.runner("fprop", size, torch.empty(size)) in op._runners.values()
+    assert len(op._runners) == 64
+
+
 def test_threads_may_be_first_to_use_the_library() -> None:
     """Backends load on first use: a second thread must not find half of the kernels."""
     script = (
