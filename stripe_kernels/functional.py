@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from stripe_kernels import ops
@@ -11,6 +15,11 @@ from stripe_kernels.geometry import as_int, pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
 
 _skeletons: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of other devices than the CPU
+
+
+@lru_cache(maxsize=1024)
+def _of_values(values: bytes, shape: tuple[int, ...]) -> FilterSkeleton:
+    return FilterSkeleton(np.frombuffer(values, np.bool_).reshape(shape))
 
 
 def as_skeleton(skeleton: Tensor | FilterSkeleton) -> FilterSkeleton:
@@ -25,7 +34,8 @@ def as_skeleton(skeleton: Tensor | FilterSkeleton) -> FilterSkeleton:
     if skeleton.dtype != torch.bool:
         raise TypeError(f"skeleton must be bool [K, R, S], got {skeleton.dtype} {list(skeleton.shape)}")
     if skeleton.is_cpu or skeleton.is_inference():
-        return FilterSkeleton(skeleton.cpu().numpy())
+        values = skeleton.cpu().numpy()
+        return FilterSkeleton(values) if is_compiling() else _of_values(values.tobytes(), values.shape)
     state = (skeleton.data_ptr(), skeleton._version)
     known, live = _skeletons.get(skeleton) or (None, None)
     if live is None or known != state:

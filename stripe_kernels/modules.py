@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from stripe_kernels import functional, ops, snapshots
+from stripe_kernels import functional, ops, optimizers, snapshots
 from stripe_kernels.front import ShortWay
 from stripe_kernels.geometry import IntPair, as_int, pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel")
 
@@ -84,8 +84,8 @@ class StripeConv2d(nn.Module):
             live, stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
             kernel="auto",
         )  # fmt: skip
-        if dtype is not None and dtype not in _DTYPES:
-            raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         factory = {"device": device, "dtype": dtype}
         with torch.inference_mode(
             False
@@ -221,13 +221,13 @@ class StripeConv2d(nn.Module):
         super()._apply(fn, recurse)
         # to_empty leaves no values in it, and whoever fills the parameters then does not fill a buffer.
         with torch.inference_mode(self.skeleton.is_inference()):
-            self.skeleton.copy_(self._live())
+            self.skeleton.copy_(self._live(self.skeleton.device))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes a state with another skeleton too: the weight is resized to its live stripes. Of nn.Conv2d's state,
-        which has no skeleton, it takes the live stripes, and refuses values elsewhere. Where it refuses, the layer is
-        as it was."""
+        which has no skeleton, it takes the live stripes, and refuses values elsewhere. A weight that does not fit its
+        skeleton leaves both as they were."""
         self.repack()
         weight, skeleton = (state_dict.get(prefix + name) for name in ("weight", "skeleton"))
         k, r, s = self.filter_skeleton.shape
@@ -254,9 +254,7 @@ class StripeConv2d(nn.Module):
         if own is None or weight is None or tuple(weight.shape) != size:
             found = "is missing" if weight is None else f"is {list(weight.shape)}"
             return f"{found} but its skeleton has {live.stripes} live stripes: size mismatch, expected {list(size)}"
-        with torch.inference_mode(False), torch.no_grad():
-            own.set_(own.new_empty(size))  # type: ignore[call-overload]
-        own.grad = None
+        optimizers.resize(own, size)
         self._bind(live)
         return None
 

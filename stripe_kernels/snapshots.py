@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from stripe_kernels.kept import Kept, capturing
 
@@ -85,14 +83,3 @@ def drop_snapshot(weight: Tensor) -> None:
 def dropped(weight: Tensor) -> dict[Any, Any]:
     """A dict that gets an entry when the packed copies of now are dropped."""
     return _snapshots[id(weight)].dropped
-
-
-def _drop_stepped(optimizer: Optimizer, *_: Any) -> None:
-    """torch's fused optimizers (2.13) leave no mark on what they write."""
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if weight.requires_grad:  # the form of a frozen one is kept while others train
-                drop_snapshot(weight)
-
-
-register_optimizer_step_post_hook(_drop_stepped)

@@ -346,3 +346,23 @@ def test_a_form_packed_in_a_capture_is_not_kept(monkeypatch: pytest.MonkeyPatch)
     assert [snapshots.packed_weight(runner, weight) for _ in range(2)] == [3, 3]
     capturing[0] = True
     assert snapshots.packed_weight(runner, weight) == 3
+
+
+def test_optimizers_with_groups_of_their_own() -> None:
+    """The hooks around every step look at weights only, frozen ones with a gradient among them."""
+    module = layer()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, fused=True)
+    module(X).sum().backward()
+    module.weight.requires_grad_(False)
+    check(module, "no_grad")
+    optimizer.step()
+    check(module, "no_grad")
+
+    class Foreign(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__([torch.zeros(1)], {})
+            self.param_groups = [{"lr": 1.0}, {"params": [nn.ReLU()]}]
+
+        def step(self, closure: None = None) -> None: ...
+
+    Foreign().step()

@@ -48,7 +48,7 @@ def plain_state(state: Mapping[str, Tensor], threshold: float = 0.0) -> dict[str
             weight = name.removesuffix(_SKELETON) + "weight"
             plain[weight] = _whole(_weight_of(plain, weight, name), value, threshold, name)
             del plain[name]
-        elif found := _GATE.fullmatch(name):
+        elif isinstance(value, dict) and "phase" in value and (found := _GATE.fullmatch(name)):
             layer = found[1] or ""
             plain[f"{layer}weight"] = _gated(plain, f"{layer}parametrizations.weight.", value)
     for prefix in _PREFIXES * 2:  # of two wrappers, either outside
@@ -72,6 +72,10 @@ def _masked(weight: Tensor, mask: Tensor, name: str) -> Tensor:
 def _gated(state: dict[str, Tensor], prefix: str, extra: Any) -> Tensor:
     """The weight as its settled gate lets it through; takes what belongs to the gate out of `state`."""
     gate = {name.removeprefix(prefix): state.pop(name) for name in [*state] if name.startswith(prefix)}
+    if others := [name for name in gate if name != "original" and not name.startswith("0.")]:
+        raise ValueError(
+            f"{prefix}{others[0]} belongs to a parametrization beside the gate: remove it before saving"
+        )
     if extra["phase"] != "settled":
         raise ValueError(f"{prefix}0 is a gate that still learns what to keep: save what iessp.freeze gives")
     return torch.where(gate["0.value"][:, None] != 0, gate["original"] * gate["0.value"][:, None], 0)

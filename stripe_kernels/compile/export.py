@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from stripe_kernels.compile.graph import module_of
 from stripe_kernels.compile.layers import FusedConv2d
-from stripe_kernels.compile.network import Network
+from stripe_kernels.compile.network import Network, as_inputs
 from stripe_kernels.compile.unwrap import clone, move_hooks, replace_modules
 from stripe_kernels.epilogue import ACTIVATIONS
 from stripe_kernels.modules import StripeConv2d
@@ -57,7 +57,7 @@ def export_onnx(
     `save` writes is smaller and runs faster, this file runs anywhere. ImportError names the packages it
     needs.
     """
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    inputs = as_inputs(example_input)
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stripe_kernels.compile.unwrap import clone, move_hooks, plain_names, replace_modules
 from stripe_kernels.functional import as_skeleton
-from stripe_kernels.modules import StripeConv2d, is_convolution
+from stripe_kernels.modules import DTYPES, StripeConv2d, is_convolution
 from stripe_kernels.skeleton import FilterSkeleton
 
 Skeletons = Mapping[str, "Tensor | FilterSkeleton"]
@@ -48,7 +48,8 @@ def freeze(model: nn.Module, skeletons: Skeletons | None = None) -> nn.Module:
     copied = clone(model)
     with torch.inference_mode(False), torch.no_grad():
         if skeletons is None:
-            chosen = {m: _zeros_of(m) for m in copied.modules() if is_convolution(m)}
+            convolutions = (m for m in copied.modules() if is_convolution(m))
+            chosen = {m: _zeros_of(m) for m in convolutions if m.weight.dtype in DTYPES}
         else:
             chosen = _named(copied, skeletons, plain_names(model))
         layers: dict[nn.Module, nn.Module] = {}

@@ -215,9 +215,14 @@ def report_of(model: nn.Module) -> list[str] | None:
     return report if isinstance(report, list) and all(isinstance(line, str) for line in report) else None
 
 
+def as_arguments(example_input: Any) -> tuple[Any, ...]:
+    """What a model is called with, of any kind."""
+    return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
 def as_inputs(example_input: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What a network is called with; TypeError for what is neither a tensor nor a tuple of tensors."""
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    inputs = as_arguments(example_input)
     if not inputs or not all(isinstance(x, Tensor) for x in inputs):
         kinds = ", ".join(type(x).__name__ for x in inputs)
         got = f"a tuple of ({kinds})" if isinstance(example_input, tuple) else kinds

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stripe_kernels import ops, plan, registry
 from stripe_kernels.compile import cache
-from stripe_kernels.compile.network import Network, as_inputs, threads_of
+from stripe_kernels.compile.network import Network, as_arguments, threads_of
 from stripe_kernels.ops import StripeOp
 from stripe_kernels.plan import Candidate, Plan
 from stripe_kernels.registry import PASSES, Pass, Problem
@@ -96,7 +96,7 @@ def tune(
     store = cache.default_folder() if folder is None else Path(folder)
     plans: dict[str, Plan] = {}
     unwritable: OSError | None = None
-    inputs = as_inputs(example_input)
+    inputs = as_arguments(example_input)
     with threads_of(model, inputs):
         for site in sites(model, inputs):
             for which in PASSES if training else PASSES[:1]:
@@ -120,7 +120,7 @@ def sites(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> list[
     """Every call of fprop in one run of the model, in order; a layer called twice is listed twice."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
-    inputs = as_inputs(example_input)
+    inputs = as_arguments(example_input)
     with torch.inference_mode(), evaluating(model), _Watch(model) as watch:
         model(*inputs)
     return watch.sites

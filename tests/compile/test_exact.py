@@ -62,6 +62,11 @@ def pixels() -> Tensor:
     return torch.randint(256, (2, 3, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+def asserts_its_batch(f: nn.Module, x: Tensor) -> Tensor:
+    torch._assert(x.shape[0] == 2, "two images")
+    return f(x)
+
+
 MODELS: dict[str, tuple[Model, tuple[Tensor, ...]]] = {
     "an image without a batch": (OneInput(lambda f, x: f(x[None])), (image(3, 8, 6),)),
     "images of two sizes": (
@@ -70,6 +75,8 @@ MODELS: dict[str, tuple[Model, tuple[Tensor, ...]]] = {
     "images of two batches": (TwoInputs(lambda f, x, z: f(x) + f(z)), (image(2, 3, 8, 6), image(1, 3, 8, 6))),
     "a number beside": (TwoInputs(lambda f, x, z: f(x) * z.log()), (image(2, 3, 8, 6), torch.tensor(0.5))),
     "a vector an image": (TwoInputs(lambda f, x, z: f(x) + z[:, :, None, None]), (image(2, 3, 8, 6), image(2, 8))),
+    "a batch asserted": (OneInput(asserts_its_batch), (image(2, 3, 8, 6),)),
+    "a spectrum": (OneInput(lambda f, x: torch.fft.fft(f(x)).conj()), (image(2, 3, 8, 6),)),
     "a batch in the code": (OneInput(lambda f, x: f(x).view(2, -1)), (image(2, 3, 8, 6),)),
     "an empty batch": (OneInput(lambda f, x: f(x)), (image(0, 3, 8, 6),)),
     "pixels cast": (OneInput(lambda f, x: f(x.float() / 255)), (pixels(),)),
@@ -138,12 +145,21 @@ def test_outputs_of_another_kind_are_named(given: Callable[[Tensor], Any], said:
         check_exact(Gives(lambda x: (x, x)), Gives(given), (image(1, 2, 3, 4),))
 
 
+def test_sparse_outputs_are_compared() -> None:
+    sparse, x = Gives(lambda x: x.relu().to_sparse()), image(1, 2, 3, 4)
+    check_exact(sparse, sparse, (x,))
+    with pytest.raises(ValueError, match="error against float64 would be"):
+        check_exact(sparse, Gives(lambda x: x.relu().mul(1.1).to_sparse()), (x,))
+
+
 def test_a_model_that_refuses_float64_is_kept_and_told_so() -> None:
     model, inputs = OneInput(lambda f, x: f(x)), (image(2, 3, 8, 6),)
     network = optimizer.compact(model, inputs)
     refusing = Gives(lambda x: model(x) if x.dtype == torch.float32 else model(x.view(torch.int32)))
-    with pytest.raises(ValueError, match=r"cannot be compared with torch\.float64's"):
-        check_exact(refusing, network, inputs)
+    asserting = OneInput(lambda f, x: torch._assert(x.dtype == torch.float32, "single precision") or f(x))
+    for model in (refusing, asserting):
+        with pytest.raises(ValueError, match=r"cannot be compared with torch\.float64's"):
+            check_exact(model, network, inputs)
 
 
 def test_optimize_takes_what_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:

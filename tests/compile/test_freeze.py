@@ -258,3 +258,16 @@ def test_freezing_again_takes_more_stripes_away() -> None:
     again = freeze(once, {"0": fewer})
     assert torch.equal(again[0].skeleton, fewer)
     assert torch.equal(again[0].dense_weight(), masked(model, {"0": fewer})[0].weight)
+
+
+def test_convolutions_of_other_dtypes_stay() -> None:
+    model = nn.Sequential(*(pruned_conv(dtype) for dtype in (torch.complex64, torch.float32)))
+    kinds = [type(layer) for layer in freeze(model)]
+    assert kinds == [nn.Conv2d, StripeConv2d]
+
+
+def pruned_conv(dtype: torch.dtype) -> nn.Conv2d:
+    conv = nn.Conv2d(2, 3, 3, dtype=dtype)
+    with torch.no_grad():
+        conv.weight[:, :, 0] = 0
+    return conv

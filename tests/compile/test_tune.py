@@ -457,7 +457,7 @@ def test_what_is_no_module_is_named() -> None:
 @pytest.mark.parametrize("wrong", [[torch.ones(1, 4, 9, 8)], (1, 4, 9, 8), None, ()])
 def test_an_example_is_tensors(wrong: object, tmp_path: Path) -> None:
     frozen, given = small()[0], r"example_input must be a tensor or a tuple of tensors, got "
-    calls = {verb.__name__: partial(verb, frozen) for verb in (tune, explain, optimize)}
+    calls = {verb.__name__: partial(verb, frozen) for verb in (explain, optimize)}
     if wrong is not None:
         calls["save"] = partial(save, frozen, tmp_path / "net")
     said = {"list": "list", "NoneType": "NoneType", "tuple": r"a tuple of \("}[type(wrong).__name__]
@@ -465,6 +465,20 @@ def test_an_example_is_tensors(wrong: object, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match=given + said):
             call(wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_tune_takes_whatever_a_model_does() -> None:
+    frozen, x = small()
+
+    class Lists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = frozen
+
+        def forward(self, images: list[torch.Tensor], beside: None) -> list[torch.Tensor]:
+            return [self.net(image) for image in images]
+
+    assert tune(Lists(), ([x, x], None), seconds=0.01)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -180,6 +180,12 @@ def test_gates_of_ours() -> None:
     alone = iessp.attach(nn.Sequential(nn.Conv2d(2, 3, 3)))
     iessp.settle(alone, 0.5)
     assert plain_state(alone[0].state_dict()).keys() == {"weight", "bias"}
+    nn.utils.parametrize.register_parametrization(alone[0], "weight", nn.PReLU())
+    with pytest.raises(ValueError, match=r"weight\.1\.weight belongs to a parametrization beside the gate"):
+        plain_state(alone.state_dict())
+    prefix = "a.parametrizations.weight."
+    foreign = {f"{prefix}original": torch.ones(2), f"{prefix}0._extra_state": torch.ones(2)}
+    assert plain_state(foreign).keys() == foreign.keys()
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
