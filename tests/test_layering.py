@@ -33,7 +33,7 @@ ORDER = (
         "registry",
         "plan",
     ),
-    *("checks", "snapshots", "ops", "front", "functional", "modules", "compile", "hub"),
+    *("checks", "snapshots", "optimizers", "ops", "front", "functional", "modules", "compile", "hub"),
 )
 BACKENDS_MAY_IMPORT = {*ORDER[: ORDER.index("checks")], "backends", "_cpu", "_cuda"}
 ORACLE_KERNEL = PACKAGE / "backends/reference.py"  # offers the oracle as the kernel named "reference"

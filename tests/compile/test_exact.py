@@ -157,9 +157,9 @@ def test_a_model_that_refuses_float64_is_kept_and_told_so() -> None:
     network = optimizer.compact(model, inputs)
     refusing = Gives(lambda x: model(x) if x.dtype == torch.float32 else model(x.view(torch.int32)))
     asserting = OneInput(lambda f, x: torch._assert(x.dtype == torch.float32, "single precision") or f(x))
-    for model in (refusing, asserting):
+    for one in (refusing, asserting):
         with pytest.raises(ValueError, match=r"cannot be compared with torch\.float64's"):
-            check_exact(model, network, inputs)
+            check_exact(one, network, inputs)
 
 
 def test_optimize_takes_what_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:
