@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,13 @@ def resize(weight: Tensor, size: tuple[int, ...]) -> None:
         weight.set_(weight.new_empty(size))  # type: ignore[call-overload]
     weight.grad = None
     _resized[weight] = True
+    _watch_steps()
+
+
+@cache
+def _watch_steps() -> None:
+    """Only from the first resized weight on: a compiled step breaks its graph where this hook looks."""
+    register_optimizer_step_pre_hook(_begin_anew)
 
 
 def _weights(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -33,8 +41,6 @@ def _weights(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _begin_anew(optimizer: Optimizer, *_: object) -> None:
-    if not len(_resized):
-        return
     for weight in _weights(optimizer):
         if weight in _resized and weight in optimizer.state:
             state = optimizer.state[weight]
@@ -51,5 +57,4 @@ def _drop_stepped(optimizer: Optimizer, *_: object) -> None:
             drop_snapshot(weight)
 
 
-register_optimizer_step_pre_hook(_begin_anew)
 register_optimizer_step_post_hook(_drop_stepped)
