@@ -1,4 +1,4 @@
-"""Tuning, its cache, optimize as a whole, and explain."""
+"""Tuning, its cache, and optimize as a whole."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import stripe_kernels
-from stripe_kernels import StripeConv2d, explain, freeze, optimize, plan, save, tune
+from stripe_kernels import explain, freeze, optimize, plan, save, tune
 from stripe_kernels.compile import cache
 from stripe_kernels.compile import race as racing
 from stripe_kernels.compile.exact import check_exact
@@ -33,23 +32,12 @@ from stripe_kernels.compile.race import Ratio, race
 from stripe_kernels.compile.tune import interleaved, sites
 from stripe_kernels.plan import Candidate
 from tests.compile.test_compact import assert_same
-from tests.compile.zoo import masked
+from tests.compile.zoo import masked, small
 
 # The packages' attributes of these names are the functions.
 optimizer = importlib.import_module("stripe_kernels.compile.optimize")
 tuner = importlib.import_module("stripe_kernels.compile.tune")
 ROOT = Path(__file__).parents[2]
-
-
-def small() -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2)).eval()
-    skeletons = {
-        n: torch.rand(m.out_channels, 3, 3) < 0.4
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Conv2d)
-    }
-    return freeze(model, skeletons), torch.randn(2, 4, 9, 8)
 
 
 def test_auto_takes_what_was_measured_fastest() -> None:
@@ -493,77 +481,6 @@ def test_an_output_that_is_not_finite_is_called_so(value: float) -> None:
 def test_an_empty_example_is_called_so() -> None:
     with pytest.warns(UserWarning, match=r"the example \[0, 4, 9, 8\] holds no values to compare"):
         optimize(small()[0], torch.ones(0, 4, 9, 8))
-
-
-def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
-    model, x = small()
-    untuned = explain(model, x)
-    printed = capsys.readouterr().out
-    assert "density" in printed
-    assert "total" in printed
-    assert [r["layer"] for r in untuned.rows] == ["0", "2"]
-    row = untuned.rows[0]
-    assert row["density"] == model[0].density
-    assert row["macs"] == 2 * 9 * 8 * model[0].weight.shape[0] * 4
-    assert row["dense_macs"] == 2 * 9 * 8 * 8 * 9 * 4
-    assert row["measured_ms"] is None
-    assert {c["kernel"] for c in row["candidates"]} <= set(stripe_kernels.list_kernels())
-    tune(model, x, seconds=0.01)
-    tuned = explain(model, x)
-    assert all(r["measured_ms"] and r["dense_ms"] for r in tuned.rows)
-    assert "fastest of" in tuned.rows[0]["reason"]
-    assert json.loads(json.dumps(tuned.as_dict())) == tuned.as_dict()
-
-
-def test_totals_are_the_networks(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every convolution and linear layer counts; what is not striped has lines of its own, and times when asked."""
-    twice = nn.Conv2d(4, 4, 1)
-    layers = [nn.Conv2d(3, 4, 3), twice, twice, nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(6, 2, 2, 2)]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * 12 * 10, 5))
-    frozen = freeze(model, {"3": torch.rand(6, 3, 3) < 0.5})
-    x = torch.randn(2, 3, 10, 9)
-    found = explain(frozen, x)
-    assert found.ordinary[0]["macs"] == 2 * 8 * 7 * 4 * 27
-    convolutions = 2 * (8 * 7 * (4 * 27 + 2 * 16) + 6 * 5 * 6 * 2 * 4)
-    dense, live = (2 * 6 * 5 * stripes * 2 for stripes in (54, found.rows[0]["live"]))
-    linear = 2 * 240 * 5
-    assert [(part["layer"], part["macs"], part["dense_macs"]) for part in found.parts] == [
-        ("1 stripe layer", live, dense),
-        ("4 ordinary convolutions", convolutions, convolutions),
-        ("1 linear layer", linear, linear),
-    ]
-    assert found.total["dense_macs"] == dense + convolutions + linear
-    assert found.macs_kept == (live + convolutions) / (dense + convolutions)
-    assert found.total["measured_ms"] is None
-    assert found.total["predicted_ms"] is None  # a transposed convolution has no prediction
-    without = explain(nn.Sequential(*frozen[:4], nn.Flatten(), nn.Linear(6 * 6 * 5, 5)), x)
-    times = [row["predicted_ms"] for row in [*without.rows, *without.ordinary]]
-    assert len(times) == 5
-    assert without.total["predicted_ms"] == pytest.approx(sum(times))
-    assert "4 ordinary convolutions" in capsys.readouterr().out
-    same = explain(StripeConv2d.from_conv2d(layers[0]), x)
-    assert found.ordinary[0]["predicted_ms"] == pytest.approx(
-        next(c["predicted_ms"] for c in same.rows[0]["candidates"] if c["kernel"] == "dense")
-    )
-    tune(frozen, x, seconds=0.01)
-    timed = explain(frozen, x, seconds=0.01)
-    assert timed.total["measured_ms"] == pytest.approx(
-        timed.rows[0]["measured_ms"] + sum(row["measured_ms"] for row in timed.ordinary)
-    )
-    nothing = explain(model, x)
-    assert nothing.total["dense_macs"] == found.total["dense_macs"]
-    assert capsys.readouterr().out.splitlines()[-5].startswith("no stripe layer")
-
-
-def test_explain_an_optimized_network() -> None:
-    _, frozen, x = masked("resnet20", 0.24)
-    network = optimizer.compact(frozen, (x,))
-    found = explain(network, x)
-    rows = found.rows
-    assert len(rows) == 21
-    assert {row["kind"] for row in found.ordinary} == {"linear layer"}
-    assert not any(row["layer"].startswith("body.") for row in [*rows, *found.ordinary])
-    assert any("residual" in r["epilogue"] and "relu" in r["epilogue"] for r in rows)
 
 
 def test_a_captured_call_keeps_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,3 +266,15 @@ def masked(
             m.weight.data.mul_(live[:, None])
             skeletons[module_name] = live
     return model, freeze(model, skeletons), torch.randn(2, 3, *size)
+
+
+def small() -> tuple[nn.Module, Tensor]:
+    """Two frozen convolutions and their input."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2)).eval()
+    skeletons = {
+        n: torch.rand(m.out_channels, 3, 3) < 0.4
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Conv2d)
+    }
+    return freeze(model, skeletons), torch.randn(2, 4, 9, 8)
