@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def resize(weight: Tensor, size: tuple[int, ...]) -> None:
     _watch_steps()
 
 
-@cache
+@lru_cache(maxsize=1)
 def _watch_steps() -> None:
     """Only from the first resized weight on: a compiled step breaks its graph where this hook looks."""
     register_optimizer_step_pre_hook(_begin_anew)
