@@ -33,6 +33,7 @@ CHUNK_PIXELS = 192  # of wgrad
 CHUNK_BYTES = 600_000  # both copies of a chunk of wgrad: where larger ones were slower on Zen 4
 TAPS_BYTES = 300_000  # panel and output of a block of pairs of filters
 MATRIX_FILTERS = 9  # of a tap: fewer take as long
+COLD_BYTES, COLD_CHANNELS = 4_000_000, 4  # outputs this large, of this few channels: see Cycles.cold
 WINDOW = 12  # vectors: a common multiple of the register tiles 2, 3, 4, 6, 12
 
 
@@ -68,6 +69,7 @@ class Cycles:
     block: tuple[int, int, int] = (BLOCK_BYTES,) * 3
     uncut: float = 1.0  # factor of what is not cut, beyond UNCUT_BYTES or IMAGE_BYTES
     line: float = 0.0  # a value of channels_last in a line of memory that other groups read too
+    cold: float = 0.0  # a byte of channels_last beyond COLD_BYTES of y, where few channels leave nothing to hide it
     chunk: int = CHUNK_PIXELS  # of wgrad, where both copies fit CHUNK_BYTES
     matrix: bool = False  # fprop multiplies matrices; vectors hold cells of two channels
 
@@ -94,7 +96,7 @@ XEON = Cycles(
     filters_fma=0.80, scatter=35.0, weights=6.7, out=26.9, wgrad=0.73, copy=(8.4, 23.7),
     ends=(9.5, 12.1), beyond=1.19,
     pair_fma=0.38, pair_end=137.0, pair_row=13.0, pair_copy=8.3,
-    uncut=1.5, line=20.0,  # line: 10 to 27
+    uncut=1.5, line=20.0, cold=0.35,  # line: 10 to 27; cold: .1 to .6
     chunk=2 * CHUNK_PIXELS, whole=_XEON_BLOCKS, block=_XEON_BLOCKS,
 )  # fmt: skip
 # fprop in matrix registers on a Xeon of 2024; vectors of x are of cells: half of 1,345 timings (the same layers, d of
@@ -237,7 +239,7 @@ def predict(problem: Problem, which: Pass, config: Config, cost: Cycles, step: f
     multiply-add; one half where a pair of bfloat16 channels takes one.
     """
     if len(config) == 1:
-        return _predict_taps(problem, config, cost)
+        return _predict_taps(problem, config, cost) + _cold(problem, cost)
     if len(config) == 2:
         return _predict_filters(problem, config, cost)
     s, lanes = problem.shape, cost.lanes
@@ -296,7 +298,8 @@ def predict(problem: Problem, which: Pass, config: Config, cost: Cycles, step: f
         rounds = blocks * (1.0 / min(parts, problem.threads)) * 1.03
     else:
         rounds = -(-blocks // problem.threads)
-    return 3e-6 + (1e-6 if problem.threads > 1 else 0.0) + rounds * block / CLOCK
+    seconds = 3e-6 + (1e-6 if problem.threads > 1 else 0.0) + rounds * block / CLOCK
+    return seconds + _cold(problem, cost) if which == "fprop" else seconds
 
 
 def _squares(channels: int, lanes: int) -> float:
@@ -305,6 +308,18 @@ def _squares(channels: int, lanes: int) -> float:
     Of 1 to 24 channels batches of 32 images took 1.2 to 1.7 times what counting channels alone predicts.
     """
     return -(-channels // lanes) * lanes / channels
+
+
+def _cold(problem: Problem, cost: Cycles) -> float:
+    """Seconds a large y takes to write in channels_last beside a few channels' work.
+
+    torch.empty hands it out in two places by turns (docs/measured.md), so that it is in no cache.
+    """
+    s = problem.shape
+    written = s.N * s.K * s.P * s.Q * (4 if problem.dtype == "float32" else 2)
+    if not problem.channels_last or s.C > COLD_CHANNELS or written <= COLD_BYTES:
+        return 0.0
+    return cost.cold * written / problem.threads / CLOCK
 
 
 def _apart(cost: Cycles, channels: int, planes: int) -> float:
