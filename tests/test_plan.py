@@ -107,7 +107,9 @@ def test_groups_of_channels_last_cost_their_lines() -> None:
     assert seconds[True] > 5 * seconds[False]
 
 
-@pytest.mark.parametrize("tiling", [(16,), (cpu_tiling.PIXELS, 1, 32, 1, cpu_tiling.WINDOW)], ids=["taps", "pixels"])
+@pytest.mark.parametrize(
+    "tiling", [(16,), (cpu_tiling.PIXELS, 1, 32, 1, cpu_tiling.WINDOW)], ids=["taps", "pixels"]
+)
 def test_a_large_y_of_few_channels_comes_from_memory_in_channels_last(tiling) -> None:
     """Stems of 3 channels with 8 MB of y took 1.2 to 2 times dense's time there, ones with 2 MB less than dense."""
 
