@@ -69,9 +69,7 @@ class Cycles:
     block: tuple[int, int, int] = (BLOCK_BYTES,) * 3
     uncut: float = 1.0  # factor of what is not cut, beyond UNCUT_BYTES or IMAGE_BYTES
     line: float = 0.0  # a value of channels_last in a line of memory that other groups read too
-    cold: float = (
-        0.0  # a byte of channels_last beyond COLD_BYTES of y, where few channels leave nothing to hide it
-    )
+    cold: float = 0.0  # a byte of y in channels_last, where stems write more than COLD_BYTES
     chunk: int = CHUNK_PIXELS  # of wgrad, where both copies fit CHUNK_BYTES
     matrix: bool = False  # fprop multiplies matrices; vectors hold cells of two channels
 
