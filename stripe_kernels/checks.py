@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Protocol
 
 from torch import Tensor
 
 from stripe_kernels.geometry import ConvShape
-from stripe_kernels.skeleton import FilterSkeleton
+from stripe_kernels.stripe_op import StripeOp
 
 
-class Settings(Protocol):
-    """What the checks ask of a layer's settings (ops.StripeOp)."""
-
-    groups: int
-
-    @property
-    def skeleton(self) -> FilterSkeleton: ...
-
-    def shape(self, n: int, c: int, h: int, w: int) -> ConvShape: ...
-
-
-def check(x: Tensor, weight: Tensor, op: Settings, extras: dict[str, Tensor | None]) -> ConvShape:
+def check(x: Tensor, weight: Tensor, op: StripeOp, extras: dict[str, Tensor | None]) -> ConvShape:
     """Validates one call of fprop and returns its shape."""
     k = op.skeleton.shape[0]
     check_alike("x", x, {"weight": weight, **extras})
@@ -61,7 +49,7 @@ def check_alike(name: str, t: Tensor, others: dict[str, Tensor | None]) -> None:
         raise TypeError(f"{name} must be a floating point tensor, got {t.dtype}")
 
 
-def check_weight(op: Settings, weight: Tensor) -> None:
+def check_weight(op: StripeOp, weight: Tensor) -> None:
     if weight.dim() != 2 or weight.shape[0] != op.skeleton.stripes:
         raise RuntimeError(
             f"weight must be [A, C/groups] with A={op.skeleton.stripes} live stripes of skeleton "
@@ -69,7 +57,7 @@ def check_weight(op: Settings, weight: Tensor) -> None:
         )
 
 
-def check_grad(op: Settings, grad: Tensor, size: tuple[int, ...]) -> None:
+def check_grad(op: StripeOp, grad: Tensor, size: tuple[int, ...]) -> None:
     expected = op.shape(*size).output_size
     if tuple(grad.shape) != expected:
         raise RuntimeError(

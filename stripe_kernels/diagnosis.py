@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from stripe_kernels import backends, ops, registry, testing
+from stripe_kernels import backends, registry, testing
 from stripe_kernels.compile import cache
 from stripe_kernels.registry import PASSES, Pass
+from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import (
     CASES,
     DTYPES,
@@ -142,7 +143,7 @@ def _refusal(name: str, device: str) -> str | None:
     ordinary = _CASES[0]
     reasons = []
     for dtype, last in product(DTYPES, (False, True)):
-        op = ops.StripeOp.of(*ordinary.arguments, name)
+        op = StripeOp.of(*ordinary.arguments, name)
         problem = op.problem(ordinary.shape.input_size, dtype, torch.device(device), last)
         reasons.append(registry.find(name).refuse(problem, "fprop"))
     return None if None in reasons else reasons[0]

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from stripe_kernels import ops
+from stripe_kernels import backends, eager, ops
 from stripe_kernels.snapshots import drop_snapshot, dropped, packed_weight
+from stripe_kernels.stripe_op import StripeOp
 
 Front = Callable[[Tensor, Tensor | None, Tensor | None], Any]  # (x, weight, bias) -> y or NotImplemented
 _BACKWARD_KEPT = 8  # kinds of backward calls that a front remembers
@@ -35,7 +36,7 @@ class ShortWay:
         self._seen: Any = None  # what that call ran
         self._frontless: Any = None  # what calls without a front are known by
 
-    def after(self, op: ops.StripeOp, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def after(self, op: StripeOp, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """To be called with each y = conv(x, weight) + bias that came the long way: where it ran what the one before
         it ran, those that follow have a front."""
         seen, self._seen, self.front = self._seen, None, None
@@ -47,9 +48,12 @@ class ShortWay:
         kind = x.shape, x.dtype
         if self._frontless is not None and self._frontless[0] is op.forgotten and self._frontless[1] == kind:
             return
-        if not (ops._nobody_listens() and ops._plain(x, weight, bias)) or torch._C._is_any_autocast_enabled():
+        if (
+            not (eager.nobody_listens() and eager.plain(x, weight, bias))
+            or torch._C._is_any_autocast_enabled()
+        ):
             return
-        runner = ops._checked_runner(op, x, weight, bias, None, None, "none")
+        runner = ops.checked_runner(op, x, weight, bias, None, None, "none")
         packed = None if training else packed_weight(runner, weight)
         self._seen = runner, packed
         if seen is None or seen[0] is not runner or seen[1] is not packed:
@@ -76,35 +80,35 @@ def _inference(
 ) -> Front | None:
     run: Any = runner
     rest: tuple[Any, ...] = packed, bias, None, None, "none"
-    if ops.lists_take(runner) and (bias is None or bias.dtype == torch.float32):
-        calls = ops.call_list(runner.threads)
+    if backends.lists_take(runner) and (bias is None or bias.dtype == torch.float32):
+        calls = backends.call_list(runner.threads)
         calls.fprop(runner, packed, bias, "none", calls.given(x), None, calls.returned(y))
         run, rest = calls.finish(keep=True), ()
     elif hasattr(runner, "short_call"):
         run, rest = runner.short_call(packed, bias) or (run, rest)
-    return ops.guard(run, rest, _conditions(False, *stale), (x,), (weight, bias))  # type: ignore[no-any-return]
+    return backends.guard(run, rest, _conditions(False, *stale), (x,), (weight, bias))  # type: ignore[no-any-return]
 
 
-def _training(op: ops.StripeOp, runner: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Front | None:
-    if not ops.lists_take(runner) or not weight.is_contiguous():
+def _training(op: StripeOp, runner: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Front | None:
+    if not backends.lists_take(runner) or not weight.is_contiguous():
         return None
     if bias is not None and bias.dtype != torch.float32:
         return None
-    calls = ops.call_list(runner.threads)
+    calls = backends.call_list(runner.threads)
     at = calls.given(x), calls.given(weight), None if bias is None else calls.given(bias)
     calls.packed_fprop(runner, calls.pack(runner, at[1]), at[2], at[0])
     rest = None, None, "none", op, Step(op, calls.finish(keep=True))
     conditions = _conditions(True, op.forgotten)
     if bias is None:
-        return ops.guard(ops._record, (None, *rest), conditions, (x, weight), (None,))  # type: ignore[no-any-return]
-    return ops.guard(ops._record, rest, conditions, (x, weight, bias), ())  # type: ignore[no-any-return]
+        return backends.guard(ops.record, (None, *rest), conditions, (x, weight), (None,))  # type: ignore[no-any-return]
+    return backends.guard(ops.record, rest, conditions, (x, weight, bias), ())  # type: ignore[no-any-return]
 
 
 class Step:
     """fprop of a layer that trains, and its derivatives, as native lists. Each packs the weight: optimizers write to
     it, torch's fused ones without leaving a mark."""
 
-    def __init__(self, op: ops.StripeOp, fprop: Callable[..., Sequence[Tensor]]) -> None:
+    def __init__(self, op: StripeOp, fprop: Callable[..., Sequence[Tensor]]) -> None:
         self._op, self._fprop = op, fprop
         self._backward: dict[Any, Any] = {}
 
@@ -133,20 +137,20 @@ class Step:
 
     def _list(self, dy: Tensor, x: Tensor, weight: Tensor, x_too: bool) -> Callable[..., Any] | None:
         """A front that returns dw and dx, or dw alone, of tensors like these."""
-        if not ops._plain(dy, x, weight):
+        if not eager.plain(dy, x, weight):
             return None
         size = tuple(x.shape)
         wgrad = self._op.runner("wgrad", size, x)
         dgrad = self._op.runner("dgrad", size, dy) if x_too else None
-        if not ops.lists_take(wgrad) or (dgrad is not None and not ops.lists_take(dgrad)):
+        if not backends.lists_take(wgrad) or (dgrad is not None and not backends.lists_take(dgrad)):
             return None
-        calls = ops.call_list(wgrad.threads)  # type: ignore[attr-defined]
+        calls = backends.call_list(wgrad.threads)  # type: ignore[attr-defined]
         at = calls.given(dy), calls.given(x), calls.given(weight)
         calls.wgrad(wgrad, at[1], at[0])
         if dgrad is not None:
             calls.dgrad(dgrad, calls.pack(dgrad, at[2]), at[0])
         run, conditions = calls.finish(keep=True), _conditions(False, self._op.forgotten)
-        return ops.guard(run, (), conditions, (dy, x, weight), ())  # type: ignore[no-any-return]
+        return backends.guard(run, (), conditions, (dy, x, weight), ())  # type: ignore[no-any-return]
 
 
 def _never(*tensors: Tensor) -> Any:
@@ -156,8 +160,8 @@ def _never(*tensors: Tensor) -> Any:
 def _conditions(grad: bool, *stale: dict[Any, Any]) -> Any:
     """Of a guard (backends/cpu_calls.py): what it may take, while gradients are wanted or not."""
     return (
-        ops.PLAIN_TYPES,
-        (torch._C._is_any_autocast_enabled, *ops.LISTENERS),
+        eager.PLAIN_TYPES,
+        (torch._C._is_any_autocast_enabled, *eager.LISTENERS),
         (Tensor.is_neg,),
         ((torch.is_grad_enabled, grad), (torch.get_num_threads, torch.get_num_threads())),
         stale,

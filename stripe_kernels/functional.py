@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from stripe_kernels import ops
 from stripe_kernels.geometry import as_int, pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
+from stripe_kernels.stripe_op import StripeOp
 
 _skeletons: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of other devices than the CPU
 
@@ -83,7 +84,7 @@ def stripe_conv2d(
     groups = as_int(groups, "groups")
     if groups < 1 or live.shape[0] % groups:
         raise ValueError(f"groups={groups} must be positive and divide K={live.shape[0]} filters")
-    op = ops.StripeOp.of(live.text, stride, pads, dilation, groups, kernel)
+    op = StripeOp.of(live.text, stride, pads, dilation, groups, kernel)
     return convolve(op, x, weight, bias)
 
 
@@ -96,7 +97,7 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def convolve(
-    op: ops.StripeOp,
+    op: StripeOp,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,

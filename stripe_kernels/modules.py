@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from stripe_kernels import functional, ops, optimizers, snapshots
+from stripe_kernels import functional, optimizers, snapshots
 from stripe_kernels.front import ShortWay
 from stripe_kernels.geometry import IntPair, as_int, pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
+from stripe_kernels.stripe_op import StripeOp
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -120,7 +121,7 @@ class StripeConv2d(nn.Module):
         top, left, bottom, right = pads
         explicit = (left, right, top, bottom) if mode != "zeros" and any(pads) else None
         inner = (0, 0, 0, 0) if explicit else pads
-        op = ops.StripeOp.of(live.text, stride, inner, dilation, groups, kernel)
+        op = StripeOp.of(live.text, stride, inner, dilation, groups, kernel)
         vars(self).update(zip(_SETTINGS, (stride, padding, dilation, groups, mode, kernel), strict=True))
         self.filter_skeleton, self._explicit_pad, self._op = live, explicit, op
         self._short = ShortWay(), ShortWay()  # of calls without gradients, and with them

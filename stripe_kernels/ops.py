@@ -5,32 +5,25 @@
     stripe_kernels::wgrad   dw = the live stripes' correlation of x and dy
 
 Schemas carry the skeleton as text: calls are hashable, exportable and free of host reads of device tensors.
-`StripeOp` holds one layer's settings and what was derived from them. `fprop`, `dgrad` and `wgrad` are the
-fronts that every caller uses: straight to the kernel where torch's machinery has nothing to do; through one
-Function where it only has to record a gradient (the dispatcher's costs 80 us more); else by the operator.
+`fprop`, `dgrad` and `wgrad` are the fronts that every caller uses: straight to the kernel where torch's machinery has
+nothing to do; through one Function where it only has to record a gradient (the dispatcher's costs 80 us more); else by
+the operator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from stripe_kernels import backends as backends
 from stripe_kernels.checks import check, check_alike, check_grad, check_weight
+from stripe_kernels.eager import nobody_listens, plain
 from stripe_kernels.epilogue import ACTIVATIONS
-from stripe_kernels.geometry import ConvShape
-from stripe_kernels.plan import Plan, make_plan
-from stripe_kernels.registry import Pass, Problem
-from stripe_kernels.skeleton import FilterSkeleton
 from stripe_kernels.snapshots import drop_snapshot, packed_weight
-
-_RUNNERS_KEPT = 64  # shapes a layer remembers
-_OPS_KEPT = 1024  # layers' settings, with their runners, beyond those that modules hold
+from stripe_kernels.stripe_op import StripeOp, is_channels_last, signature
 
 library = torch.library.Library("stripe_kernels", "DEF")
 # Plans look at strides: a compiler may not change those of an argument. (torch before 2.7 knows their order only.)
@@ -48,148 +41,6 @@ library.define(
 library.define("wgrad(Tensor grad, Tensor x, " + _GEOMETRY + ") -> Tensor", tags=_TAGS)
 
 
-class StripeOp:
-    """One layer's settings: skeleton, stride, padding (top, left, bottom, right), dilation, groups, kernel.
-
-    Shapes seen so far keep their runner here; equal settings share one object (`StripeOp.of`).
-    """
-
-    def __init__(
-        self,
-        skeleton: str,
-        stride: tuple[int, int],
-        padding: tuple[int, int, int, int],
-        dilation: tuple[int, int],
-        groups: int,
-        kernel: str,
-    ) -> None:
-        if min(*stride, *dilation) < 1 or min(padding) < 0:
-            raise ValueError(
-                "stride and dilation must be at least 1 and padding at least 0, got "
-                f"stride {stride}, dilation {dilation}, padding {padding}"
-            )
-        self.arguments = (skeleton, stride, padding, dilation, groups, kernel)
-        self.stride, self.padding, self.dilation, self.groups, self.kernel = (
-            stride,
-            padding,
-            dilation,
-            groups,
-            kernel,
-        )
-        self._runners: dict[Any, Any] = {}
-        # All that the checks and the plan of a call look at -> its runner.
-        self.checked: dict[Any, Any] = {}
-        self.forgotten: dict[Any, Any] = {}  # gets an entry, and a successor, when the runners are dropped
-
-    @cached_property
-    def skeleton(self) -> FilterSkeleton:
-        """Read on first use: torch.compile traces the constructor."""
-        return FilterSkeleton.from_text(self.arguments[0])
-
-    @staticmethod
-    @lru_cache(maxsize=_OPS_KEPT)
-    def of(*arguments: Any) -> StripeOp:
-        return StripeOp(*arguments)
-
-    def shape(self, n: int, c: int, h: int, w: int) -> ConvShape:
-        k, r, s = self.skeleton.shape
-        return ConvShape(n, c, h, w, k, r, s, self.stride, self.padding, self.dilation, self.groups)
-
-    def problem(
-        self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool,
-        threads: int | None = None,
-    ) -> Problem:  # fmt: skip
-        """threads: of the CPU; torch's number unless it is given."""
-        shape = self.shape(*(int(v) for v in size))
-        threads = (threads or torch.get_num_threads()) if device.type == "cpu" else 1
-        tf32 = tf32_allowed(device, dtype)
-        return Problem(shape, self.skeleton, str(dtype)[6:], device.type, channels_last, threads, tf32)
-
-    def plan(self, which: Pass, problem: Problem) -> Plan:
-        backends.load()
-        return make_plan(problem, which, self.kernel)
-
-    def runner(
-        self, which: Pass, size: tuple[int, ...], like: Tensor, threads: int | None = None
-    ) -> Callable[..., Tensor]:
-        """The runner for an input of `size` [N, C, H, W] in the dtype, device and memory format of `like`."""
-        key = (which, size, threads, *_signature(like))
-        runner: Callable[..., Tensor] | None = self._runners.get(key)
-        if runner is None:
-            problem = self.problem(size, like.dtype, like.device, is_channels_last(like), threads)
-            runner = self.plan(which, problem).build()
-            # Other threads may be doing the same: a list of the keys is made in one step, an iteration would not be.
-            for oldest in list(self._runners)[: 1 - _RUNNERS_KEPT]:
-                self._runners.pop(oldest, None)
-            self._runners[key] = runner
-        return runner
-
-    def remember(self, key: Any, runner: Any) -> Any:
-        """The runner, kept for calls like one that was checked."""
-        if len(self.checked) >= 3 * _RUNNERS_KEPT:
-            self.checked.clear()
-        self.checked[key] = runner
-        return runner
-
-    def forget(self) -> None:
-        """Drops the runners, so that the next call plans anew (after tuning)."""
-        self._runners.clear()
-        self.checked.clear()
-        self.forgotten[None] = None
-        self.forgotten = {}
-
-
-def lane_network(threads: int, vectors: int = 1) -> Any:
-    """An empty native network on batch lanes (backends/cpu_network.py); ImportError without the extension."""
-    return backends.lane_network(threads, vectors)
-
-
-def call_list(threads: int) -> Any:
-    """An empty list of native calls (backends/cpu_calls.py); ImportError without the extension."""
-    return backends.call_list(threads)
-
-
-def lists_take(runner: Any) -> bool:
-    """Whether a list of native calls can call a kernel's runner."""
-    return backends.lists_take(runner)
-
-
-def guard(*call: Any) -> Any:
-    """A function where nothing but it is needed (backends/cpu_calls.py), or None."""
-    return backends.guard(*call)
-
-
-def tf32_allowed(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
-    """Whether float32 may be rounded to tf32 on a GPU, by torch's switches: in convolutions, in products."""
-    if device.type != "cuda" or dtype != torch.float32:
-        return False, False
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    if conv is None:  # torch before 2.9
-        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    # Read as the newer switches: torch refuses to read an older one after a newer one was written.
-    return conv.fp32_precision == "tf32", torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def is_channels_last(t: Tensor) -> bool:
-    """True where torch's convolution of `t` gives a channels_last output: as Tensor::suggest_memory_format,
-    from the order of the strides, so slices count."""
-    if t.dim() != 4 or t.stride(1) == 0:
-        return False
-    sizes, strides, least = t.shape, t.stride(), 0
-    for d in (1, 3, 2, 0):
-        if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
-            return False
-        least = strides[d] * max(sizes[d], 1)
-    return True
-
-
-def _signature(t: Tensor) -> tuple[Any, ...]:
-    """Of the tensor that a plan is made for: what the plan looks at, the switches included."""
-    device, dtype = t.device, t.dtype
-    tf32 = t.is_cuda and tf32_allowed(device, dtype)
-    return t.shape, t.stride(), dtype, device, torch.get_num_threads(), tf32
-
-
 def _pack_for_operator(runner: Any, weight: Tensor) -> Any:
     """Below autograd nobody knows whether a gradient is wanted: a weight that could be trained is packed on
     every call, so that optimizers which write through .data are seen."""
@@ -197,18 +48,18 @@ def _pack_for_operator(runner: Any, weight: Tensor) -> Any:
 
 
 def _fprop(x, weight, bias, scale, residual, activation, *arguments):  # type: ignore[no-untyped-def]
-    op = _op(arguments)
+    op = StripeOp.of_operator(arguments)
     check(x, weight, op, {"bias": bias, "scale": scale, "residual": residual})
     runner = op.runner("fprop", tuple(x.shape), x)
     return runner(x, _pack_for_operator(runner, weight), bias, scale, residual, _activation(activation))
 
 
 def _dgrad(grad, weight, input_size, *arguments):  # type: ignore[no-untyped-def]
-    return _dgrad_of(_op(arguments), grad, weight, input_size)
+    return _dgrad_of(StripeOp.of_operator(arguments), grad, weight, input_size)
 
 
 def _dgrad_of(op: StripeOp, grad: Tensor, weight: Tensor, input_size: Any) -> Tensor:
-    key = ("dgrad", tuple(input_size), *_signature(grad), weight.shape, weight.dtype, weight.device)
+    key = ("dgrad", tuple(input_size), *signature(grad), weight.shape, weight.dtype, weight.device)
     runner = op.checked.get(key)
     if runner is None:
         runner = op.remember(key, op.runner("dgrad", _check_dgrad(op, grad, weight, input_size), grad))
@@ -226,11 +77,11 @@ def _check_dgrad(op: StripeOp, grad: Tensor, weight: Tensor, input_size: Any) ->
 
 
 def _wgrad(grad, x, *arguments):  # type: ignore[no-untyped-def]
-    return _wgrad_of(_op(arguments), grad, x)
+    return _wgrad_of(StripeOp.of_operator(arguments), grad, x)
 
 
 def _wgrad_of(op: StripeOp, grad: Tensor, x: Tensor) -> Tensor:
-    key = ("wgrad", *_signature(x), grad.shape, grad.dtype, grad.device)
+    key = ("wgrad", *signature(x), grad.shape, grad.dtype, grad.device)
     runner = op.checked.get(key)
     if runner is None:
         _check_wgrad(op, grad, x)
@@ -243,11 +94,6 @@ def _check_wgrad(op: StripeOp, grad: Tensor, x: Tensor) -> None:
     if x.dim() != 4:
         raise RuntimeError(f"x must be [N, C, H, W], got shape {list(x.shape)}")
     check_grad(op, grad, tuple(x.shape))
-
-
-def _op(arguments: tuple[Any, ...]) -> StripeOp:
-    skeleton, stride, padding, dilation, groups, kernel = arguments
-    return StripeOp.of(skeleton, tuple(stride), tuple(padding), tuple(dilation), groups, kernel)
 
 
 def _activation(name: str) -> str:
@@ -267,25 +113,25 @@ def _like(t: Tensor, size: tuple[Any, ...]) -> Tensor:
 
 @torch.library.register_fake("stripe_kernels::fprop", lib=library)
 def _fprop_fake(x, weight, bias, scale, residual, activation, *arguments):  # type: ignore[no-untyped-def]
-    op = _op(arguments)
+    op = StripeOp.of_operator(arguments)
     return _like(x, check(x, weight, op, {"bias": bias, "scale": scale, "residual": residual}).output_size)
 
 
 @torch.library.register_fake("stripe_kernels::dgrad", lib=library)
 def _dgrad_fake(grad, weight, input_size, *arguments):  # type: ignore[no-untyped-def]
-    return _like(grad, _check_dgrad(_op(arguments), grad, weight, input_size))
+    return _like(grad, _check_dgrad(StripeOp.of_operator(arguments), grad, weight, input_size))
 
 
 @torch.library.register_fake("stripe_kernels::wgrad", lib=library)
 def _wgrad_fake(grad, x, *arguments):  # type: ignore[no-untyped-def]
-    op = _op(arguments)
+    op = StripeOp.of_operator(arguments)
     _check_wgrad(op, grad, x)
     return x.new_empty(op.skeleton.stripes, x.shape[1] // op.groups)
 
 
 def _fprop_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, scale, residual, ctx.activation, *arguments = inputs
-    ctx.op = _op(tuple(arguments))
+    ctx.op = StripeOp.of_operator(arguments)
     ctx.save_for_backward(x, weight, bias, scale, residual)
 
 
@@ -304,8 +150,8 @@ def _fprop_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Of x, weight, bias, scale and residual."""
     # Asked once: the passes' fronts would ask again.
-    plain = not torch.is_grad_enabled() and _nobody_listens() and _plain(dy, x, weight, scale)
-    passes = (_dgrad_of, _wgrad_of) if plain else (dgrad, wgrad)
+    short = not torch.is_grad_enabled() and nobody_listens() and plain(dy, x, weight, scale)
+    passes = (_dgrad_of, _wgrad_of) if short else (dgrad, wgrad)
     needs, op = ctx.needs_input_grad, ctx.op
     dscale = None
     if ctx.activation != "none" or needs[3]:
@@ -341,7 +187,7 @@ def _activation_slope(z: Tensor, activation: str) -> Tensor:
 
 def _dgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grad, weight, _, *arguments = inputs
-    ctx.op = _op(tuple(arguments))
+    ctx.op = StripeOp.of_operator(arguments)
     ctx.save_for_backward(grad, weight)
 
 
@@ -354,7 +200,7 @@ def _dgrad_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
 
 def _wgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grad, x, *arguments = inputs
-    ctx.op = _op(tuple(arguments))
+    ctx.op = StripeOp.of_operator(arguments)
     ctx.save_for_backward(grad, x)
 
 
@@ -376,40 +222,6 @@ torch.library.register_autograd(
 )
 
 
-# They return something true while a dispatch or function mode, a functional transform or torch.jit's tracing is active.
-LISTENERS = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._is_torch_function_mode_enabled,
-    torch._C._functorch.peek_interpreter_stack,
-    torch._C._get_tracing_state,
-)
-
-
-def _nobody_listens() -> bool:
-    """True when no compilation, no forward-mode derivative and none of `LISTENERS` is active."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return False
-    for active in LISTENERS:  # noqa: SIM110 (any() takes twice the time)
-        if active():
-            return False
-    return True
-
-
-def _plain(*tensors: Tensor | None) -> bool:
-    """True for ordinary tensors whose memory holds their values (those of a negated view are not)."""
-    for t in tensors:
-        if t is None:
-            continue
-        if type(t) not in PLAIN_TYPES or not (t.is_cpu or t.is_cuda) or t.is_neg():
-            return False
-        if not t.data_ptr() and t.numel():  # zero tensors and functionalized ones have no memory of their own
-            return False
-    return True
-
-
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-
-
 def _refuse_forward_mode(*tensors: Tensor | None) -> None:
     """The dispatcher would drop the tangents of an operator without a forward-mode formula, silently."""
     for t in tensors:
@@ -429,7 +241,7 @@ def fprop(
     """activation(conv(x, weight) * scale[k] + bias[k] + residual); differentiable. Errors have the sizes."""
     if forward_ad._current_level >= 0:
         _refuse_forward_mode(x, weight, bias, scale, residual)
-    if not (_nobody_listens() and _plain(x, weight, bias, scale, residual)):
+    if not (nobody_listens() and plain(x, weight, bias, scale, residual)):
         y: Tensor = torch.ops.stripe_kernels.fprop(
             x, weight, bias, scale, residual, activation, *op.arguments
         )
@@ -441,13 +253,13 @@ def fprop(
         or (scale is not None and scale.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        recorded: Tensor = _record(x, weight, bias, scale, residual, activation, op, None)
+        recorded: Tensor = record(x, weight, bias, scale, residual, activation, op, None)
         return recorded
-    runner = _checked_runner(op, x, weight, bias, scale, residual, activation)
+    runner = checked_runner(op, x, weight, bias, scale, residual, activation)
     return runner(x, packed_weight(runner, weight), bias, scale, residual, activation)
 
 
-def _checked_runner(
+def checked_runner(
     op: StripeOp,
     x: Tensor,
     weight: Tensor,
@@ -458,7 +270,7 @@ def _checked_runner(
 ) -> Callable[..., Tensor]:
     """The runner of a call of fprop, which is checked once (StripeOp.checked)."""
     key = (
-        "fprop", *_signature(x), weight.shape, weight.dtype, weight.device,
+        "fprop", *signature(x), weight.shape, weight.dtype, weight.device,
         bias is not None and (bias.shape, bias.dtype, bias.device),
         scale is not None and (scale.shape, scale.dtype, scale.device),
         residual is not None and (residual.shape, residual.dtype, residual.device),
@@ -482,7 +294,7 @@ class _Fprop(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, scale, residual)
         if ctx.step is not None and weight.requires_grad:
             return ctx.step.fprop(x, weight, bias)  # type: ignore[no-any-return]
-        runner = _checked_runner(ctx.op, x, weight, bias, scale, residual, ctx.activation)
+        runner = checked_runner(ctx.op, x, weight, bias, scale, residual, ctx.activation)
         return runner(x, _pack_for_operator(runner, weight), bias, scale, residual, ctx.activation)
 
     @staticmethod
@@ -497,7 +309,7 @@ class _Fprop(torch.autograd.Function):
 
 
 # Function.apply's own part takes 2.5 us and asks for functorch's transforms and wrappers, which are not here.
-_record = super(torch.autograd.Function, _Fprop).apply
+record = super(torch.autograd.Function, _Fprop).apply
 
 
 def dgrad(op: StripeOp, grad: Tensor, weight: Tensor, input_size: Any) -> Tensor:
@@ -518,6 +330,6 @@ def wgrad(op: StripeOp, grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _needs_operator(a: Tensor, b: Tensor) -> bool:
-    return not (_nobody_listens() and _plain(a, b)) or (
+    return not (nobody_listens() and plain(a, b)) or (
         torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     )

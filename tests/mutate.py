@@ -235,7 +235,7 @@ FAULTS = {
         suite("test_plan", only="measurement or measured"),
     ),
     "stale cache: runners of another number of threads": Fault(
-        "stripe_kernels/ops.py",
+        "stripe_kernels/stripe_op.py",
         "return t.shape, t.stride(), dtype, device, torch.get_num_threads(), tf32",
         "return t.shape, t.stride(), dtype, device, tf32",
         suite("test_threads", only="governs"),
@@ -306,7 +306,7 @@ FAULTS = {
         suite("test_interpreters", only="daemon"),
     ),
     "threads: the oldest runner gone twice": Fault(
-        "stripe_kernels/ops.py",
+        "stripe_kernels/stripe_op.py",
         "self._runners.pop(oldest, None)",
         "self._runners.pop(oldest)",
         suite("test_threads", only="oldest_runner"),

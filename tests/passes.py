@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stripe_kernels import list_kernels, registry
-from stripe_kernels.ops import StripeOp
 from stripe_kernels.registry import Config, Pass, Problem
 from stripe_kernels.snapshots import kept_form
+from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import CASES, Budgets, Case, Operands, Trial, budgets, failure, poisoned_memory
 
 _SAMPLE = StripeOp.of(*CASES["lopsided"].arguments, "auto").problem(

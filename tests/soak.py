@@ -47,8 +47,8 @@ from safetensors import safe_open
 from torch import nn
 
 from stripe_kernels import FilterSkeleton, StripeConv2d, freeze, load, ops, save
-from stripe_kernels.ops import StripeOp
 from stripe_kernels.plan import make_plan
+from stripe_kernels.stripe_op import StripeOp
 from tests.generate import Generated, problems
 from tests.passes import NATIVE
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stripe_kernels import ops, registry
-from stripe_kernels.ops import ACTIVATIONS, StripeOp
+from stripe_kernels.epilogue import ACTIVATIONS
+from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import CASES, DTYPES, Budget, Case, evaluate, poisoned_memory
 from tests.passes import KERNELS, operands_of, problem_of
 

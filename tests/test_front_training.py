@@ -19,7 +19,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from stripe_kernels import StripeConv2d, functional, ops
+from stripe_kernels import StripeConv2d, backends, functional, ops
 from stripe_kernels.testing import live_stripes
 from tests.listeners import CONTEXTS, Sub, at_once, autocast
 
@@ -182,7 +182,7 @@ def test_none_is_made_in_vain(what: str, x: Tensor) -> None:
     layer = make()
     WITHOUT[what](layer)
     x = x.detach().to(layer.weight.dtype).requires_grad_()
-    with mock.patch.object(ops, "guard", side_effect=AssertionError), long_ways(5, 5):
+    with mock.patch.object(backends, "guard", side_effect=AssertionError), long_ways(5, 5):
         for _ in range(5):
             gradients(layer, x)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stripe_kernels import StripeConv2d, ops, stripe_conv2d
-from stripe_kernels.ops import StripeOp
+from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import CASES, case
 from tests.passes import KERNELS, NATIVE
 

@@ -8,7 +8,7 @@ import torch
 
 from stripe_kernels import registry
 from stripe_kernels.geometry import ConvShape
-from stripe_kernels.ops import StripeOp
+from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import Case
 from tests.passes import PAIRED, check_pass
 

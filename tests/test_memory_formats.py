@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stripe_kernels import ops, registry
-from stripe_kernels.ops import StripeOp
 from stripe_kernels.registry import PASSES
+from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import CASES, DTYPES, LAYOUTS
 from tests.guarded import guarded
 from tests.passes import KERNELS, NATIVE, budgets_of, operands_of, problem_of, run

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stripe_kernels import ops
-from stripe_kernels.ops import ACTIVATIONS, StripeOp
+from stripe_kernels.epilogue import ACTIVATIONS
+from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import CASES, DTYPES, Case
 from tests.passes import KERNELS, NATIVE, operands_of
 

@@ -15,7 +15,7 @@ BEGIN = """
     import resource, sys
     import torch
     from stripe_kernels import load, ops, stripe_conv2d
-    from stripe_kernels.ops import StripeOp
+    from stripe_kernels.stripe_op import StripeOp
     from stripe_kernels.skeleton import FilterSkeleton
 
     torch.set_num_threads(1)

@@ -15,10 +15,10 @@ import torch
 from stripe_kernels import list_kernels, plan, registry, stripe_conv2d
 from stripe_kernels.backends import cpu_tiling
 from stripe_kernels.geometry import ConvShape
-from stripe_kernels.ops import StripeOp
 from stripe_kernels.plan import Candidate, make_plan
 from stripe_kernels.registry import PASSES, Problem
 from stripe_kernels.skeleton import FilterSkeleton
+from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import CASES
 from tests.passes import KERNELS, NATIVE, problem_of
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stripe_kernels import StripeConv2d, ops, snapshots
-from stripe_kernels.ops import StripeOp
+from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import CASES, live_stripes
 from tests.passes import KERNELS, operands_of
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from stripe_kernels import StripeConv2d, freeze, ops, registry
 from stripe_kernels.compile.optimize import compact
 from stripe_kernels.compile.resident import resident
-from stripe_kernels.ops import StripeOp
 from stripe_kernels.registry import PASSES
+from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import CASES, Case, case, list_and_calls, live_stripes
 from tests.passes import KERNELS, NATIVE, operands_of, problem_of, run
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from stripe_kernels import plan
 from stripe_kernels.geometry import ConvShape
-from stripe_kernels.ops import StripeOp
 from stripe_kernels.plan import Candidate
 from stripe_kernels.registry import PASSES, Pass, Problem
 from stripe_kernels.skeleton import FilterSkeleton
+from stripe_kernels.stripe_op import StripeOp
 
 Measured = tuple[Candidate, ...]
 

@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from stripe_kernels import ops
+from stripe_kernels import eager
 from stripe_kernels.compile.program import Program, write_program
 from stripe_kernels.compile.resident import Untranslatable, resident
 from stripe_kernels.kept import capturing, hold_for_graphs
 from stripe_kernels.modules import StripeConv2d
+from stripe_kernels.stripe_op import tf32_allowed
 
 _PROGRAMS_KEPT = 16  # input signatures a network remembers
 _ABSENT = object()
@@ -107,7 +108,7 @@ class Network(nn.Module):
         return (
             torch.get_num_threads(),
             *[
-                (x.shape, x.stride(), x.dtype, x.device, x.is_cuda and ops.tf32_allowed(x.device, x.dtype))
+                (x.shape, x.stride(), x.dtype, x.device, x.is_cuda and tf32_allowed(x.device, x.dtype))
                 for x in inputs
             ],
         )
@@ -250,7 +251,7 @@ _FORWARD, _CALL = Network.forward, nn.Module.__call__
 
 def _runs_itself(inputs: tuple[Any, ...]) -> bool:
     """Whether only the kernels are needed: plain tensors; no gradient, autocast, mode or compiler."""
-    if not (ops._nobody_listens() and ops._plain(*inputs)):
+    if not (eager.nobody_listens() and eager.plain(*inputs)):
         return False
     grad = torch.is_grad_enabled()
     try:
@@ -262,8 +263,8 @@ def _runs_itself(inputs: tuple[Any, ...]) -> bool:
 def _conditions() -> Any:
     """The same for a front, which asks from native code; Network.__call__ asks the rest."""
     return (
-        ops.PLAIN_TYPES,
-        (*ops.LISTENERS, torch._C._is_any_autocast_enabled),
+        eager.PLAIN_TYPES,
+        (*eager.LISTENERS, torch._C._is_any_autocast_enabled),
         (Tensor.is_neg, Tensor.requires_grad.__get__),  # type: ignore[attr-defined]
         ((torch.get_num_threads, torch.get_num_threads()),),
         (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks),

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stripe_kernels import ops, plan
+from stripe_kernels import backends, plan
 from stripe_kernels.compile.tune import evaluating, interleaved
 from stripe_kernels.geometry import IntPair, pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
+from stripe_kernels.stripe_op import StripeOp, is_channels_last
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
@@ -49,8 +50,8 @@ class Call:
             op = _dense(layer.out_channels, kernel, stride, layer.padding, dilation, layer.groups)
         else:
             return None
-        problem = op.problem(size, x.dtype, x.device, ops.is_channels_last(x))
-        ops.backends.load()
+        problem = op.problem(size, x.dtype, x.device, is_channels_last(x))
+        backends.load()
         return plan.candidates(problem, "fprop", ["dense"])[0].predicted
 
     def row(self, seconds: float | None) -> dict[str, Any]:
@@ -74,9 +75,9 @@ class Call:
 
 def _dense(
     k: int, kernel: IntPair, stride: IntPair, padding: Any, dilation: IntPair, groups: int
-) -> ops.StripeOp:
+) -> StripeOp:
     live = FilterSkeleton.full(k, *kernel).text
-    return ops.StripeOp.of(
+    return StripeOp.of(
         live, stride, resolve_padding(padding, kernel, stride, dilation), dilation, groups, "dense"
     )
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from stripe_kernels import ops
+from stripe_kernels import backends, eager
 from stripe_kernels.checks import check
 from stripe_kernels.compile.graph import OneLineInterpreter, averages_pixels, calls, is_hooked
 from stripe_kernels.compile.layers import FusedConv2d
@@ -79,7 +79,7 @@ def _pitch(call: _Call, calls: list[_Call]) -> int:
 
 def _dense(t: Tensor, *shape: int) -> bool:
     """Whether native code may read it as float32 [shape] where it lies."""
-    plain = ops._plain(t) and t.is_cpu and t.layout == torch.strided and t.dtype == torch.float32
+    plain = eager.plain(t) and t.is_cpu and t.layout == torch.strided and t.dtype == torch.float32
     return plain and t.shape == shape and t.is_contiguous()
 
 
@@ -103,7 +103,7 @@ class _Writer(OneLineInterpreter):
         self.held: dict[fx.Node, set[_Storage]] = {}
         self.last_use: dict[fx.Node, list[fx.Node]] = {}
         try:
-            self.list_type: Any = type(ops.call_list(1))
+            self.list_type: Any = type(backends.call_list(1))
         except ImportError:
             self.list_type = None
         seen: set[fx.Node] = set()
@@ -261,7 +261,7 @@ class _Writer(OneLineInterpreter):
             return
         inside = {c.node for c in pending}
         given = {n: t for c in pending for n, t in c.reads.items() if n not in inside}
-        todo = ops.call_list(self.threads)
+        todo = backends.call_list(self.threads)
         at = {n: todo.given(t) for n, t in given.items()}
         leave = [c for c in pending if any(u not in inside for u in c.node.users)]
         at |= {c.node: todo.returned(c.gives) for c in leave}
@@ -278,7 +278,7 @@ class _Writer(OneLineInterpreter):
         results = ", ".join(self._name(c.node) for c in leave)
         whole = self.conditions is not None and self._whole(given, leave, inside)
         run = todo.finish(keep=whole)
-        self.front = ops.guard(run, (), self.conditions, tuple(given.values()), ()) if whole else None
+        self.front = backends.guard(run, (), self.conditions, tuple(given.values()), ()) if whole else None
         line = f"{self._bind('k', run)}({arguments})"
         self.lines.append(f"{results}, = {line}" if results else line)
         self._measure(set(self.held) - (inside - {c.node for c in leave}), todo.arena_bytes)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from stripe_kernels import ops
+from stripe_kernels import backends
 from stripe_kernels.compile.fuse import activation_of, is_plain_sum
 from stripe_kernels.compile.graph import averages_pixels, is_hooked, module_of, record_sizes, size_of
 from stripe_kernels.compile.layers import FusedConv2d
@@ -51,7 +51,7 @@ class _Translator:
     """Walks the graph once; an activation's room is given back after its last reader."""
 
     def __init__(self, body: fx.GraphModule, threads: int, vectors: int) -> None:
-        self.network = ops.lane_network(threads, vectors)
+        self.network = backends.lane_network(threads, vectors)
         self.body = body
         self.at: dict[fx.Node, Any] = {}  # node -> Activation
         self.owner: dict[fx.Node, fx.Node] = {}  # views -> the node whose room they are

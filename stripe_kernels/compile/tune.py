@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stripe_kernels import ops, plan, registry
+from stripe_kernels import backends, plan, registry
 from stripe_kernels.compile import cache
 from stripe_kernels.compile.network import Network, as_arguments, threads_of
-from stripe_kernels.ops import StripeOp
 from stripe_kernels.plan import Candidate, Plan
 from stripe_kernels.registry import PASSES, Pass, Problem
 from stripe_kernels.snapshots import kept_form
+from stripe_kernels.stripe_op import StripeOp, is_channels_last
 
 _HOPELESS = 4.0  # predicted this many times slower than the best prediction: not measured
 _IN_GRAPH = 10  # calls a graph holds: one alone takes less time than its launch
@@ -128,7 +128,7 @@ def sites(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> list[
 
 def candidates(site: Site, which: Pass = "fprop") -> tuple[Candidate, ...]:
     """Everything "auto" may choose from at a site, as predicted, refusals included."""
-    ops.backends.load()
+    backends.load()
     automatic = [name for name, kernel in registry.kernels().items() if kernel.automatic]
     return plan.candidates(site.problem, which, automatic)
 
@@ -233,7 +233,7 @@ def sample(call: Callable[[], Any], repeats: int, device: torch.device | None) -
 
 def _like(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """Random values of another size in x's dtype, device and memory format."""
-    last = ops.is_channels_last(x)
+    last = is_channels_last(x)
     values = torch.randn(size, dtype=x.dtype, device=x.device)
     return values.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -288,8 +288,8 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.stripe_kernels.fprop.default:
             x, activation, settings = args[0], args[5], args[6:]
-            op = ops._op(tuple(settings))
-            problem = op.problem(tuple(x.shape), x.dtype, x.device, ops.is_channels_last(x))
+            op = StripeOp.of_operator(settings)
+            problem = op.problem(tuple(x.shape), x.dtype, x.device, is_channels_last(x))
             x = torch.randn_like(x)
             bias, scale, residual = (t if t is None else torch.randn_like(t) for t in args[2:5])
             name = self._stack[-1] if self._stack else ""

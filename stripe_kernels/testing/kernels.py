@@ -30,12 +30,13 @@ def prepared(
     A call takes operands of the same sizes and layout and gives y, dx or dw. The weight is packed here, once;
     with `repack` in every call, as training does. RuntimeError with the reason where the kernel refuses.
     """
-    from stripe_kernels import backends, ops, registry
+    from stripe_kernels import backends, registry
+    from stripe_kernels.stripe_op import StripeOp, is_channels_last
 
     backends.load()
     like = operands.dy if which == "dgrad" else operands.x
-    op = ops.StripeOp.of(*problem.arguments, kernel)
-    last = ops.is_channels_last(like)
+    op = StripeOp.of(*problem.arguments, kernel)
+    last = is_channels_last(like)
     asked = op.problem(problem.shape.input_size, like.dtype, like.device, last)
     chosen = registry.find(kernel)
     reason = chosen.refuse(asked, which)
@@ -83,12 +84,13 @@ def predicted_on_gpu(
 ) -> dict[tuple[int, ...], Prepared]:
     """A kernel's configurations on a GPU that need not be there, the fastest prediction first; {} where it refuses.
     Their calls launch nothing: they compile what they would launch, into Triton's cache on disk."""
-    from stripe_kernels import backends, ops, registry
+    from stripe_kernels import backends, registry
+    from stripe_kernels.stripe_op import StripeOp, is_channels_last
 
     backends.load()
     like = operands.dy if which == "dgrad" else operands.x
-    op = ops.StripeOp.of(*problem.arguments, kernel)
-    found = op.problem(problem.shape.input_size, like.dtype, like.device, ops.is_channels_last(like))
+    op = StripeOp.of(*problem.arguments, kernel)
+    found = op.problem(problem.shape.input_size, like.dtype, like.device, is_channels_last(like))
     asked, chosen = replace(found, device="cuda", tf32=(tf32, tf32)), registry.find(kernel)
     if chosen.refuse(asked, which):
         return {}
@@ -131,7 +133,7 @@ def poisoned_memory() -> Iterator[None]:
 def list_and_calls(model: nn.Module, x: Tensor, kernel: str = "auto") -> dict[str, nn.Module]:
     """The network `model` is compacted to, untuned and without lanes: "list" makes one native call of layers that
     follow each other, "calls" one for each, both bound to inputs like `x`. kernel: of every stripe layer."""
-    from stripe_kernels import StripeConv2d, ops
+    from stripe_kernels import StripeConv2d, backends
     from stripe_kernels.compile.network import Network
     from stripe_kernels.compile.optimize import compact
 
@@ -142,7 +144,7 @@ def list_and_calls(model: nn.Module, x: Tensor, kernel: str = "auto") -> dict[st
     networks = {"list": Network(body), "calls": Network(body)}
     for name, network in networks.items():
         network.resident_from = None
-        hidden = mock.patch.object(ops, "call_list", side_effect=ImportError)
+        hidden = mock.patch.object(backends, "call_list", side_effect=ImportError)
         with torch.inference_mode(), hidden if name == "calls" else nullcontext():
             network(x)
     return dict(networks)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from stripe_kernels import freeze, ops
+from stripe_kernels import backends, freeze
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.optimize import compact, in_channels_last
 from tests.compile.zoo import NETS, masked
@@ -23,7 +23,7 @@ from tests.compile.zoo import NETS, masked
 @contextmanager
 def call_after_call() -> Iterator[None]:
     """Programs written inside call every layer from Python, as where the extension is missing."""
-    with mock.patch.object(ops, "call_list", side_effect=ImportError):
+    with mock.patch.object(backends, "call_list", side_effect=ImportError):
         yield
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stripe_kernels import backends, registry
 from stripe_kernels.backends.triton.launch import INTERPRETED, wide
-from stripe_kernels.ops import StripeOp
+from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import Case, Operands, budgets, case
 
 backends.load()

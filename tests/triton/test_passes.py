@@ -13,8 +13,8 @@ from stripe_kernels import backends, ops, registry
 from stripe_kernels.backends.triton import configs
 from stripe_kernels.backends.triton.launch import INTERPRETED
 from stripe_kernels.epilogue import ACTIVATIONS, apply_epilogue
-from stripe_kernels.ops import StripeOp, is_channels_last
 from stripe_kernels.registry import PASSES, Config, Pass, Problem
+from stripe_kernels.stripe_op import StripeOp, is_channels_last
 from stripe_kernels.testing import (
     CASES,
     Budget,
