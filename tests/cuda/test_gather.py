@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from stripe_kernels.backends.cuda_gather import CONFIGS, WgmmaDgrad, layout_of, lists_of
-from stripe_kernels.backends.cuda_tables import DTYPES as CODES
-from stripe_kernels.backends.cuda_wgmma import SHARED_BYTES
-from stripe_kernels.geometry import ConvShape
+from stripe_kernels.backends.cuda_gather import CONFIGS, WgmmaDgrad, lists_of
 from stripe_kernels.phases import phases
 from stripe_kernels.registry import Config
 from stripe_kernels.testing import Case, case
 from tests.cuda import emulated
 from tests.cuda.problems import check, problem_of
-from tests.cuda.test_layouts import SHAPES
-from tests.cuda.test_layouts import problem as random_problem
 from tests.cuda.test_mma import WIDE
 
 # Several tiles of pixels and of channels, more steps than stages.
@@ -83,13 +78,3 @@ def test_four_threads_gather_from_different_banks() -> None:
     whole = lists.filters[(lists.rows >= 0).all(1)]
     banks = np.sort(whole[:, [[0, 2, 4, 6], [1, 3, 5, 7]]] // 2 % 4, -1)
     assert (banks == np.arange(4)).all(-1).mean() > 0.9
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.C}x{s.H}x{s.W}-{s.K}x{s.R}x{s.S}")
-def test_candidates_fit_a_block_of_sm_90(native: ModuleType, shape: ConvShape) -> None:
-    p = random_problem(shape, "bfloat16")
-    for config in CONFIGS:
-        layout = layout_of(p, config)
-        if layout is not None:
-            used = native.shared_bytes("dgrad_sm90", CODES["bfloat16"], layout.integers())
-            assert used <= SHARED_BYTES, f"{config} needs {used} bytes"

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import product
 from types import ModuleType
 
 import numpy as np
 import pytest
 
 from stripe_kernels import list_kernels, registry
-from stripe_kernels.backends import cuda_cost, cuda_ffma, cuda_mma, cuda_mma_grad
+from stripe_kernels.backends import (
+    cuda_cost,
+    cuda_ffma,
+    cuda_gather,
+    cuda_mma,
+    cuda_mma_grad,
+    cuda_taps,
+    cuda_wgmma,
+)
 from stripe_kernels.backends.cuda_columns import BLOCKS, PARTS, column_tiles
 from stripe_kernels.backends.cuda_tables import DTYPES, SHARED_BYTES, Layout
 from stripe_kernels.geometry import ConvShape
@@ -53,6 +63,31 @@ def test_every_candidate_fits_a_block_of_any_chip(native: ModuleType, which: Pas
         for (family, config), layout in layouts.items():
             used = native.shared_bytes(f"{which}_{family}", code, layout.integers())
             assert used <= SHARED_BYTES, f"{family} {config} in {dtype} needs {used} bytes"
+
+
+def wgmma_layout(p: Problem, config: Config) -> Layout | None:
+    return None if cuda_wgmma.room(p, config) is None else cuda_wgmma.tiles_of(p, config)[-1]
+
+
+SM_90: dict[str, tuple[Iterable[Config], Callable[[Problem, Config], Layout | None]]] = {
+    "fprop_sm90": (cuda_wgmma.CONFIGS, wgmma_layout),
+    "fprop_taps_sm90": (cuda_taps.CONFIGS, cuda_taps.layout_of),
+    "dgrad_sm90": (cuda_gather.CONFIGS, cuda_gather.layout_of),
+}
+
+
+@pytest.mark.parametrize("name", SM_90)
+def test_every_candidate_fits_a_block_of_sm_90(native: ModuleType, name: str) -> None:
+    configs, layout_of = SM_90[name]
+    layouts = {
+        (shape, config): layout_of(problem(shape, "bfloat16"), config)
+        for shape, config in product(SHAPES, configs)
+    }
+    taken = {key: layout for key, layout in layouts.items() if layout is not None}
+    assert {config for _, config in taken} == set(configs)
+    for (shape, config), layout in taken.items():
+        used = native.shared_bytes(name, DTYPES["bfloat16"], layout.integers())
+        assert used <= cuda_wgmma.SHARED_BYTES, f"{config} needs {used} bytes for {shape}"
 
 
 @pytest.mark.parametrize("how", [0, 1, 2])

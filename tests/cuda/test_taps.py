@@ -8,16 +8,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from stripe_kernels.backends.cuda_tables import DTYPES as CODES
 from stripe_kernels.backends.cuda_taps import CONFIGS, TapsFprop, layout_of, steps_by_tile
-from stripe_kernels.backends.cuda_wgmma import SHARED_BYTES
-from stripe_kernels.geometry import ConvShape
 from stripe_kernels.registry import Config
 from stripe_kernels.testing import Case, case
 from tests.cuda import emulated
 from tests.cuda.problems import check, check_epilogue, problem_of
-from tests.cuda.test_layouts import SHAPES
-from tests.cuda.test_layouts import problem as random_problem
 from tests.cuda.test_mma import WIDE
 from tests.cuda.test_wgmma import Built
 
@@ -96,16 +91,6 @@ def test_steps_hold_every_stripe_once(c: Case) -> None:
                         assert place // 16 in (k // serve, filters // serve)
                         rows.append(row)
         assert sorted(rows) == list(range(c.skeleton.stripes))
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.C}x{s.H}x{s.W}-{s.K}x{s.R}x{s.S}")
-def test_candidates_fit_a_block_of_sm_90(native: ModuleType, shape: ConvShape) -> None:
-    p = random_problem(shape, "bfloat16")
-    for config in CONFIGS:
-        layout = layout_of(p, config)
-        if layout is not None:
-            used = native.shared_bytes("fprop_taps_sm90", CODES["bfloat16"], layout.integers())
-            assert used <= SHARED_BYTES, f"{config} needs {used} bytes"
 
 
 def test_epilogue(native: ModuleType) -> None:

@@ -20,10 +20,8 @@ from stripe_kernels.backends.cuda_stripes import (
     bundles_of,
     patch_of,
 )
-from stripe_kernels.backends.cuda_tables import DTYPES as CODES
 from stripe_kernels.backends.cuda_wgmma import (
     CONFIGS,
-    SHARED_BYTES,
     TABLE_BYTES,
     TAPS,
     WgmmaFprop,
@@ -294,16 +292,6 @@ def test_bundles_hold_every_stripe_once(c: Case, width: int, filters: int) -> No
                         stripes.append(row)
     read = [row for p in phases(c.skeleton, c.shape) if p.pixels for row in p.row.tolist()]
     assert sorted(stripes) == sorted(read)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.C}x{s.H}x{s.W}-{s.K}x{s.R}x{s.S}")
-def test_candidates_fit_a_block_of_sm_90(native: ModuleType, shape: ConvShape) -> None:
-    p = random_problem(shape, "bfloat16")
-    for config in CONFIGS:
-        if room(p, config) is not None:
-            *_, layout = tiles_of(p, config)
-            used = native.shared_bytes("fprop_sm90", CODES["bfloat16"], layout.integers())
-            assert used <= SHARED_BYTES, f"{config} needs {used} bytes"
 
 
 @pytest.mark.skipif("cuda_wgmma" not in list_kernels(), reason="stripe_kernels._cuda is not built")
