@@ -161,6 +161,8 @@ def slim_channels(c: int, k: int, density: float) -> tuple[int, int]:
 def slim(memory_format: str, job: Job) -> Entrant:
     """Whole channels removed to equal MACs. It computes another function: its own oracle checks it."""
     la = job.layer
+    if job.which != "fprop":
+        raise Refused("timed in fprop and on whole networks")
     if la.groups not in (1, la.C) or la.groups == la.C != la.K:
         raise Refused(f"channel pruning of {la.groups} groups is not defined here")
     if la.groups == 1:
@@ -173,8 +175,6 @@ def slim(memory_format: str, job: Job) -> Entrant:
         weight = job.operands.weight.new_empty(c, 1, la.R, la.S).normal_(generator=_generator())
     conv = dense_conv(job, weight, 1 if la.groups == 1 else c, memory_format)
     x = job.operands.x[:, :c].contiguous(memory_format=FORMATS[memory_format])
-    if job.which != "fprop":
-        raise Refused("timed in fprop and on whole networks")
     run = torch.inference_mode()(partial(conv, x))
 
     def check() -> str | None:
@@ -252,7 +252,7 @@ def kernel_names(which: str) -> list[str]:
     return chosen
 
 
-def _not_compiled(job: Job) -> Entrant:
+def not_compiled(*_: object) -> Entrant:
     raise Refused("not asked for: --compile (it takes its time)")
 
 
@@ -263,7 +263,7 @@ def contestants(kernels: list[str], compile_: bool = True) -> dict[str, Contesta
         "auto channels_last": partial(stripe, "auto", "channels_last"),
         **{k: partial(stripe, k, "contiguous") for k in kernels},
         **{f"eager {f}": partial(eager, f) for f in FORMATS},
-        **{f"compile {f}": partial(compiled, f) if compile_ else _not_compiled for f in FORMATS},
+        **{f"compile {f}": partial(compiled, f) if compile_ else not_compiled for f in FORMATS},
         "onnxruntime": runtimes.onnxruntime_layer,
         "openvino": runtimes.openvino_layer,
         **{f"slim {f}": partial(slim, f) for f in FORMATS},

@@ -21,8 +21,8 @@ from torch.fx.experimental.optimization import fuse
 
 import stripe_kernels
 from bench import runtimes
-from bench.contestants import FORMATS
-from bench.job import Entrant, Kind, Oracle, Refused, checked_images
+from bench.contestants import FORMATS, not_compiled
+from bench.job import Entrant, Kind, Oracle, checked_images
 from bench.layers import NETWORKS, Layer, LayerCase
 from bench.records import Row
 from bench.run import in_two_stages
@@ -35,7 +35,6 @@ DENSITY = 0.2412  # the share of VGG-16's multiply-adds that the paper keeps: it
 BATCHES = (1, 32, 128)
 STEP_BATCH = 64
 _RIVALS_ERROR = 1e-3  # of the largest output: what any float32 run of these networks keeps, in any order
-_NOT_COMPILED = "not asked for: --compile (it takes its time)"
 
 
 Makers = dict[str, Callable[[], Entrant]]
@@ -200,7 +199,7 @@ def _inference(job: NetworkJob, compiled: bool) -> tuple[Makers, Makers]:
 
     def compile_(fmt: str) -> Entrant:
         if not compiled:
-            raise Refused(_NOT_COMPILED)
+            return not_compiled()
         torch.compiler.reset()
         network = torch.compile(_laid_out(plain, fmt), options={"freezing": True})
         call = torch.no_grad()(partial(network, x.contiguous(memory_format=FORMATS[fmt])))
@@ -280,7 +279,7 @@ def _training(job: NetworkJob, compiled: bool) -> Makers:
         kind: Kind, model: Callable[[], nn.Module], fmt: str, share: float, compile_: bool = False
     ) -> Entrant:
         if compile_ and not compiled:
-            raise Refused(_NOT_COMPILED)
+            return not_compiled()
         network = _laid_out(model(), fmt).train()
         data = job.x.contiguous(memory_format=FORMATS[fmt])
         run = torch.compile(network) if compile_ else network

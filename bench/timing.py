@@ -14,9 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 ROUNDS = (5, 200)
-UNTIMED = (
-    2  # rounds before the first that counts: plans, packed weights, and a heap that has grown to its size
-)
+UNTIMED = 2  # rounds before the first that counts: plans, packed weights, a heap grown to its size
 MEASURE = 5e-3  # seconds a measurement lasts at least, by repeating its call
 LONG = 5e-3  # calls longer than this need no untimed call before them
 # Seconds of untimed calls that a team of threads gets. On some virtual machines Linux wakes a sleeping team on one core

@@ -88,9 +88,8 @@ class StripeConv2d(nn.Module):
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         factory = {"device": device, "dtype": dtype}
-        with torch.inference_mode(
-            False
-        ):  # inference tensors have no version: a change of theirs could not be seen
+        # Inference tensors have no version: a change of theirs could not be seen.
+        with torch.inference_mode(False):
             self.weight = nn.Parameter(torch.empty(live.stripes, self.in_channels // self.groups, **factory))
             self.register_parameter(
                 "bias", nn.Parameter(torch.empty(self.out_channels, **factory)) if bias else None

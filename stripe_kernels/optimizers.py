@@ -51,10 +51,8 @@ def _begin_anew(optimizer: Optimizer, *_: object) -> None:
 
 def _drop_stepped(optimizer: Optimizer, *_: object) -> None:
     for weight in _weights(optimizer):
-        if (
-            weight.requires_grad or weight.grad is not None
-        ):  # the form of a frozen one is kept while others train
-            drop_snapshot(weight)
+        if weight.requires_grad or weight.grad is not None:
+            drop_snapshot(weight)  # the form of a frozen one is kept while others train
 
 
 register_optimizer_step_post_hook(_drop_stepped)

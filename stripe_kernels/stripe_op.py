@@ -44,13 +44,8 @@ class StripeOp:
                 f"stride {stride}, dilation {dilation}, padding {padding}"
             )
         self.arguments = (skeleton, stride, padding, dilation, groups, kernel)
-        self.stride, self.padding, self.dilation, self.groups, self.kernel = (
-            stride,
-            padding,
-            dilation,
-            groups,
-            kernel,
-        )
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.groups, self.kernel = groups, kernel
         self._runners: dict[Any, Any] = {}
         # All that the checks and the plan of a call look at -> its runner.
         self.checked: dict[Any, Any] = {}

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from stripe_kernels.backends import cpu_tiling
+from stripe_kernels.geometry import ConvShape
 from stripe_kernels.packed import StripeIndex
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, provide, register
+from stripe_kernels.skeleton import FilterSkeleton
 
 try:
     from stripe_kernels import _cpu as _cpu
@@ -41,33 +43,24 @@ def _layout(size: tuple[int, ...], channels_last: bool = False) -> tuple[tuple[i
     return size, tuple(strides)
 
 
+def native_layer(skeleton: FilterSkeleton, s: ConvShape) -> tuple[list[int], list[int], list[int], list[int]]:
+    """What every native layer is made from: sizes, and the live stripes tap by tap."""
+    index = StripeIndex.of(skeleton, s.groups)
+    sizes = [s.N, s.C, s.H, s.W, s.K, s.R, s.S, s.P, s.Q]
+    sizes += [*s.stride, *s.padding[:2], *s.dilation, s.groups]
+    return sizes, index.tap_ptr.tolist(), index.filter.tolist(), index.row.tolist()
+
+
 class _Runner:
     """What the passes share: the native object, and the output's layout."""
 
     def __init__(self, problem: Problem) -> None:
-        s = problem.shape
         self.threads = problem.threads
         self.dtype = getattr(torch, problem.dtype)
         self.code = _DTYPES[problem.dtype]
         self.channels_last = problem.channels_last
-        index = StripeIndex.of(problem.skeleton, s.groups)
-        self.shape = s
-        sizes = (
-            s.N,
-            s.C,
-            s.H,
-            s.W,
-            s.K,
-            s.R,
-            s.S,
-            s.P,
-            s.Q,
-            *s.stride,
-            *s.padding[:2],
-            *s.dilation,
-            s.groups,
-        )
-        self.arguments = (list(sizes), index.tap_ptr.tolist(), index.filter.tolist(), index.row.tolist())
+        self.shape = problem.shape
+        self.arguments = native_layer(problem.skeleton, problem.shape)
 
 
 class _WeightRunner(_Runner):
@@ -210,9 +203,8 @@ def _builder(isa: str, cost: cpu_tiling.Cycles) -> Callable[[Problem, Pass, Conf
     return build
 
 
-_rate = cache(
-    _cpu.multiply_adds_a_cycle
-)  # measured once a set: the kernels and `dense` are ranked by one value
+# Measured once a set: the kernels and `dense` are ranked by one value.
+_rate = cache(_cpu.multiply_adds_a_cycle)
 
 
 def _speed(isa: str) -> tuple[cpu_tiling.Cycles, cpu_tiling.Cycles, float]:

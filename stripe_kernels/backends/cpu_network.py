@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stripe_kernels.backends.cpu import _ACTIVATIONS, _cpu
+from stripe_kernels.backends.cpu import _ACTIVATIONS, _cpu, native_layer
 from stripe_kernels.geometry import ConvShape
-from stripe_kernels.packed import StripeIndex
 from stripe_kernels.skeleton import FilterSkeleton
 
 _POOLS = {"max": 0, "average": 1, "average_padded": 2}  # torch's default average counts the padding
@@ -79,10 +78,9 @@ class LaneNetwork:
 
     def channels(self, whole: Activation, first: int, count: int) -> Activation:
         """Channels [first, first + count) of an activation, under a number of their own."""
-        offset = whole.offset + first * self._native.channel_floats(whole.h, whole.w)
-        return Activation(
-            self._native.add_activation(count, whole.h, whole.w, offset), count, whole.h, whole.w, offset
-        )
+        h, w = whole.h, whole.w
+        offset = whole.offset + first * self._native.channel_floats(h, w)
+        return Activation(self._native.add_activation(count, h, w, offset), count, h, w, offset)
 
     def release(self, a: Activation) -> None:
         """Whoever comes next may use this room."""
@@ -93,28 +91,11 @@ class LaneNetwork:
         x: Activation, residual: Activation | None, y: Activation,
     ) -> None:  # fmt: skip
         """y = activation(conv(x) + bias + residual); weight [A, C/groups] and bias [K] float32 are copied."""
-        s, index = shape, StripeIndex.of(skeleton, shape.groups)
-        sizes = [
-            s.N,
-            s.C,
-            s.H,
-            s.W,
-            s.K,
-            s.R,
-            s.S,
-            s.P,
-            s.Q,
-            *s.stride,
-            *s.padding[:2],
-            *s.dilation,
-            s.groups,
-        ]
-        arrays = index.tap_ptr.tolist(), index.filter.tolist(), index.row.tolist()
         weight = weight.detach().contiguous()
         shift = None if bias is None else bias.detach().contiguous()
         self._native.add_conv(
-            sizes, *arrays, weight.data_ptr(), 0, 0 if shift is None else shift.data_ptr(), _ACTIVATIONS[activation],
-            x.number, -1 if residual is None else residual.number, y.number,
+            *native_layer(skeleton, shape), weight.data_ptr(), 0, 0 if shift is None else shift.data_ptr(),
+            _ACTIVATIONS[activation], x.number, -1 if residual is None else residual.number, y.number,
         )  # fmt: skip
 
     def pool(

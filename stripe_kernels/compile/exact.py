@@ -123,13 +123,8 @@ def _noise_for(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Tensor, .
         inputs = tuple(_noise_like(x, (batch, *x.shape[1:]), i) for i, x in enumerate(example))
         try:
             _leaves(model, inputs)
-        except (
-            RuntimeError,
-            AssertionError,
-            ValueError,
-            IndexError,
-        ):  # it has the example's batch in its code
-            pass
+        except (RuntimeError, AssertionError, ValueError, IndexError):
+            pass  # it has the example's batch in its code
         else:
             return inputs
     return tuple(_noise_like(x, tuple(x.shape), i) for i, x in enumerate(example))

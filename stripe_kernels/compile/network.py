@@ -17,7 +17,7 @@ from stripe_kernels.compile.program import Program, write_program
 from stripe_kernels.compile.resident import Untranslatable, resident
 from stripe_kernels.kept import capturing, hold_for_graphs
 from stripe_kernels.modules import StripeConv2d
-from stripe_kernels.stripe_op import tf32_allowed
+from stripe_kernels.stripe_op import signature
 
 _PROGRAMS_KEPT = 16  # input signatures a network remembers
 _ABSENT = object()
@@ -48,9 +48,7 @@ class Network(nn.Module):
         self.body = body.eval().requires_grad_(False)
         self.report: list[str] = []
         self.resident_from: int | None = 16  # the batch from which activations stay in lanes; None: never
-        self.inputs: list[tuple[tuple[int, ...], torch.dtype]] | None = (
-            None  # sizes and dtypes it was made on
-        )
+        self.inputs: list[tuple[tuple[int, ...], torch.dtype]] | None = None  # what it was made on
         self.lane_vectors = 1  # of images in a block that stays in lanes
         # By torch's number of threads, the largest first input, in values, that one of them is faster on: in layers of
         # 10 us a team's meetings, and maps that the other core wrote, take longer than it saves.
@@ -105,13 +103,7 @@ class Network(nn.Module):
 
     @staticmethod
     def _key(inputs: tuple[Tensor, ...]) -> Any:
-        return (
-            torch.get_num_threads(),
-            *[
-                (x.shape, x.stride(), x.dtype, x.device, x.is_cuda and tf32_allowed(x.device, x.dtype))
-                for x in inputs
-            ],
-        )
+        return torch.get_num_threads(), *map(signature, inputs)
 
     def _bind(self, programs: dict[Any, Program], key: Any, inputs: tuple[Tensor, ...]) -> Program:
         with self._lock:
@@ -256,7 +248,7 @@ def _runs_itself(inputs: tuple[Any, ...]) -> bool:
     grad = torch.is_grad_enabled()
     try:
         return not any((grad and x.requires_grad) or torch.is_autocast_enabled(x.device.type) for x in inputs)
-    except AttributeError:  # of None, an optional tensor to `_plain`: the layer that gets it says so
+    except AttributeError:  # of None, an optional tensor to `plain`: the layer that gets it says so
         return False
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stripe_kernels.compile.tune import sample
+from stripe_kernels.compile.tune import repeats_of, sample
 
 _SIGMAS = 1.96  # of a normal distribution: 95 %
 _LEAST = 9  # rounds; the interval of fewer would be all of them
@@ -60,8 +60,7 @@ def race(
     calls = (one, other)
     for call in (*calls, *calls):
         call()
-    least = 1e-3 if device is not None and device.type == "cuda" else 50e-6
-    repeats = [max(1, min(100, int(least / max(sample(call, 1, device), 1e-7)))) for call in calls]
+    repeats = [repeats_of(sample(call, 1, device), device) for call in calls]
     ratios: list[float] = []
     start, allowed = time.perf_counter(), seconds
     while True:

@@ -85,9 +85,8 @@ def _edit(layer: Any, node: fx.Node, found: dict[fx.Node, Channels], keeps: dict
 
 def _carry(layer: Filter, value: Tensor, keep: Tensor) -> None:
     """Moves the dropped input channels' constants into the bias or the carrier, and drops the channels."""
-    gone = torch.where(
-        keep, 0.0, value.nan_to_num(0.0)
-    )  # unneeded channels are read by no filter that matters
+    # Unneeded channels are read by no filter that matters.
+    gone = torch.where(keep, 0.0, value.nan_to_num(0.0))
     if not layer.zero_border:
         layer.bias = layer.bias + layer.weight.sum((2, 3)) @ gone
     elif gone.any():

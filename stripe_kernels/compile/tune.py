@@ -34,9 +34,7 @@ class Timing(NamedTuple):
     """Seconds of a call."""
 
     median: float
-    scatter: (
-        float  # what the middle half of the samples spans, in medians; infinite where there is one sample
-    )
+    scatter: float  # what the middle half of the samples spans, in medians; infinite where there is one
 
 
 @dataclass(frozen=True)
@@ -199,8 +197,7 @@ def interleaved(
     for call in calls:
         call()  # pays for the first touch of weights and scratch memory
     first = [min(sample(call, 1, device) for _ in range(2)) for call in calls]
-    long = 1e-3 if _is_gpu(device) else 50e-6
-    repeats = [max(1, min(100, int(long / max(t, 1e-7)))) for t in first]
+    repeats = [repeats_of(t, device) for t in first]
     racing = [i for i, t in enumerate(first) if t <= _SLOW * min(first)]
     samples: list[list[float]] = [[] if i in racing else [t] for i, t in enumerate(first)]
     start, rounds = time.perf_counter(), 0
@@ -219,6 +216,12 @@ def _timing(samples: list[float]) -> Timing:
 
 def _is_gpu(device: torch.device | None) -> bool:
     return device is not None and device.type == "cuda"
+
+
+def repeats_of(seconds: float, device: torch.device | None) -> int:
+    """Calls of so many seconds that make a sample."""
+    least = 1e-3 if _is_gpu(device) else 50e-6
+    return max(1, min(100, int(least / max(seconds, 1e-7))))
 
 
 def sample(call: Callable[[], Any], repeats: int, device: torch.device | None) -> float:

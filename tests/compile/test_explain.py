@@ -13,9 +13,8 @@ import stripe_kernels
 from stripe_kernels import StripeConv2d, explain, freeze, tune
 from tests.compile.zoo import masked, small
 
-optimizer = importlib.import_module(
-    "stripe_kernels.compile.optimize"
-)  # the package's attribute is the function
+# The package's attribute is the function.
+optimizer = importlib.import_module("stripe_kernels.compile.optimize")
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,9 +84,8 @@ def one_input(raw: bytes) -> None:
     live = np.frombuffer(data.ConsumeBytes(k * r * s).ljust(k * r * s, b"\1"), np.uint8).reshape(k, r, s) & 1
     index = StripeIndex.of(FilterSkeleton(live.astype(np.bool_)), groups)
     odd = small(data, 0, 1)  # every other kernel is sound
-    sizes = bent(
-        data, [n, c, h, w, k, r, s, p, q, *stride, *pad, *dilation, groups], odd, 64
-    )  # what is large and sound takes its memory
+    layer = [n, c, h, w, k, r, s, p, q, *stride, *pad, *dilation, groups]
+    sizes = bent(data, layer, odd, 64)  # what is large and sound takes its memory
     lists = [bent(data, v.tolist(), 2 * odd) for v in (index.tap_ptr, index.filter, index.row)]
     isa = "amx" if matrix else ISAS[small(data, 0, len(ISAS) - 1)]
     kind = 5 if matrix else small(data, 0, 4)
