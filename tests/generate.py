@@ -54,6 +54,13 @@ from tests.passes import KERNELS, NATIVE, PAIRED, problem_of, run, spoil_scratch
 CHUNK = 500  # problems a child process
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _TERMS = ("bias", "scale", "residual")
+# What makes one pass's sums long, fprop's, dgrad's and wgrad's, and sizes that keep the rest small beside it.
+_FEW = {"N": (1, 1, 2), "H": (1, 2, 4), "W": (1, 2, 5), "C": (3, 8, 17), "K": (3, 8, 17)}
+_LONG = {
+    "channels": _FEW | {"C": (256, 257, 320, 512, 1030, 2048)},
+    "filters": _FEW | {"K": (256, 257, 320, 512, 1030)},
+    "pixels": _FEW | {"N": (64, 129, 300), "H": (8, 13), "W": (7, 16)},
+}
 REFUSED = "refused"
 
 
@@ -142,6 +149,13 @@ class Generated:
             return runner(operands.x, kept_form(runner, operands.weight), *terms, self._activation)
 
     @property
+    def long(self) -> str | None:
+        """What this problem has many of."""
+        s = self.case.shape
+        sizes = {"channels": s.group_c, "filters": s.group_k, "pixels": s.N * s.P * s.Q}
+        return next((name for name, n in sizes.items() if n >= (4096 if name == "pixels" else 256)), None)
+
+    @property
     def _activation(self) -> str:
         return next((name for name in self.epilogue if name in ACTIVATIONS), "none")
 
@@ -193,6 +207,9 @@ def draw(rng: np.random.Generator, kernels: list[str]) -> Generated:
         }
         if rng.random() < 0.8:
             shape["padding"] = shape["padding"][:2] * 2
+        if rng.random() < 0.15:
+            groups, sizes = 1, _LONG[str(rng.choice(list(_LONG)))]
+            shape |= {name: size(*choices) for name, choices in sizes.items()}
         try:
             made = case(
                 "",
@@ -280,6 +297,7 @@ class Tally(collections.Counter[str]):
             "guard page": p.guard or "none",
             "epilogue": "with" if p.epilogue else "without",
             "images": "none" if p.case.shape.N == 0 else "some",
+            "long sums over": p.long or "none",
         }
         self.update(f"{axis}/{value}" for axis, value in axes.items())
 

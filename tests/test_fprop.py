@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stripe_kernels import testing
 from stripe_kernels.testing import CASES, DTYPES, LAYOUTS
 from tests.passes import KERNELS, PAIRED, check_pass
 
@@ -31,3 +32,15 @@ def test_in_every_configuration(kernel: str, case) -> None:
 def test_in_float64(kernel: str) -> None:
     for case in CASES.values():
         check_pass(case, kernel, "fprop", torch.float64, "contiguous")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sums_over_many_channels(kernel: str) -> None:
+    """torch adds many products in several sums; in one, they were up to twice as far off as the budget allows."""
+    for made in (
+        testing.case("2048 channels", N=1, C=2048, K=256, R=1, S=1, padding=(0, 0), density=0.5),
+        testing.case("one tap of few pixels", N=1, C=256, H=2, W=3, K=512, pattern="one tap", seed=5),
+    ):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            check_pass(made, kernel, "fprop", torch.float32, "contiguous", every=True)

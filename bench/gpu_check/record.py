@@ -28,11 +28,12 @@ SOURCES = (
 # measured again.
 SAME_ON_A_GPU = {
     "a7dd3ca2f2792c38": (
-        "f38aea2fdfb676af",
+        "96d4a161ae280176",
         "cuda_mma_tf32 without wgrad, groups whose channels the taps kernel would mix refused, checks of tables, an "
         "unused width of wgmma gone: nothing that a row has met; what kernels and runners said twice said once: the "
         "same machine code, compared; what dense and stripe_gemm should take on a "
-        "CPU, dense's kept filters of half precision there, F.conv2d under its other name, torch.conv2d",
+        "CPU, dense's kept filters of half precision there, F.conv2d under its other name, torch.conv2d; narrow "
+        "products of stripe_gemm's fprop on a CPU, the others by torch.matmul, which calls the same mm and bmm",
     ),
 }
 # Stages without which a record says too little to be quoted; rows there was no time for are named in it.

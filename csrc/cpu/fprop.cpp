@@ -88,6 +88,7 @@ Fprop::Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
       filters_of_tap[t] += stripes_.end(g, tap) - stripes_.begin(g, tap);
     }
   for (int& n : filters_of_tap) n = ceil_div(n, static_cast<int>(parts_.size()));
+  const int chain = paired ? cells_ : channel_chain(shape);
   const int tile_filters = fitting_filters(schedule_, filters_of_tap, cells_, isa);
   tile_ptr_.push_back(0);
   for (const Part& p : parts_)
@@ -95,8 +96,11 @@ Fprop::Fprop(const ConvShape& shape, Stripes stripes, const Tiling& tiling, cons
       const auto [lo, hi] = stripes_.within(p.group, t.tap, p.begin, p.end);
       const int first = lo;
       split_evenly(hi - lo, tile_filters, [&, first](int a, int b) {
-        tiles_.push_back({packed_floats_, b - a, static_cast<int>(order_.size())});
-        packed_floats_ += static_cast<std::int64_t>(b - a) * cells_;
+        for (int c = 0; c < cells_; c += chain) {
+          const int cells = std::min(chain, cells_ - c);
+          tiles_.push_back({packed_floats_, b - a, static_cast<int>(order_.size()), c, cells});
+          packed_floats_ += static_cast<std::int64_t>(b - a) * cells;
+        }
         for (int i = first + a; i < first + b; ++i) {
           order_.push_back(stripes_.row[i]);
           local_.push_back(stripes_.filter[i] - p.begin);
@@ -112,15 +116,15 @@ void Fprop::pack_weight(const void* weight, DType type, float* packed) const {
   std::vector<std::uint16_t> halves(paired_ ? row.size() : 0);
   for (const FilterTile& t : tiles_)
     for (int f = 0; f < t.filters; ++f) {
-      const char* source = static_cast<const char*>(weight) +
-                           order_[t.first + f] * c * static_cast<std::int64_t>(size_of(type));
-      isa_.load_row(row.data(), source, type, 1, c);
+      const char* source = static_cast<const char*>(weight) + (order_[t.first + f] * c + t.first_cell) *
+                                                                  static_cast<std::int64_t>(size_of(type));
+      isa_.load_row(row.data(), source, type, 1, paired_ ? c : t.cells);
       if (paired_) {
         isa_.store_row(halves.data(), DType::bf16, 1, row.data(), c);
         std::memcpy(row.data(), halves.data(), static_cast<std::size_t>(c) * 2);
       }
       float* at = packed + t.weight + f;
-      for (int i = 0; i < cells_; ++i) at[static_cast<std::int64_t>(i) * t.filters] = row[i];
+      for (int i = 0; i < t.cells; ++i) at[static_cast<std::int64_t>(i) * t.filters] = row[i];
     }
 }
 
@@ -134,11 +138,11 @@ void Fprop::accumulate(int part, const Run* begin, const Run* end, const float* 
     const FilterTile* const last = &tiles_[0] + tile_ptr_[part * taps + tap + 1];
     for (const FilterTile* t = &tiles_[0] + tile_ptr_[part * taps + tap]; t != last; ++t) {
       const Cut& cut = cuts[t->filters];
-      const float* x = panel.at + tap_offsets_[tap] + run->x;
+      const float* x = panel.at + t->first_cell * panel.stride + tap_offsets_[tap] + run->x;
       float* y = lanes.at + run->y;
       for (int i = 0; i < cut.tiles; ++i) {
         const int vectors = cut.size + (i < cut.longer ? 1 : 0);
-        tiles[t->filters][vectors](cells_, packed + t->weight, x, panel.stride, y, lanes.stride,
+        tiles[t->filters][vectors](t->cells, packed + t->weight, x, panel.stride, y, lanes.stride,
                                    &local_[t->first]);
         x += vectors * isa_.lanes, y += vectors * isa_.lanes;
       }

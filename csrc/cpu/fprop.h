@@ -37,7 +37,8 @@ class Fprop {
   struct FilterTile {
     std::int64_t weight;  // packed [cells][filters] begins here
     int filters;
-    int first;  // into order_ and local_
+    int first;              // into order_ and local_
+    int first_cell, cells;  // of a stripe, summed before they join y
   };
 
   // A run of so many vectors in tiles of t filters: `tiles` of them, the first `longer` of `size` + 1 vectors, the others of

@@ -75,6 +75,7 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
                            const float* packed, std::int32_t* places, float* sums) const {
   const ConvShape& s = shape_;
   const int filters = part.end - part.begin;
+  const int chain = channel_chain(s);
   alignas(64) float tile[kMaxTileFilters * kMaxTileVectors * 16];
   std::int32_t* const source = places;  // where a pixel is read in x
   std::int32_t* const target = places + static_cast<std::int64_t>(images_) * s.P * s.Q;  // its row of sums
@@ -106,7 +107,7 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
       const int live = std::min(lanes, t->last - t->first - at * isa_.lanes);
       if (spans()) {
         const int first = source[0], span = source[pixels - 1] + 1 - first;
-        isa_.span[span](s.group_c(), a + first, x.stride[1], b, tile);
+        isa_.span[span](s.group_c(), chain, a + first, x.stride[1], b, tile);
         for (int i = 0; i < pixels; ++i) scatter(i, tile + (source[i] - first) * lanes, filter, live);
         return;
       }
@@ -119,7 +120,8 @@ void FpropFilters::compute(const Part& part, const TapFilters* taps, int n0, int
         // pixels memory never rests, and the hardware alone is faster.
         Fetch fetch{next, 0};
         if (count < pixels) fetch = {next + bytes * begin / pixels, bytes * count / pixels};
-        isa_.stream[count][vectors](s.group_c(), a, x.stride[1], source + begin, b, tile, lanes, fetch);
+        isa_.stream[count][vectors](s.group_c(), chain, a, x.stride[1], source + begin, b, tile, lanes,
+                                    fetch);
         for (int f = 0; f < count; ++f) scatter(begin + f, tile + f * lanes, filter, live);
       });
     });

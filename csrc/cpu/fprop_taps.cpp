@@ -201,6 +201,7 @@ void FpropTaps::fill(const TensorView& x, int n, int group, Range out, float* pa
 void FpropTaps::compute(int group, Range out, const float* packed, const float* panel, float* lanes,
                         std::int64_t ld, float* nobody) const {
   const int channels = shape_.group_c(), loop = channels <= kTapChannels ? channels : 0;
+  const int chain = channel_chain(shape_);  // a segment of so many channels is one stripe
   const int all =
       static_cast<int>(round_up(static_cast<std::int64_t>(out.size()) * pitch_, isa_.lanes)) / isa_.lanes;
   each_tile(all, vectors_, [&](int at, int vectors) {
@@ -216,8 +217,10 @@ void FpropTaps::compute(int group, Range out, const float* packed, const float* 
             for (int v = 0; v < vectors; ++v) __builtin_prefetch(lanes + k * ld + (at + v) * isa_.lanes, 1);
       for (int j = p.first; j < p.last; ++j) {
         const Segment& s = segments_[j];
-        tiles[s.shared](s.stripes, channels, packed + s.weight, offsets_.data() + s.offsets, x, c_stride_, y0,
-                        y1, j == p.first);
+        for (int c = 0; c < channels; c += chain)
+          tiles[s.shared](s.stripes, std::min(chain, channels - c), packed + s.weight + 2 * c,
+                          offsets_.data() + s.offsets, x + c * c_stride_, c_stride_, y0, y1,
+                          j == p.first && c == 0);
       }
     }
   });

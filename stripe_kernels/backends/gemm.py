@@ -273,11 +273,11 @@ class GemmFprop(_Gemm):
                 weight = packed[layout.column_ranges[i]]
                 if not self.last:
                     matrix = self.channel_major(x[chunk], phase)
-                    torch.bmm(weight.expand(n, *weight.shape), matrix, out=layout.batched(z, n, i))
+                    _product(weight.expand(n, *weight.shape), matrix, out=layout.batched(z, n, i))
                 elif layout.kind == "pixel":
-                    torch.mm(self.pixel_major(x[chunk], phase), weight.t(), out=layout.matrix(z, n, i))
+                    _product(self.pixel_major(x[chunk], phase), weight.t(), out=layout.matrix(z, n, i))
                 else:
-                    torch.mm(weight, self.pixel_major(x[chunk], phase).t(), out=layout.matrix(z, n, i))
+                    _product(weight, self.pixel_major(x[chunk], phase).t(), out=layout.matrix(z, n, i))
             self.gather.sum(z, y[chunk], bias, scale, None if residual is None else residual[chunk], act)
         return y
 

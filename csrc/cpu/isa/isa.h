@@ -10,7 +10,7 @@ namespace sk {
 constexpr int kMaxTileFilters = 8;
 constexpr int kMaxTileVectors = 12;
 // Steps over stripes or pixels summed before they join y: one running sum of 70 products left the error budget (generated
-// problems). A sum over the channels of one tap is as long as torch's own and stays whole.
+// problems). Of the channels of a tap: channel_chain (cpu/stripes.h).
 constexpr int kStretch = 32;
 
 // One step of a reduction through a list: where the two operands lie.
@@ -27,17 +27,20 @@ using StridedTile = void (*)(std::int64_t n, const float* a, const float* b, std
 // kStretch steps are summed before they join y.
 using IndexedTile = void (*)(std::int64_t n, const float* a, const float* b, const IndexedStep* steps,
                              float* y, std::int64_t ldy);
-// y[f * ldy + v*W + lane] = sum_i a[f_off[f] + i * a_step] * b[i, v*W + lane], rows of b dense: one stream. Meanwhile it
-// fetches `bytes` of what lies `ahead`.
+// y[f * ldy + v*W + lane] = sum_i a[f_off[f] + i * a_step] * b[i, v*W + lane], rows of b dense: one stream, summed `stretch` by
+// `stretch`. Meanwhile it fetches `bytes` of what lies `ahead`.
 struct Fetch {
   const char* ahead;
   std::int64_t bytes;
 };
-using StreamTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const std::int32_t* f_off,
-                            const float* b, float* y, std::int64_t ldy, Fetch fetch);
-// y[f*W + lane] = sum_i a[i * a_step + f] * b[i*W + lane], rows of b dense: F scalars that follow each other, one vector.
+using StreamTile = void (*)(std::int64_t n, std::int64_t stretch, const float* a, std::int64_t a_step,
+                            const std::int32_t* f_off, const float* b, float* y, std::int64_t ldy,
+                            Fetch fetch);
+// y[f*W + lane] = sum_i a[i * a_step + f] * b[i*W + lane], rows of b dense: F scalars that follow each other, one vector;
+// summed `stretch` by `stretch`.
 constexpr int kMaxSpan = 24;
-using SpanTile = void (*)(std::int64_t n, const float* a, std::int64_t a_step, const float* b, float* y);
+using SpanTile = void (*)(std::int64_t n, std::int64_t stretch, const float* a, std::int64_t a_step,
+                          const float* b, float* y);
 // y[f * ldy + v*W + lane] = sum_i a[f_off[f] + steps[i].scalar] * b[steps[i].lanes + v*W + lane], summed `stretch` by stretch.
 using ListedTile = void (*)(std::int64_t n, std::int64_t stretch, const float* a, const std::int32_t* f_off,
                             const float* b, const IndexedStep* steps, float* y, std::int64_t ldy);

@@ -65,33 +65,51 @@ void strided_tile(std::int64_t n, const float* a, const float* b, std::int64_t b
   acc.add_rows(y, [=](int f) { return rows[f] * ldy; });
 }
 
+// y = the sum of n steps, stretch by stretch; sum(first, last) adds those to acc.
+template <class Acc, class Sum>
+__attribute__((always_inline)) inline void in_stretches(std::int64_t n, std::int64_t stretch, float* y,
+                                                        std::int64_t ldy, Acc& acc, Sum sum) {
+  const auto row = [=](int f) { return f * ldy; };
+  for (std::int64_t first = 0; first == 0 || first < n; first += stretch) {
+    const std::int64_t last = n - first < stretch ? n : first + stretch;
+    acc.zero();
+    sum(first, last);
+    if (first == 0)
+      acc.store_rows(y, row);
+    else
+      acc.add_rows(y, row);
+  }
+}
+
 template <int F, int V>
-void stream_tile(std::int64_t n, const float* a, std::int64_t a_step, const std::int32_t* f_off,
-                 const float* b, float* y, std::int64_t ldy, sk::Fetch fetch) {
+void stream_tile(std::int64_t n, std::int64_t stretch, const float* a, std::int64_t a_step,
+                 const std::int32_t* f_off, const float* b, float* y, std::int64_t ldy, sk::Fetch fetch) {
   constexpr std::int64_t kLine = 64;
   Accumulators<F, V> acc;
-  acc.zero();
   const float* scalar[F];
   for (int f = 0; f < F; ++f) scalar[f] = a + f_off[f];
   // Evenly spread: fetches in one go would be waited for.
   const std::int64_t steps = fetch.bytes ? 8 : n, pace = fetch.bytes * steps / n;
   const char* next = fetch.ahead;
-  for (std::int64_t i = 0, at = 0; i < n;) {
-    fetch.ahead += pace;
-    for (; next < fetch.ahead; next += kLine) __builtin_prefetch(next);
-    const std::int64_t last = i + steps < n ? i + steps : n;
-    for (; i < last; ++i, at += a_step, b += V * W) acc.step([&](int f) { return scalar[f][at]; }, b);
-  }
-  acc.store_rows(y, [=](int f) { return f * ldy; });
+  std::int64_t at = 0;
+  in_stretches(n, stretch, y, ldy, acc, [&](std::int64_t i, std::int64_t end) {
+    while (i < end) {
+      fetch.ahead += pace;
+      for (; next < fetch.ahead; next += kLine) __builtin_prefetch(next);
+      const std::int64_t last = i + steps < end ? i + steps : end;
+      for (; i < last; ++i, at += a_step, b += V * W) acc.step([&](int f) { return scalar[f][at]; }, b);
+    }
+  });
 }
 
 // Each vector of b comes from far away and is used once: what pays is to have all scalars that meet it here.
 template <int F>
-void span_tile(std::int64_t n, const float* a, std::int64_t a_step, const float* b, float* y) {
+void span_tile(std::int64_t n, std::int64_t stretch, const float* a, std::int64_t a_step, const float* b,
+               float* y) {
   Accumulators<F, 1> acc;
-  acc.zero();
-  for (std::int64_t i = 0; i < n; ++i, a += a_step, b += W) acc.step([=](int f) { return a[f]; }, b);
-  acc.store_rows(y, [](int f) { return f * W; });
+  in_stretches(n, stretch, y, W, acc, [&](std::int64_t i, std::int64_t last) {
+    for (; i < last; ++i, a += a_step, b += W) acc.step([=](int f) { return a[f]; }, b);
+  });
 }
 
 #if defined(__AVX512BF16__)
@@ -114,22 +132,6 @@ void paired_tile(std::int64_t n, const float* a, const float* b, std::int64_t b_
   acc.add_rows(y, [=](int f) { return rows[f] * ldy; });
 }
 #endif
-
-// y = the sum of n steps, stretch by stretch; sum(first, last) adds those to acc.
-template <class Acc, class Sum>
-__attribute__((always_inline)) inline void in_stretches(std::int64_t n, std::int64_t stretch, float* y,
-                                                        std::int64_t ldy, Acc& acc, Sum sum) {
-  const auto row = [=](int f) { return f * ldy; };
-  for (std::int64_t first = 0; first == 0 || first < n; first += stretch) {
-    const std::int64_t last = n - first < stretch ? n : first + stretch;
-    acc.zero();
-    sum(first, last);
-    if (first == 0)
-      acc.store_rows(y, row);
-    else
-      acc.add_rows(y, row);
-  }
-}
 
 template <int F, int V>
 void indexed_tile(std::int64_t n, const float* a, const float* b, const sk::IndexedStep* steps, float* y,
