@@ -19,7 +19,8 @@ class Site:
     """One convolution of a probed network.
 
     positions: output positions P * Q, summed over the calls of one forward pass of one image.
-    producers: names of the convolutions whose output channels are this one's input channels, one to one.
+    producers: names of the convolutions whose output channels are this one's input channels, one to one; none where
+        anything else adds to them.
     price: what the budget counts for one stripe, such as its time; None: its MACs.
     """
 
@@ -77,12 +78,13 @@ class Network:
         return next(site for site in self.sites if site.name == name)
 
 
-def probe(model: nn.Module, example: Tensor) -> Network:
-    """Run `model` once on `example` [N, C, H, W] in evaluation mode and read costs and producers from what
-    ran.
+def probe(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Network:
+    """Run `model` once on `example` [N, C, H, W], or on several tensors, in evaluation mode and read costs and
+    producers from what ran.
 
     The model's mode, buffers and gradients are left as they were. Raises ValueError when no convolution runs.
     """
+    examples = example if isinstance(example, tuple) else (example,)
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -93,6 +95,10 @@ def probe(model: nn.Module, example: Tensor) -> Network:
 
     def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         name = names[module]
+        if not args:
+            raise ValueError(
+                f"{name} is given its input by name: give it by position, as a StripeConv2d takes it"
+            )
         positions[name] = positions.get(name, 0) + output.shape[-2] * output.shape[-1]
         inputs.setdefault(name, []).append(args[0])
         made_by[output.grad_fn] = name
@@ -103,25 +109,28 @@ def probe(model: nn.Module, example: Tensor) -> Network:
     try:
         with torch.enable_grad():
             # A gradient on the input makes autograd record the whole pass, frozen layers included.
-            model(example.detach().clone().requires_grad_(True))
+            given = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in examples]
+            model(*given)
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes.items():
             module.training = training
     if not positions:
-        raise ValueError(
-            f"no nn.Conv2d ran in {type(model).__name__} on an input of shape {tuple(example.shape)}"
-        )
+        shapes = ", ".join(str(tuple(x.shape)) for x in examples)
+        raise ValueError(f"no nn.Conv2d ran in {type(model).__name__} on an input of shape {shapes}")
 
     modules = {name: module for module, name in names.items() if isinstance(module, nn.Conv2d)}
 
     def site(name: str) -> Site:
         conv = modules[name]
-        found = {p: None for x in inputs[name] for p in _producers(x, made_by)}
-        same = tuple(p for p in found if modules[p].out_channels == conv.in_channels)
+        found = dict.fromkeys(p for x in inputs[name] for p in _producers(x, made_by, given))
+        alone = all(p is not None and modules[p].out_channels == conv.in_channels for p in found)
         r, s = conv.kernel_size
-        return Site(name, positions[name], (conv.out_channels, r, s), conv.in_channels // conv.groups, same)
+        shape, channels = (conv.out_channels, r, s), conv.in_channels // conv.groups
+        return Site(
+            name, positions[name], shape, channels, tuple(p for p in found if p is not None and alone)
+        )
 
     return Network(tuple(site(name) for name in positions))
 
@@ -141,13 +150,13 @@ _MIXES = (
         "Index",
         "Slice",
     ),
-    *("PixelShuffle", "NativeLayerNorm", "NativeGroupNorm"),
+    *("PixelShuffle", "NativeLayerNorm", "NativeGroupNorm", "CheckpointFunction"),
 )
 
 
-def _producers(x: Tensor, made_by: dict[object, str]) -> Iterator[str]:
-    """Names of the convolutions reached from x through nodes that keep channels apart (BN, ReLU, pooling,
-    adds)."""
+def _producers(x: Tensor, made_by: dict[object, str], given: list[Tensor]) -> Iterator[str | None]:
+    """Names of the convolutions reached from x through nodes that keep channels apart (BN, ReLU, pooling, adds); None
+    for whatever else x is made of: `given`, the network's input, and what mixes channels."""
     pending, seen = [x.grad_fn], set()
     while pending:
         node = pending.pop()
@@ -156,5 +165,7 @@ def _producers(x: Tensor, made_by: dict[object, str]) -> Iterator[str]:
         seen.add(node)
         if node in made_by:
             yield made_by[node]
-        elif not node.name().startswith(_MIXES):
+        elif node.name().startswith(_MIXES) or any(getattr(node, "variable", None) is leaf for leaf in given):
+            yield None
+        else:
             pending.extend(parent for parent, _ in node.next_functions)

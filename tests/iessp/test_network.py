@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from iessp.models import MODELS, build
 from iessp.network import probe
@@ -54,6 +57,38 @@ def test_channels_that_mix_have_no_producers() -> None:
     assert probe(Cat(), torch.zeros(1, 3, 9, 9))["c"].producers == ()
 
 
+def strided(x: Tensor) -> Tensor:
+    """The shortcut of ResNets without projections."""
+    return nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda x, y, net: y + x,
+        lambda x, y, net: nn.functional.avg_pool2d(y, 2) + strided(net.first(x)),
+        lambda x, y, net: y + net.up(net.first(x)),
+        lambda x, y, net: y * net.one(x).sigmoid(),
+        lambda x, y, net: checkpoint(nn.Sequential(net.same, nn.ReLU()), y, use_reentrant=True),
+    ],
+    ids=["input", "sliced", "transposed", "broadcast", "checkpointed"],
+)
+def test_channels_that_anything_else_adds_to_have_no_producers(join: Callable[..., Tensor]) -> None:
+    """Those of a convolution alone would count a channel as gone that still carries the other's values."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.same, self.last = (nn.Conv2d(8, k, 3, padding=1) for k in (4, 8, 8))
+            self.main, self.one = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
+            self.up = nn.ConvTranspose2d(4, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(join(x, self.main(x), self))
+
+    assert probe(Net(), torch.zeros(1, 8, 8, 8))["last"].producers == ()
+
+
 def test_a_module_used_twice_costs_twice_and_the_model_is_left_as_it_was() -> None:
     conv, norm = nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.BatchNorm2d(4)
     model = nn.Sequential(conv, norm, conv).train()
@@ -64,6 +99,33 @@ def test_a_module_used_twice_costs_twice_and_the_model_is_left_as_it_was() -> No
     assert norm.training
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert conv.weight.grad is None
+
+
+def test_models_of_several_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.embedding = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Embedding(7, 4)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.b(self.a(x) * self.embedding(t)[:, :, None, None])
+
+    network = probe(Two(), (torch.zeros(1, 3, 9, 9), torch.tensor([3])))
+    assert network.macs == 4 * 9 * (3 * 49 + 4 * 25)
+    assert network["b"].producers == ("a",)
+
+
+def test_an_input_given_by_name_is_refused() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(input=x)
+
+    with pytest.raises(ValueError, match="conv is given its input by name: give it by position"):
+        probe(Named(), torch.zeros(1, 3, 9, 9))
 
 
 def test_a_model_without_convolutions_is_refused() -> None:
