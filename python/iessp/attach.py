@@ -43,7 +43,7 @@ def attach(
     model: Model,
     method: str = "iem",
     *,
-    example_input: Tensor | None = None,
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
     pointwise: bool = False,
     exclude: Iterable[str] = (),
     prices: dict[str, float] | None = None,
@@ -53,52 +53,103 @@ def attach(
 
     method: one of `METHODS`; `options` are that method's (`METHODS[name].options` lists them with their
     defaults).
-    example_input: [N, C, H, W], run once to count MACs and to find which layer feeds which. None: one 32x32
-    image with the
-        channels of the first convolution, which gives the same shares of MACs as any size the strides divide.
+    example_input: [N, C, H, W], or a tuple of all that the model takes, run once to count MACs and to find which layer
+        feeds which. None: one 32x32 image with the channels of the first convolution, which gives the same shares of
+        MACs as any size the strides divide.
     pointwise: gate 1x1 convolutions too, where a stripe is a whole filter.
     exclude: names of convolutions to leave alone.
     prices: what the budget counts for a stripe of each convolution, in place of its MACs (`iessp.latency`).
 
-    The gates have parameters: build the optimiser afterwards (see `param_groups`). Raises ValueError for
-    unknown names, a model without convolutions to gate, or one that has gates already.
+    The gates have parameters: build the optimiser afterwards (see `param_groups`). Raises ValueError, before the model
+    is touched, for unknown names and options of another type, a model without convolutions to gate or with one that
+    cannot have a gate, and one that has gates already.
     """
-    if method not in METHODS:
-        raise ValueError(nearest("method", method, METHODS))
+    check_options(method, options)
     kind = METHODS[method]
-    for option in options:
-        if option not in kind.options:
-            raise ValueError(nearest(f"option of {method}", option, kind.options))
     if gates(model):
         raise ValueError(f"{type(model).__name__} has gates already: detach it first")
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    for name in exclude:
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    for name in (*exclude, *(prices or {})):
         if name not in convs:
             raise ValueError(nearest("convolution", name, convs))
-    if example_input is None:
-        if not convs:
-            raise ValueError(f"{type(model).__name__} has no nn.Conv2d")
-        first = next(iter(convs.values()))
-        example_input = first.weight.new_zeros(1, first.in_channels, 32, 32)
-    network = probe(model, example_input).priced(prices or {})
+    network = _probed(model, convs, example_input).priced(prices or {})
 
-    for site in network.sites:
-        conv = convs[site.name]
-        if site.name in exclude or (conv.kernel_size == (1, 1) and not pointwise):
-            continue
-        gate = kind(conv, site, network, **options)
-        parametrize.register_parametrization(conv, "weight", gate)
-        conv.register_forward_pre_hook(gate.observe)
-    found = gates(model)
-    if not found:
-        left = f"pointwise={pointwise}, exclude={[*exclude]}"
+    sites = [
+        site
+        for site in network.sites
+        if site.name not in exclude and (pointwise or convs[site.name].kernel_size != (1, 1))
+    ]
+    if not sites:
+        left = f"pointwise={pointwise}, exclude={exclude}"
         ones = sum(convs[site.name].kernel_size == (1, 1) for site in network.sites)
         hint = f": pointwise=True gates its {ones} 1x1 convolutions" if ones and not pointwise else ""
         raise ValueError(f"{type(model).__name__} has no convolution to gate with {left}{hint}")
+    _check_weights(model, {site.name: convs[site.name] for site in sites})
+    made = [kind(convs[site.name], site, network, **options) for site in sites]
+    for site, gate in zip(sites, made, strict=True):
+        parametrize.register_parametrization(convs[site.name], "weight", gate)
+        convs[site.name].register_forward_pre_hook(gate.observe)
+    found = gates(model)
     for gate in found.values():
         if isinstance(gate, IEMGate) and gate.use["module"]:
             gate.upstream = tuple(g for p in gate.site.producers if isinstance(g := found.get(p), IEMGate))
     return model
+
+
+def check_options(method: str, options: dict[str, Any]) -> None:
+    """Raises ValueError for a method that does not exist, an option that it has not, and one of another type: "False"
+    is true."""
+    if method not in METHODS:
+        raise ValueError(nearest("method", method, METHODS))
+    known = METHODS[method].options
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(nearest(f"option of {method}", option, known))
+        kind = type(known[option])
+        taken = (int, float) if kind is float else kind
+        if not isinstance(value, taken) or isinstance(value, bool) is not (kind is bool):
+            raise ValueError(f"option {option} of {method} takes {kind.__name__}, got {value!r}")
+
+
+def _probed(
+    model: nn.Module, convs: dict[str, nn.Conv2d], example: Tensor | tuple[Tensor, ...] | None
+) -> Network:
+    if example is not None:
+        return probe(model, example)
+    if not convs:
+        raise ValueError(f"{type(model).__name__} has no nn.Conv2d")
+    first = next(iter(convs.values()))
+    try:
+        return probe(model, first.weight.new_zeros(1, first.in_channels, 32, 32))
+    except (RuntimeError, TypeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{type(model).__name__} does not take the image [1, {first.in_channels}, 32, 32] that stands in for "
+            f"example_input: {reason}"
+        ) from error
+
+
+def _check_weights(model: nn.Module, convs: dict[str, nn.Conv2d]) -> None:
+    """Raises ValueError for a convolution whose weight a gate would mask in vain, or for others too."""
+    owners: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[parameter] = owners.get(parameter, 0) + 1
+    for name, conv in convs.items():
+        kind, weight = type(conv), conv._parameters.get("weight")
+        if weight is None:
+            why = (
+                "its weight is computed from others, as by weight_norm or a pruning mask: make it plain first"
+            )
+        elif kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
+            why = f"{kind.__name__} computes something else than nn.Conv2d"
+        elif owners[weight] > 1:
+            why = "another module has the same weight, which has one mask: use one module in both places"
+        else:
+            continue
+        raise ValueError(f'"{name}" cannot have a gate; exclude it, or: {why}')
 
 
 def gated(model: nn.Module) -> dict[str, nn.Conv2d]:

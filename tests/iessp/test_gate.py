@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import iessp
@@ -266,6 +268,67 @@ def test_wrong_use_names_the_nearest_choice() -> None:
         iessp.attach(nn.Sequential(nn.Conv2d(3, 4, 1)))
     with pytest.raises(ValueError, match=r"skeleton is torch\.bool \(8, 3, 2\), needs bool \(8, 3, 3\)"):
         iessp.gates(attached())["0"].settle(torch.ones(8, 3, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"module": "False"}, "option module of iem takes bool, got 'False'"),
+        ({"exact": 0}, "option exact of iem takes bool, got 0"),
+        ({"gain": True}, "option gain of iem takes float, got True"),
+        ({"method": "random", "seed": 0.5}, "option seed of random takes int, got 0.5"),
+        ({"prices": {"4": 1.0}}, 'unknown convolution "4"'),
+    ],
+)
+def test_options_have_their_types(options: dict[str, object], message: str) -> None:
+    """The text "False" is true: it would train what it was to leave out."""
+    with pytest.raises(ValueError, match=message):
+        iessp.attach(small(), **options)
+    assert not iessp.gates(iessp.attach(small(), exclude="3", gain=2)).keys() & {"3"}
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+def tied(conv: nn.Conv2d) -> nn.Module:
+    twin = nn.Conv2d(8, 8, 3)
+    twin.weight = conv.weight
+    return nn.Sequential(conv, twin)
+
+
+def masked(conv: nn.Conv2d) -> nn.Module:
+    return torch.nn.utils.prune.random_unstructured(conv, "weight", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), "computed from others"),
+        (lambda: masked(nn.Conv2d(8, 8, 3)), "computed from others"),
+        (lambda: Standardised(8, 8, 3), "Standardised computes something else than nn.Conv2d"),
+        (lambda: tied(nn.Conv2d(8, 8, 3)), "another module has the same weight"),
+    ],
+)
+def test_convolutions_that_cannot_have_a_gate_are_named_before_any_has_one(
+    last: Callable[[], nn.Module], message: str
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), last())
+    with pytest.raises(ValueError, match=f'^"1.*" cannot have a gate; exclude it, or: .*{message}'):
+        iessp.attach(model)
+    assert type(model[0]) is nn.Conv2d
+    rest = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and name != "0"]
+    assert iessp.gates(iessp.attach(model, exclude=rest)).keys() == {"0"}
+
+
+def test_a_model_that_the_stand_in_image_does_not_fit_asks_for_an_example() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 6 * 6, 4))
+    with pytest.raises(
+        ValueError, match=r"not take the image \[1, 3, 32, 32\] that stands in for example_input: mat1"
+    ):
+        iessp.attach(model)
+    assert iessp.gates(iessp.attach(model, example_input=(torch.zeros(1, 3, 8, 8),))).keys() == {"0"}
 
 
 def test_pointwise_and_excluded_convolutions() -> None:
