@@ -72,7 +72,12 @@ def cut(
 def threshold(network: Network, scores: dict[str, Tensor], budget: float) -> float:
     """The score above which (inclusive) stripes keep at most `budget` of the MACs: see `cut`."""
     ranked = _rank(network, scores, budget, whole_filters=False)
-    return float(ranked.value[ranked.order[ranked.above - 1]]) if ranked.above else math.inf
+    if ranked.above:
+        return float(ranked.value[ranked.order[ranked.above - 1]])
+    if not len(ranked.order):
+        return float(ranked.value.min())
+    # Just above the best that is not kept: at infinity gates would close on those that are.
+    return float(ranked.value[ranked.order[0]].float().nextafter(torch.tensor(math.inf)))
 
 
 def out_of_reach(

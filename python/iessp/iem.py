@@ -200,6 +200,7 @@ class IEMGate(StripeGate):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(moments)
             moments /= dist.get_world_size()
+        moments = torch.where(moments.isfinite(), moments, self.moments)  # a pass that overflows says nothing
         self.passes += 1
         self.moments.lerp_(moments, torch.clamp_min(1 / self.passes, float(self.use["momentum"])))
 

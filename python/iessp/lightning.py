@@ -83,15 +83,18 @@ class StripePruning(Callback):
             self.optimiser = torch.optim.Adam(learned, self.gate_lr, betas=(0.9, 0.99), eps=1e-12)
         if self._saved:
             loss.load_state_dict(self._saved["loss"])
-            for gate in gates(model).values():
-                gate.phase = loss.phase()
             if self.optimiser:
                 self.optimiser.load_state_dict(self._saved["optimiser"])
         pl_module.training_step = _budgeted(pl_module, pl_module.training_step, loss)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.optimiser:
-            self.optimiser.step()
+            # Under float16 gradients are scaled, and steps that overflowed are to be passed over.
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            if scaler is None:
+                self.optimiser.step()
+            elif any(p.grad is not None for group in self.optimiser.param_groups for p in group["params"]):
+                scaler.step(self.optimiser)
             self.optimiser.zero_grad(set_to_none=True)  # torch's optimisers pass over what has no gradient
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -159,7 +159,8 @@ class StripeLoss(nn.Module):
         self.share_hard.fill_(1.0)
         self.aimed.fill_(1.0)
         self._untrained = _mark(model)
-        self._enter()
+        if all(gate.phase == "warm" for gate in found.values()):  # else a state was loaded, which stays
+            self._enter()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         state_dict.setdefault(prefix + "density", self.density)  # of before it was counted
@@ -186,8 +187,13 @@ class StripeLoss(nn.Module):
                 f"every step of every epoch, and put it into eval() for losses that are not trained on",
                 stacklevel=4,
             )
-        self._follow(task_loss.detach().float())
         found = gates(self.model).values()
+        if self.phase() != "settled" and any(gate.phase == "settled" for gate in found):
+            raise ValueError(
+                "the skeletons are settled by an earlier schedule: iessp.detach(model) merges them, and a new attach() "
+                "begins another"
+            )
+        self._follow(task_loss.detach().float())
         # Times zero: DDP waits for a gradient of every parameter, in every phase.
         total = task_loss + sum(p.sum() for gate in found for p in gate.parameters()) * 0.0
         if self.phase() == "learn":
@@ -217,6 +223,8 @@ class StripeLoss(nn.Module):
             task_loss = task_loss.clone()
             dist.all_reduce(task_loss)
             task_loss /= dist.get_world_size()
+        # A step that overflows is passed over, by gradient scalers for one: its mean would stay for good.
+        task_loss = torch.where(task_loss.isfinite(), task_loss, self.output_loss)
         weight = max(SMOOTHING, 1 / (int(self.step) + 1))
         self.output_loss.lerp_(task_loss, weight)
         if int(self.step) <= self.warmup:

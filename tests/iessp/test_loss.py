@@ -253,6 +253,66 @@ def test_a_budget_that_no_cut_can_meet_is_refused_before_any_training() -> None:
     iessp.StripeLoss(iessp.attach(iessp.detach(net), pointwise=True), budget=0.5, steps=10)
 
 
+def test_the_smallest_budget_leaves_its_stripes_alive() -> None:
+    """One stripe a layer: the threshold is above all others, not above these."""
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    network = network_of(model)
+    least = sum(site.stripe_macs for site in network.sites) / network.macs
+    loss = iessp.StripeLoss(model, budget=least * (1 + 1e-9), steps=40, meet=0.3)
+    train(model, loss, 20)
+    for gate in iessp.gates(model).values():
+        assert gate.gate().max() > 0.1
+    train(model, loss, 20)
+    assert float(loss.share_hard) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("order", ["model, loss", "loss, model", "model before StripeLoss is made"])
+@pytest.mark.parametrize("warmup", [0.0, 0.2])
+def test_a_training_of_ones_own_goes_on_from_its_states_in_any_order(order: str, warmup: float) -> None:
+    def made(model: nn.Module) -> iessp.StripeLoss:
+        return iessp.StripeLoss(model, budget=0.4, steps=30, warmup=warmup)
+
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    loss = made(model)
+    train(model, loss, 13)
+    resumed = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    again = made(resumed) if order != "model before StripeLoss is made" else None
+    if order == "loss, model":
+        again.load_state_dict(loss.state_dict())
+    resumed.load_state_dict(model.state_dict())
+    again = again or made(resumed)
+    again.load_state_dict(loss.state_dict())
+    x = torch.randn(4, 2, 8, 8)
+    assert torch.equal(resumed.eval()(x), model.eval()(x))
+    assert train(model.train(), loss, 10) == train(resumed.train(), again, 10)
+
+
+def test_a_pass_that_overflows_is_passed_over() -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    for module in list(model):
+        if isinstance(module, nn.BatchNorm2d):  # whose own statistics would not survive it
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+    loss = iessp.StripeLoss(model, budget=0.4, steps=30, warmup=0.0)
+    train(model, loss, 5)
+    assert not loss(F.cross_entropy(model(torch.full((4, 2, 8, 8), torch.inf)), torch.arange(4))).isfinite()
+    assert loss.output_loss.isfinite()
+    history = train(model, loss, 24)
+    assert history[-1]["lambda"] > 0
+    assert history[-1]["hard"] == pytest.approx(0.4, abs=0.01)
+
+
+def test_settled_skeletons_are_not_cut_again_in_silence() -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    train(model, iessp.StripeLoss(model, budget=0.5, steps=4), 4)
+    with pytest.raises(
+        ValueError, match=r"settled by an earlier schedule: iessp\.detach\(model\) merges them"
+    ):
+        iessp.StripeLoss(model, budget=0.3, steps=4)(torch.tensor(1.0))
+    again = iessp.attach(iessp.detach(model), example_input=torch.zeros(1, 2, 8, 8))
+    train(again, iessp.StripeLoss(again, budget=0.3, steps=4), 4)
+    assert iessp.macs_kept(network_of(again), iessp.skeletons(again)) == pytest.approx(0.3, abs=0.01)
+
+
 def test_a_budget_of_time_is_not_for_loops_of_ones_own() -> None:
     model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
     with pytest.raises(ValueError, match=r"share as the budget, got '2.5 ms': .* attach\(..., prices="):

@@ -48,10 +48,17 @@ def images() -> DataLoader:
     return DataLoader(TensorDataset(x, y), batch_size=8)
 
 
-def fit(folder: Path, module: Any, callback: StripePruning, epochs: int, resume: Path | None = None) -> Any:
+def fit(
+    folder: Path,
+    module: Any,
+    callback: StripePruning,
+    epochs: int,
+    resume: Path | None = None,
+    **options: Any,
+) -> Any:
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, callbacks=[callback],
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, callbacks=[callback], **options,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on workers and loggers
@@ -101,6 +108,20 @@ def test_a_resumed_fit_keeps_its_skeletons(tmp_path: Path) -> None:
     assert int(callback.loss.step) == 8 * BATCHES
     assert all(torch.equal(s, skeletons[name]) for name, s in iessp.skeletons(again.net).items())
     assert not torch.equal(first.net[6].weight, again.net[6].weight)
+
+
+def test_gates_sit_out_a_step_that_overflowed(tmp_path: Path) -> None:
+    """Under float16 the scale of gradients is found by overflowing."""
+    seen = []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=0.25)
+    precision = pl.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler)
+    module, callback = Classifier(), pruning(loss_options={"warmup": 0.0})
+    module.on_train_batch_end = lambda *_: seen.append(scaler.get_scale())
+    fit(tmp_path, module, callback, 4, plugins=[precision])
+    assert seen[0] < 2.0**30, "the first step overflowed"
+    assert all(p.isfinite().all() for p in iessp.gate_parameters(module.net))
+    assert callback.optimiser.state[module.net[0].parametrizations.weight[0].bias]["step"] > 20
+    assert 0.35 < float(callback.loss.share_hard) <= 0.4 + 1e-6
 
 
 def test_refusals_name_the_reason(tmp_path: Path) -> None:
