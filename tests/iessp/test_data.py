@@ -213,6 +213,43 @@ def test_a_folder_of_images_by_class(tmp_path: Path) -> None:
         load("folder", tmp_path)
 
 
+def test_a_folder_of_images_passes_over_what_other_programs_put_there(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for name in ("cat", "dog", ".ipynb_checkpoints", "cat/.cache"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (8, 8)).save(tmp_path / part / name / f"{i}.png")
+        (tmp_path / part / "cat/._0.png").write_bytes(b"of macOS")
+        (tmp_path / part / "cat/Thumbs.db").write_bytes(b"of Windows")
+    splits = load("folder", tmp_path)
+    assert splits.classes == ("cat", "dog")
+    assert splits.test.y.tolist() == [0, 0, 1, 1]
+    assert (splits.train.y.tolist(), splits.held_out.y.tolist()) == ([0, 1], [0, 1]), (
+        "some of each, few as they are"
+    )
+
+
+def test_what_is_wrong_in_a_folder_of_images_is_named(tmp_path: Path) -> None:
+    photographs(tmp_path)
+    broken = tmp_path / "train/dog/03.png"
+    whole = broken.read_bytes()
+    for content in (b"no image", whole[:-40]):
+        broken.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{broken} cannot be read as an image"):
+            load("folder", tmp_path)
+        with pytest.raises(ValueError, match=f"{broken} cannot be read as an image"):
+            list(imagenet(tmp_path, size=16, workers=0).train.batches([torch.arange(20)]))
+    broken.write_bytes(whole)
+    for path in (tmp_path / "val/cat").iterdir():
+        path.rename(path.with_suffix(".gif"))
+    with pytest.raises(FileNotFoundError, match=r"val/cat has no image: no file ends in \.bmp, "):
+        load("folder", tmp_path)
+    (tmp_path / "empty/train").mkdir(parents=True)
+    (tmp_path / "empty/test").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty/train has no folder, of which every class needs one"):
+        load("folder", tmp_path / "empty")
+
+
 def photographs(root: Path) -> Path:
     """24 + 4 images of two classes in several sizes: the left half of each one colour, the right another."""
     random = np.random.default_rng(0)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from iessp.data.images import Images, Splits, split
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
 
@@ -34,8 +38,12 @@ def two_parts(data_dir: Path | None) -> tuple[Path, Path, tuple[str, ...]]:
             raise FileNotFoundError(
                 f"{needed} is missing: expected train/<class>/ and test/<class>/ in {data_dir}"
             )
-    classes = tuple(sorted(path.name for path in train_dir.iterdir() if path.is_dir()))
-    other = tuple(sorted(path.name for path in test_dir.iterdir() if path.is_dir()))
+    classes, other = (
+        tuple(sorted(d.name for d in part.iterdir() if d.is_dir() and not hidden(d.relative_to(part))))
+        for part in (train_dir, test_dir)
+    )
+    if not classes:
+        raise FileNotFoundError(f"{train_dir} has no folder, of which every class needs one")
     if classes != other:
         raise ValueError(f"{train_dir} has classes {list(classes)} but {test_dir} has {list(other)}")
     return train_dir, test_dir, classes
@@ -47,29 +55,44 @@ def is_folder(data_dir: Path | None) -> bool:
 
 
 def listed(split_dir: Path, classes: Iterable[str]) -> tuple[list[Path], list[int]]:
-    """The image files of each class and their labels; raises when there is none."""
+    """The image files of each class and their labels; raises where a class has none."""
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(p for p in (split_dir / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+        folder = split_dir / name
+        found = sorted(
+            p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not hidden(p.relative_to(folder))
+        )
+        if not found:
+            raise FileNotFoundError(f"{folder} has no image: no file ends in {', '.join(sorted(SUFFIXES))}")
         files += found
         labels += [label] * len(found)
-    if not files:
-        raise FileNotFoundError(
-            f"no image ({', '.join(sorted(SUFFIXES))}) in the class folders of {split_dir}"
-        )
     return files, labels
+
+
+def hidden(path: Path) -> bool:
+    """Whether it is another program's, such as .ipynb_checkpoints/ and the ._cat.jpg that macOS puts beside cat.jpg."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def opened(path: Path) -> Image.Image:
+    """The image in RGB; ValueError names a file that is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:  # of PNG
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _read(split_dir: Path, classes: Iterable[str], size: int | None) -> Images:
     from PIL import Image
 
     files, labels = listed(split_dir, classes)
-    with Image.open(files[0]) as first:
-        shape = (size, size) if size else first.size
+    shape = (size, size) if size else opened(files[0]).size
 
     def decode(path: Path) -> np.ndarray:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
+        rgb = opened(path)
         return np.asarray(rgb if rgb.size == shape else rgb.resize(shape, Image.Resampling.BILINEAR))
 
     with ThreadPoolExecutor() as pool:  # decoding releases the GIL

@@ -91,8 +91,8 @@ def split(
 
 
 def held_out_mask(y: Tensor, share: float = 0.1) -> Tensor:
-    """bool [N]: the same share of every class of the labels y."""
-    return _stratified(y, share, HELD_OUT_SEED)
+    """bool [N]: the same share of every class of the labels y, one image at the least of every class that has two."""
+    return _stratified(y, share, HELD_OUT_SEED, least=1)
 
 
 def reduced(splits: Splits, images: int, resolution: int) -> Splits:
@@ -123,12 +123,12 @@ def subset(images: Images | Stream, n: int) -> Images | Stream:
     return images.take(chosen) if isinstance(images, Images) else images.part(chosen)
 
 
-def _stratified(y: Tensor, share: float, seed: int) -> Tensor:
+def _stratified(y: Tensor, share: float, seed: int, least: int = 0) -> Tensor:
     random, labels = np.random.default_rng(seed), y.cpu().numpy()
     chosen = []
     for label in np.unique(labels):
         members = random.permutation(np.flatnonzero(labels == label))
-        chosen.append(members[: round(share * len(members))])
+        chosen.append(members[: max(round(share * len(members)), min(least, len(members) - 1))])
     out = torch.zeros(len(y), dtype=torch.bool)
     out[torch.from_numpy(np.concatenate(chosen))] = True
     return out

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from iessp.data.folder import listed, two_parts
+from iessp.data.folder import listed, opened, two_parts
 from iessp.data.images import Images, Splits, held_out_mask
 
 SIZE = 224
@@ -70,8 +70,7 @@ class Stream:
     def _decoded(self, index: int, salt: int | None) -> tuple[int, Tensor]:
         from PIL import Image
 
-        with Image.open(self.files[index]) as image:
-            rgb = image.convert("RGB")
+        rgb = opened(self.files[index])
         if salt is None:
             box = _centre(*rgb.size)
         else:
