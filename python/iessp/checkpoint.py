@@ -17,8 +17,10 @@ KEPT = 2
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write `state` (tensors, numbers, strings, lists, dicts) as FOLDER/step-NNNNNNNN.pt and drop the oldest
-    ones."""
+    ones, with what a kill left half written: a folder is one run's."""
     folder.mkdir(parents=True, exist_ok=True)
+    for half in folder.glob(".step-*.tmp"):
+        half.unlink()
     path = folder / f"step-{step:08d}.pt"
     write_atomically(path, lambda file: torch.save(state, file))
     for old in saved(folder)[:-KEPT]:

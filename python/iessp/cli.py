@@ -32,7 +32,7 @@ from iessp.cli_options import (
     page_file,
 )
 from iessp.recipe import Recipe, parse_changes, read
-from iessp.reproduce import ABLATION, DEFAULT, known_methods
+from iessp.reproduce import ABLATION, known_methods, possible
 
 __all__ = ["app", "main"]
 
@@ -242,7 +242,7 @@ def reproduce(
         typer.Option(
             "--method",
             metavar="NAME",
-            help=f"{known_methods()}, or iem(message=false); repeatable. Default: all.",
+            help=f"{known_methods()}, or iem(message=false); repeatable. Default: all that the recipe can have.",
         ),
     ] = None,
     ablation: Annotated[
@@ -265,7 +265,7 @@ def reproduce(
 
     _threads(threads)
     chosen = _recipe(recipe, changes)
-    listed = methods or (list(ABLATION) if ablation else list(DEFAULT))
+    listed = methods or (list(ABLATION) if ablation else possible(chosen))
     place = out or Path("runs") / f"reproduce-{chosen.name}"
     path = run(chosen, load(chosen.data, data_dir, download), place, listed, seeds, device)
     console.print(f"rows are in {path}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iessp.attach import METHODS, nearest
+from iessp.attach import METHODS, check_options, nearest
 from iessp.data import DATASETS
 from iessp.loss import check_schedule
 from iessp.models import MODELS, own
@@ -99,6 +99,12 @@ class Recipe:
             if not low <= (value := getattr(self, name)) < high:
                 raise ValueError(f"{name} must be at least {low} and below {high}, got {value}")
         check_schedule(self.warmup, self.meet, self.settle)
+        if self.pruned:
+            check_options(self.method, self.options)
+        elif self.options:
+            raise ValueError(f"{self.method} has no options, got {self.options}")
+        if self.method == "slim" and own(self.model):
+            raise ValueError(f"slim is for the built-in networks: {self.model} has one width")
         if self.milliseconds and self.method in ("slim", "l1-filter"):
             raise ValueError(
                 f"{self.method} has no budget in milliseconds, got {self.budget!r}: give a share of MACs"

@@ -54,6 +54,19 @@ def with_method(recipe: Recipe, method: str) -> Recipe:
     return recipe.but(method=found[1], options=options, **of_loss)
 
 
+def possible(recipe: Recipe) -> list[str]:
+    """DEFAULT, but for methods that the recipe's network or budget rules out, as is said."""
+    methods = []
+    for method in DEFAULT:
+        try:
+            with_method(recipe, method)
+        except ValueError as error:
+            console.print(f"{method} is left out: {error}", highlight=False)
+        else:
+            methods.append(method)
+    return methods
+
+
 def cell_of(recipe: Recipe, method: str, changes: dict[str, Any], seed: int) -> Recipe:
     """One run: the method with what its trials chose, but for the options it was written with."""
     base = with_method(recipe, method)
@@ -67,6 +80,9 @@ def run(recipe: Recipe, splits: Splits, out: Path, methods: list[str], seeds: in
 
     Where the machine is busy no latency is measured; the same command fills it in later.
     """
+    for method in methods:  # what is wrong with one is said before any is trained
+        for changes in ({}, *trials_of(recipe, method)[1]):
+            cell_of(recipe, method, changes, 0)
     splits = reduced(splits, 0, recipe.resolution)  # once, not in every cell
     tried = {method: tune(recipe, method, splits, out, device) for method in methods}
     chosen = {
@@ -106,16 +122,21 @@ def trained(recipe: Recipe, splits: Splits, out: Path, folder: Path, device: str
     return trainer
 
 
-def tune(recipe: Recipe, method: str, splits: Splits, out: Path, device: str) -> list[dict[str, Any]]:
-    """The method's trials, each a run of `trial_epochs` judged on the held-out images; empty without any.
+def trials_of(recipe: Recipe, method: str) -> tuple[str, list[dict[str, Any]]]:
+    """The name that a method's trials have in the recipe, and their changes.
 
-    Trials are listed under the method as given or under its bare name, so that "iem(message=false)" runs with
-    what was chosen for "iem".
+    They are listed under the method as given or under its bare name, so that "iem(message=false)" runs with what was
+    chosen for "iem".
     """
-    base = with_method(recipe, method)
-    name = method if method in recipe.trials else base.method
+    name = method if method in recipe.trials else with_method(recipe, method).method
+    return name, recipe.trials.get(name, [])
+
+
+def tune(recipe: Recipe, method: str, splits: Splits, out: Path, device: str) -> list[dict[str, Any]]:
+    """The method's trials, each a run of `trial_epochs` judged on the held-out images; empty without any."""
+    name, tried = trials_of(recipe, method)
     found = []
-    for index, changes in enumerate(recipe.trials.get(name, [])):
+    for index, changes in enumerate(tried):
         short = {"seed": TRIAL_SEED, "epochs": recipe.trial_epochs, "trials": {}, "trial_epochs": 0}
         if recipe.pretrain:  # one seed's network is enough to choose on
             short["pretrain"] = {**recipe.pretrain, "seed": 0}

@@ -47,9 +47,8 @@ def load_run(path: Path) -> Frozen:
     if state is None:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
-        inside = ", ".join(
-            str(found.parent) for found in sorted(path.glob("*/checkpoints"), reverse=True)[:5]
-        )
+        runs = [*path.glob("*/checkpoints"), *path.glob("*/*/checkpoints")]  # of a demo, of `iessp reproduce`
+        inside = ", ".join(str(found.parent) for found in sorted(runs, reverse=True)[:5])
         hint = f"; its runs are {inside}" if inside else ""
         raise FileNotFoundError(f"{path} holds no run: expected {path / 'checkpoints' / 'step-*.pt'}{hint}")
     recipe, images = Recipe.from_dict(state["recipe"]), state["images"]
@@ -85,10 +84,13 @@ def thaw(model: nn.Module, fill: bool = False) -> nn.Module:
 
 
 def results(trainer: Trainer) -> dict[str, Any]:
-    """Figures of a finished run, from its results.json when there is one: the test set is read once."""
+    """Figures of a finished run, from its results.json when there is one: the test set is read once. One of another
+    recipe's run, whose checkpoints were taken away, is written anew."""
     path = trainer.folder / "results.json"
     if path.exists():
-        return in_todays_words(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        if Recipe.from_dict(found["recipe"]) == trainer.recipe:
+            return in_todays_words(found)
     kept, compacted = trainer.shares()
     splits, recipe = trainer.splits, trainer.recipe
     found = {

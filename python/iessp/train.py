@@ -377,6 +377,11 @@ def slim_width(recipe: Recipe, classes: int, example: Tensor) -> float:
     for _ in range(12):
         middle = (low + high) / 2
         low, high = (middle, high) if macs(middle) <= allowed else (low, middle)
+    if not low:
+        least = macs(high) / macs(recipe.width)
+        raise ValueError(
+            f"budget {recipe.budget} is out of reach for slim: its thinnest network has {least:.4f}"
+        )
     return low
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from iessp import reproduce
+from iessp.data import load
 from iessp.recipe import Recipe, bundled, parse_changes, read
 
 
@@ -31,7 +33,10 @@ def test_a_recipe_says_what_a_field_takes(field: str, value: object, kind: str) 
      ({"meet": 0.9}, "need 0 <="), ({"settle": 1.1}, "need 0 <="), ({"budget": 0}, "budget is a share of MACs in"),
      ({"budget": 1.5}, "budget is a share"), ({"budget": "inf ms"}, "budget is a share"),
      ({"budget": "2 s"}, "budget is a share"), ({"sizes": [16]}, r"sizes takes \[\[share, size\]"),
-     ({"sizes": [[0.8, 32], [0, 16]]}, "sizes takes"), ({"sizes": [[0, 0]]}, "sizes takes")],
+     ({"sizes": [[0.8, 32], [0, 16]]}, "sizes takes"), ({"sizes": [[0, 0]]}, "sizes takes"),
+     ({"options": {"module": "False"}}, "option module of iem takes bool, got 'False'"),
+     ({"method": "dense", "options": {"seed": 1}}, "dense has no options, got {'seed': 1}"),
+     ({"method": "slim", "model": "net.py:make"}, "slim is for the built-in networks: net.py:make has one width")],
 )  # fmt: skip
 def test_a_recipe_says_what_makes_no_sense(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
@@ -57,7 +62,8 @@ def test_another_method_begins_without_options() -> None:
     assert recipe.options == {"exact": False}
     assert recipe.but(epochs=1).options == recipe.options
     assert recipe.but(method="magnitude").options == {}
-    assert recipe.but(method="magnitude", options={"seed": 1}).options == {"seed": 1}
+    assert recipe.but(method="magnitude", options={}).options == {}
+    assert recipe.but(method="random", options={"seed": 1}).options == {"seed": 1}
 
 
 def test_methods_with_parts_taken_away() -> None:
@@ -86,3 +92,27 @@ def test_a_record_names_what_was_changed() -> None:
     assert len(changes) == 6
     assert read(recipe.name).but(**parse_changes(changes)) == recipe
     assert reproduce.changed(Recipe("mine", epochs=3)) == []
+
+
+def test_what_is_wrong_with_a_method_is_said_before_any_is_trained(tmp_path: Path) -> None:
+    trials = {"iem": [{"lr": 0.1}], "magnitude": [{"lrr": 0.1}]}
+    recipe = read("digits").but(trials=trials, trial_epochs=1)
+    for methods, said in (
+        (["iem", "magnitudee"], 'unknown method "magnitudee"'),
+        (["iem", "iem(module=False)"], "option module of iem takes bool, got 'False'"),
+        (["iem", "magnitude"], 'unknown recipe field "lrr"'),
+    ):
+        with pytest.raises(ValueError, match=said):
+            reproduce.run(recipe, load("digits"), tmp_path, methods, 1, "cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_methods_that_a_recipe_cannot_have_are_left_out_of_the_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert reproduce.possible(read("digits")) == list(reproduce.DEFAULT)
+    own = read("digits").but(model="net.py:make", width=1.0)
+    assert [m for m in reproduce.DEFAULT if m not in reproduce.possible(own)] == ["slim"]
+    assert "slim is left out: slim is for the built-in networks" in capsys.readouterr().out
+    timed = read("digits").but(budget="2 ms")
+    assert [m for m in reproduce.DEFAULT if m not in reproduce.possible(timed)] == ["l1-filter", "slim"]

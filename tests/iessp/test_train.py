@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from iessp import checkpoint
 from iessp.data import load
 from iessp.data.images import Images, Splits
 from iessp.recipe import Recipe
+from iessp.runs import results
 from iessp.train import Interrupted, Trainer, assemble, count_errors, learning_rate
 
 TINY = Recipe(name="tiny", model="resnet20", width=0.25, epochs=4, batch=16, budget=0.4, crop=1, gate_lr=0.2)
@@ -113,6 +115,33 @@ def test_a_damaged_checkpoint_is_passed_over(
     newest.write_bytes(newest.read_bytes()[:-200])
     assert Trainer(TINY, splits, tmp_path).step == 2
     assert f"{newest} cannot be read" in capsys.readouterr().out
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    half = tmp_path / ".step-00000007.pt.4711.tmp"
+    half.write_bytes(b"half")
+    path = checkpoint.save(tmp_path, 8, {"step": 8})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_results_are_those_of_the_recipe(splits: Splits, tmp_path: Path) -> None:
+    """Checkpoints taken away, another recipe in the same folder: the old figures are not the new run's."""
+    for budget in (0.5, 0.3, 0.3):
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        trainer = Trainer(TINY.but(epochs=1, budget=budget), splits, tmp_path)
+        trainer.run()
+        found = results(trainer)
+        assert found["macs_kept"] == pytest.approx(budget, abs=0.01)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**found, "test_errors": 99}))
+    assert results(trainer)["test_errors"] == 99, "the test set is read once"
+
+
+def test_slim_says_how_thin_it_can_be(splits: Splits, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"budget 1e-05 is out of reach for slim: its thinnest network has 0\.\d{4}"
+    ):
+        Trainer(TINY.but(method="slim", budget=1e-5), splits, tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
