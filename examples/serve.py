@@ -42,13 +42,15 @@ def server(
             self.answer(200, f"POST a .npy file, float32 [N, {', '.join(map(str, shape))}]\n".encode())
 
         def do_POST(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            if length > LARGEST:
-                self.answer(413, f"{length} bytes, at most {LARGEST}\n".encode())
-                return
             try:
+                length = max(
+                    0, int(self.headers.get("Content-Length") or 0)
+                )  # below zero: to the connection's end
+                if length > LARGEST:
+                    self.answer(413, f"{length} bytes, at most {LARGEST}\n".encode())
+                    return
                 images = parse(self.rfile.read(length), shape)
-            except (ValueError, EOFError) as error:
+            except Exception as error:  # noqa: BLE001 # readers say "no" to files of strangers in every type there is
                 self.answer(400, f"{error}\n".encode())
                 return
             with torch.inference_mode():

@@ -17,14 +17,18 @@ KEPT = 2
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write `state` (tensors, numbers, strings, lists, dicts) as FOLDER/step-NNNNNNNN.pt and drop the oldest
-    ones, with what a kill left half written: a folder is one run's."""
+    ones, with what a kill left half written and what is of later steps: a folder is one run's, which has come from
+    before them because they are damaged."""
     folder.mkdir(parents=True, exist_ok=True)
     for half in folder.glob(".step-*.tmp"):
         half.unlink()
     path = folder / f"step-{step:08d}.pt"
     write_atomically(path, lambda file: torch.save(state, file))
-    for old in saved(folder)[:-KEPT]:
-        old.unlink()
+    found = saved(folder)
+    kept = [other for other in found if other.name <= path.name][-KEPT:]
+    for other in found:
+        if other not in kept:
+            other.unlink()
     return path
 
 
@@ -73,6 +77,10 @@ def write_atomically(path: Path, write: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk does not say which
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)

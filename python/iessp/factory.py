@@ -58,8 +58,7 @@ def _factories(names: dict[str, Any], near: str) -> list[str]:
 
 @torch.no_grad()
 def check_fit(name: str, model: nn.Module, data: str, classes: int, example: Tensor) -> None:
-    """Raises ValueError where a model of one's own does not take the data's images [1, C, H, W], or has other
-    classes."""
+    """Raises ValueError where a model does not take the data's images [1, C, H, W], or has other classes."""
     size, training = "x".join(map(str, example.shape[1:])), model.training
     try:
         scores = model.eval()(example)

@@ -96,7 +96,10 @@ def measure(model: nn.Module, example_input: Tensor, *, seconds: float = 10.0) -
     slopes: dict[str, float] = {}
     for name in found:
         keys = [f"{density} {name}" for density in DENSITIES]
-        slopes[name] = statistics.linear_regression([live[k] for k in keys], [times[k] for k in keys]).slope
+        counts = [live[k] for k in keys]
+        slopes[name] = 0.0  # a layer of one stripe has no slope
+        if len(set(counts)) > 1:
+            slopes[name] = statistics.linear_regression(counts, [times[k] for k in keys]).slope
     stripes = {name: gate.site.stripes for name, gate in found.items()}
     floor = FREE * sum(max(0.0, slopes[n]) * stripes[n] for n in slopes) / sum(stripes.values())
     slopes = {name: max(slope, floor, 1e-12) for name, slope in slopes.items()}

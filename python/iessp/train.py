@@ -26,7 +26,7 @@ from iessp.data.stream import Stream
 from iessp.factory import check_fit
 from iessp.latency import Latency, measure, priced
 from iessp.loss import StripeLoss
-from iessp.models import build, own
+from iessp.models import build
 from iessp.network import probe
 from iessp.recipe import Recipe
 from iessp.timing import EQUALITY_IMAGES, compare
@@ -327,8 +327,7 @@ def assemble(
     torch.manual_seed(recipe.seed)
     width = slim_width(recipe, classes, example) if recipe.method == "slim" else recipe.width
     model = build(recipe.model, classes, example.shape[1], width).to(example.device)
-    if own(recipe.model):
-        check_fit(recipe.model, model, recipe.data, classes, example)
+    check_fit(recipe.model, model, recipe.data, classes, example)
     if weights is not None:
         model.load_state_dict(weights)
     model = model.to(memory_format=image_format(recipe, model, example.device))  # type: ignore[call-overload]

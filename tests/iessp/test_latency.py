@@ -68,6 +68,14 @@ def exact_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "interleave", clock)
 
 
+def test_a_layer_of_one_stripe_costs_as_good_as_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "interleave", clock)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Sigmoid(), nn.Conv2d(8, 1, 1))
+    found = measure(iessp.attach(net, pointwise=True), torch.zeros(1, 3, 8, 8))
+    assert found.per_stripe["0"] == pytest.approx(STRIPE_MS["0"])
+    assert 0 < found.per_stripe["2"] <= 1e-3 * STRIPE_MS["0"]
+
+
 def test_the_fit_finds_what_each_stripe_costs(exact_clock: None) -> None:
     model = iessp.attach(network())
     before = copy.deepcopy(model.state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import shutil
 import signal
@@ -122,6 +123,26 @@ def test_what_a_kill_left_half_written_goes_with_the_next_checkpoint(tmp_path: P
     half.write_bytes(b"half")
     path = checkpoint.save(tmp_path, 8, {"step": 8})
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_checkpoints_do_not_outlive_new_ones(tmp_path: Path) -> None:
+    """They have higher numbers until the run has caught up."""
+    for step in (40, 50):
+        (tmp_path / f"step-{step:08}.pt").write_bytes(b"damaged")
+    for step in (10, 20, 30):
+        checkpoint.save(tmp_path, step, {"step": step})
+    assert checkpoint.load(tmp_path) == {"step": 30}
+    assert [path.name for path in checkpoint.saved(tmp_path)] == ["step-00000020.pt", "step-00000030.pt"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def full(file: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+        checkpoint.write_atomically(path, full)
 
 
 def test_results_are_those_of_the_recipe(splits: Splits, tmp_path: Path) -> None:
@@ -246,6 +267,11 @@ def test_a_model_of_ones_own_that_does_not_fit_the_data(
     Path("net.py").write_text(f"from torch import nn\n\ndef make():\n    return {factory}\n")
     with pytest.raises(ValueError, match=message):
         assemble(TINY.but(model="net.py:make", width=1.0), 10, torch.zeros(1, 3, 8, 8))
+
+
+def test_a_model_that_images_are_too_small_for() -> None:
+    with pytest.raises(ValueError, match="vgg16 does not take images of digits, which are 3x8x8: "):
+        assemble(TINY.but(model="vgg16"), 10, torch.zeros(1, 3, 8, 8))
 
 
 def test_dense_and_slim_train_without_gates(splits: Splits, tmp_path: Path) -> None:

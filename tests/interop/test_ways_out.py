@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import re
 import subprocess
@@ -160,6 +161,19 @@ def npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def npz(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("length", "code"), [("-1", 400), ("many", 400), (str(serve.LARGEST + 1), 413)])
+def test_a_server_answers_a_wrong_length(address: tuple[str, nn.Module], length: str, code: int) -> None:
+    connection = http.client.HTTPConnection(address[0].removeprefix("http://"))
+    connection.request("POST", "/", headers={"Content-Length": length})
+    assert connection.getresponse().status == code
+
+
 def test_a_server_answers_real_requests(address: tuple[str, nn.Module]) -> None:
     url, network = address
     for n in (1, 5):
@@ -178,6 +192,11 @@ def test_a_server_answers_real_requests(address: tuple[str, nn.Module]) -> None:
         (npy(np.zeros((1, 3, 8, 9), np.float32)), r"got float32 \[1, 3, 8, 9\]"),
         (npy(np.zeros((0, 3, 8, 8), np.float32)), r"got float32 \[0, 3, 8, 8\]"),
         (npy(np.zeros((1, 3, 8, 8))), "got float64"),
+        (npz(np.zeros((1, 3, 8, 8), np.float32)), "dtype"),
+        (
+            npy(np.zeros((1, 3, 8, 8), np.float32)).replace(b"(1, 3, 8, 8), }     ", b"(9999999999,3,8,8),}"),
+            "allocate",
+        ),
     ],
 )
 def test_a_server_says_what_is_wrong_with_a_request(
