@@ -32,7 +32,7 @@ class StripeGate(nn.Module):
     options: ClassVar[dict[str, object]] = {}  # keyword options of the method and their defaults
     with_weights: ClassVar[bool] = False  # its parameters are trained as the weights are, not by Adam
     whole_filters: ClassVar[bool] = False  # the budget keeps or drops all stripes of a filter together
-    exact: bool = False  # what lives meets the falling target at every step, whatever the gate wants
+    exact: bool = False  # what lives follows the falling target, whatever the gate wants
 
     value: Tensor
     tau: Tensor

@@ -10,8 +10,8 @@ paper's abstract (Sensors 25(7):2261, 2025); no equation of the paper was availa
     z       = gain e + y + b
     M       = sigmoid((z - theta) / tau),   g = M [z >= theta] with the gradient of M
 
-theta is the threshold that meets the budget's falling target at every step (`StripeLoss` sets it): what is learned
-is which stripes live, not how many. The best stripe of a layer always lives.
+theta is the threshold that meets the budget's falling target (`StripeLoss` sets it anew `remasks` times on the way):
+what is learned is which stripes live, not how many. The best stripe of a layer always lives.
 
 Without `exact` M = sigmoid(z / tau), gain e is centred with y, and theta is 0, so that M > 1/2 lives, unless that
 would leave less than the target. Adam moves all gates under pressure at one speed; they then keep far more than the

@@ -25,7 +25,8 @@ class MagnitudeGate(StripeGate):
 
 
 class RandomGate(StripeGate):
-    """Stripes ranked by fixed random numbers, the same share of every layer in expectation."""
+    """Stripes ranked by fixed random numbers, the same share of every layer in expectation; `seed` is the option's, not
+    the run's."""
 
     options: ClassVar[dict[str, object]] = {"seed": 0}
     ranks: Tensor
