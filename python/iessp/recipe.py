@@ -35,6 +35,7 @@ _RANGES = {
     **dict.fromkeys(("images", "resolution", "crop", "trial_epochs"), (0, math.inf)),
     **dict.fromkeys(("lr", "gate_lr", "weight_decay", "kappa", "eta", "tolerance"), (0, math.inf)),
     **dict.fromkeys(("rise", "momentum", "label_smoothing"), (0, 1)),
+    "seed": (0, 2**32),  # what every generator takes, times what is made of it
 }
 
 

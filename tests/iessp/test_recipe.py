@@ -34,6 +34,7 @@ def test_a_recipe_says_what_a_field_takes(field: str, value: object, kind: str) 
      ({"budget": 1.5}, "budget is a share"), ({"budget": "inf ms"}, "budget is a share"),
      ({"budget": "2 s"}, "budget is a share"), ({"sizes": [16]}, r"sizes takes \[\[share, size\]"),
      ({"sizes": [[0.8, 32], [0, 16]]}, "sizes takes"), ({"sizes": [[0, 0]]}, "sizes takes"),
+     ({"seed": -1}, "seed must be at least 0"),
      ({"options": {"module": "False"}}, "option module of iem takes bool, got 'False'"),
      ({"method": "dense", "options": {"seed": 1}}, "dense has no options, got {'seed': 1}"),
      ({"method": "slim", "model": "net.py:make"}, "slim is for the built-in networks: net.py:make has one width")],
