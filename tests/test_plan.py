@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stripe_kernels import list_kernels, plan, registry, stripe_conv2d
-from stripe_kernels.backends import cpu_tiling
+from stripe_kernels.backends import cpu_cost, cpu_cycles, cpu_tiling
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.plan import Candidate, make_plan
 from stripe_kernels.registry import PASSES, Problem
@@ -69,7 +69,7 @@ def test_wgrad_of_small_maps_is_not_dense(size, no_measurements) -> None:
     assert plan.chosen.kernel.startswith("cpu_"), plan.explain()
 
 
-@pytest.mark.parametrize("cost", [cpu_tiling.XEON, cpu_tiling.AMX], ids=["vectors", "matrices"])
+@pytest.mark.parametrize("cost", [cpu_cycles.XEON, cpu_cycles.AMX], ids=["vectors", "matrices"])
 @pytest.mark.parametrize("mode", [cpu_tiling.PIXELS, cpu_tiling.BATCH], ids=["pixels", "images"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("which", ["fprop", "dgrad"])
@@ -92,7 +92,7 @@ def test_a_team_may_share_a_map_that_leaves_the_cache() -> None:
     """Cut into rows, two cores write lines beside each other's, and planes are not written in place."""
     shape = ConvShape(1, 64, 56, 56, 64, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 1)
     full = Problem(shape, FilterSkeleton.full(64, 3, 3), "float32", "cpu", False, 2)
-    found = {config[2:4] for config in cpu_tiling.tilings(full, "fprop", cpu_tiling.PIXELS, cpu_tiling.XEON)}
+    found = {config[2:4] for config in cpu_tiling.tilings(full, "fprop", cpu_tiling.PIXELS, cpu_cycles.XEON)}
     assert found == {(28, 1), (56, 2)}
 
 
@@ -103,7 +103,7 @@ def test_groups_of_channels_last_cost_their_lines() -> None:
     for channels_last in (False, True):
         full = Problem(depthwise, FilterSkeleton.full(64, 3, 3), "float32", "cpu", channels_last, 1)
         tiling = (cpu_tiling.BATCH, 16, 28, 1, cpu_tiling.WINDOW)
-        seconds[channels_last] = cpu_tiling.predict(full, "fprop", tiling, cpu_tiling.XEON)
+        seconds[channels_last] = cpu_cost.predict(full, "fprop", tiling, cpu_cycles.XEON)
     assert seconds[True] > 5 * seconds[False]
 
 
@@ -116,7 +116,7 @@ def test_a_large_y_of_few_channels_comes_from_memory_in_channels_last(tiling) ->
     def predicted(batch: int, channels_last: bool) -> float:
         shape = ConvShape(batch, 3, 32, 32, 16, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1), 1)
         full = Problem(shape, FilterSkeleton.full(16, 3, 3), "float32", "cpu", channels_last, 1)
-        return cpu_tiling.predict(full, "fprop", tiling, cpu_tiling.XEON)
+        return cpu_cost.predict(full, "fprop", tiling, cpu_cycles.XEON)
 
     assert predicted(128, True) - 4 * predicted(32, True) > 600e-6
     assert predicted(128, False) < 4 * predicted(32, False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stripe_kernels.backends import cpu_tiling
+from stripe_kernels.backends import cpu_cost, cpu_cycles, cpu_tiling
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.packed import StripeIndex
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, provide, register
@@ -178,23 +178,23 @@ def _refuse_but(channels: int) -> Callable[[Problem, Pass], str | None]:
 
 
 def _candidates_of(
-    mode: int, fprop: cpu_tiling.Cycles, gradients: cpu_tiling.Cycles, step: float
+    mode: int, fprop: cpu_cycles.Cycles, gradients: cpu_cycles.Cycles, step: float
 ) -> Callable[[Problem, Pass], Mapping[Config, float]]:
     def candidates(problem: Problem, which: Pass) -> Mapping[Config, float]:
         cost = fprop if which == "fprop" else gradients
         if which == "wgrad":
-            return {(): cpu_tiling.predict_wgrad(problem, cost)}
+            return {(): cpu_cost.predict_wgrad(problem, cost)}
         # Lanes along filters and pairs of filters exist for fprop; their names' dgrad runs along pixels.
         loops = cpu_tiling.PIXELS if which == "dgrad" and mode in cpu_tiling.FPROP_ONLY else mode
         tilings = cpu_tiling.tilings(problem, which, loops, cost)
         return {
-            t: cpu_tiling.predict(problem, which, t, cost, step if which == "fprop" else 1.0) for t in tilings
+            t: cpu_cost.predict(problem, which, t, cost, step if which == "fprop" else 1.0) for t in tilings
         }
 
     return candidates
 
 
-def _builder(isa: str, cost: cpu_tiling.Cycles) -> Callable[[Problem, Pass, Config], _Runner]:
+def _builder(isa: str, cost: cpu_cycles.Cycles) -> Callable[[Problem, Pass, Config], _Runner]:
     def build(problem: Problem, which: Pass, config: Config) -> _Runner:
         if which == "wgrad":
             return CpuWgrad(problem, cpu_tiling.wgrad_pixels(problem, cost), isa)
@@ -207,7 +207,7 @@ def _builder(isa: str, cost: cpu_tiling.Cycles) -> Callable[[Problem, Pass, Conf
 _rate = cache(_cpu.multiply_adds_a_cycle)
 
 
-def _speed(isa: str) -> tuple[cpu_tiling.Cycles, cpu_tiling.Cycles, float]:
+def _speed(isa: str) -> tuple[cpu_cycles.Cycles, cpu_cycles.Cycles, float]:
     """What this machine takes with an instruction set, in fprop and in the other passes, and fprop's instructions for a
     multiply-add in units of float32's: one half where a pair of bfloat16 channels takes as long as one float."""
     channels, lanes = _cpu.bf16_channels(isa), _cpu.lanes(isa)
@@ -215,9 +215,9 @@ def _speed(isa: str) -> tuple[cpu_tiling.Cycles, cpu_tiling.Cycles, float]:
         i for i in _cpu.isas() if not _cpu.bf16_channels(i) and (i == isa or _cpu.lanes(i) == lanes)
     )
     rate = _rate(floats)
-    cost = cpu_tiling.cycles(lanes, rate)
+    cost = cpu_cycles.cycles(lanes, rate)
     if channels > 2:
-        return cpu_tiling.AMX, cost, 1.0
+        return cpu_cycles.AMX, cost, 1.0
     return cost, cost, 0.5 * rate / _rate(isa) if channels else 1.0
 
 
