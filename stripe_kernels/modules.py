@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from stripe_kernels import functional, optimizers, snapshots
+from stripe_kernels import backends, functional, optimizers, registry, snapshots
 from stripe_kernels.front import ShortWay
 from stripe_kernels.geometry import IntPair, as_int, pair, resolve_padding
 from stripe_kernels.skeleton import FilterSkeleton
@@ -127,6 +127,9 @@ class StripeConv2d(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SETTINGS:
+            if name == "kernel" and value != "auto":
+                backends.load()
+                registry.find(value)
             self._bind(self.filter_skeleton, **{name: value})
         else:
             super().__setattr__(name, value)
@@ -149,8 +152,9 @@ class StripeConv2d(nn.Module):
         """Live stripes / all stripes."""
         return self.filter_skeleton.density
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] or [C, H, W] -> [N, K, P, Q] or [K, P, Q]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input [N, C, H, W] or [C, H, W] -> [N, K, P, Q] or [K, P, Q]; models may call it by nn.Conv2d's name."""
+        x = input
         if not is_compiling() and forward_ad._current_level < 0:
             front = self._short[torch.is_grad_enabled()].front  # once: another thread may be replacing it
             if front is not None:
@@ -263,6 +267,8 @@ class StripeConv2d(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        own = vars(self)
+        own.setdefault("kernel", own.pop("_kernel", "auto"))  # of layers pickled when kernel was a property
         self._bind(self.filter_skeleton)
 
     def extra_repr(self) -> str:

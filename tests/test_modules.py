@@ -244,6 +244,33 @@ def test_copies_are_equal_and_independent(way: str) -> None:
         assert torch.equal(layer(x), expected)
 
 
+def test_a_layer_pickled_when_kernel_was_a_property() -> None:
+    layer = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3)))
+    layer.kernel = "reference"
+    state = layer.__getstate__()
+    state["_kernel"] = state.pop("kernel")
+    old = StripeConv2d.__new__(StripeConv2d)
+    old.__setstate__(state)
+    assert old.kernel == "reference"
+    assert "_kernel" not in vars(old)
+    x = torch.randn(1, C, 6, 6)
+    assert torch.equal(old(x), layer(x))
+
+
+def test_the_input_has_the_name_that_conv2d_gives_it() -> None:
+    conv = pruned(nn.Conv2d(C, K, 3))
+    x = torch.randn(1, C, 6, 6)
+    torch.testing.assert_close(StripeConv2d.from_conv2d(conv)(input=x), conv(input=x))
+
+
+def test_a_kernel_that_is_not_there_is_refused_when_it_is_named() -> None:
+    layer = StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3)))
+    layer.kernel = "reference"
+    with pytest.raises(ValueError, match="no kernel 'refrence'; did you mean reference"):
+        layer.kernel = "refrence"
+    assert layer.kernel == "reference"
+
+
 def test_state_dict_both_ways() -> None:
     first, second = (StripeConv2d.from_conv2d(pruned(nn.Conv2d(C, K, 3), seed=s)) for s in (1, 2))
     assert list(first.state_dict()) == ["weight", "bias", "skeleton"]

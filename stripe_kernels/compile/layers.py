@@ -46,8 +46,9 @@ class FusedConv2d(StripeConv2d):
         self.activation = activation
         self.requires_grad_(False)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [N, C, H, W], residual [N, K, P, Q] -> [N, K, P, Q]."""
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """input [N, C, H, W], residual [N, K, P, Q] -> [N, K, P, Q]."""
+        x = input
         if self._explicit_pad is not None:
             x = F.pad(x, self._explicit_pad, mode=self.padding_mode)
         return functional.convolve(
