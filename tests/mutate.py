@@ -395,7 +395,9 @@ def main() -> int:
             if arguments.record:
                 written = {"kernels": sources(), "noticed by": caught, "not planted": elsewhere}
                 arguments.record.write_text(json.dumps(written, indent=1) + "\n")
-    return 0 if all(caught.values()) else 1
+    missed = [name for name, said in caught.items() if said is None]
+    print(f"{len(caught) - len(missed)} of {len(caught)} noticed; not noticed: {', '.join(missed) or 'none'}")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
