@@ -9,6 +9,7 @@ shrink.py edits the graph.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ from stripe_kernels.compile.graph import calls, module_of, size_of
 from stripe_kernels.compile.layers import Filter
 
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
+PER_CHANNEL = (*NORMS, nn.PReLU)  # layers with values of their own for every channel
+_BORDERS = (
+    nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d,
+)  # fmt: skip
 _POINTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.GELU, nn.LeakyReLU,
     nn.ELU, nn.Hardtanh, nn.Mish, nn.Softplus, nn.CELU, nn.SELU,
@@ -146,12 +151,19 @@ def _role(node: fx.Node, size: tuple[int, ...]) -> Role:
         return Role("pass" if module.depthwise else "filter", [first])
     if isinstance(module, NORMS) and module.running_mean is not None and isinstance(first, fx.Node):
         return Role("pass", [first], _norm(module))
+    if isinstance(module, nn.PReLU) and isinstance(first, fx.Node):
+        slope = module.weight.detach().cpu().double()
+        return Role("pass", [first], lambda c: torch.where(c > 0, c, slope * c))
+    if isinstance(first, fx.Node) and len(size) == 4 and (border := _border(node)) is not None:
+        return Role("pass", [first], lambda c: torch.where((c == border) | math.isnan(border), c, math.nan))
     if calls(node, _POINTWISE_MODULES, _POINTWISE_FUNCTIONS, _POINTWISE_METHODS):
         return _elementwise(node, size)
     if calls(node, (), _BINARY_FUNCTIONS, _BINARY_METHODS):
         return _elementwise(node, size)
     if calls(node, (), _CONCATENATIONS) and (list(node.args[1:]) or [node.kwargs.get("dim", 0)]) == [1]:
-        return Role("join", list(first))  # type: ignore[arg-type]
+        if isinstance(first, (tuple, list)):  # and not what a split returned
+            return Role("join", list(first))
+        return Role("fixed", [])
     if isinstance(first, fx.Node) and _is_pool(node, size_of(first)):
         return Role("pass", [first], lambda c: c)
     if calls(node, functions=(torch.flatten,)) and node.args[1:] == (1,):
@@ -160,6 +172,22 @@ def _role(node: fx.Node, size: tuple[int, ...]) -> Role:
     if calls(node, functions=(operator.getitem,)) and node.args[1] == (slice(None), slice(None), None, None):
         return Role("pass", [first], lambda c: c)  # type: ignore[list-item]
     return Role("fixed", [])
+
+
+def _border(node: fx.Node) -> float | None:
+    """What a node puts around the maps: one value, NaN for values of the map; None where it pads no maps."""
+    module: Any = module_of(node)
+    if isinstance(module, _BORDERS):
+        return float(getattr(module, "value", math.nan))
+    if not calls(node, functions=(F.pad,)):
+        return None
+    given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | dict(node.kwargs)
+    if not isinstance(given["pad"], (tuple, list)) or len(given["pad"]) > 4:
+        return None
+    value = given.get("value") or 0.0
+    if given.get("mode", "constant") != "constant":
+        return math.nan
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _elementwise(node: fx.Node, size: tuple[int, ...]) -> Role:

@@ -66,7 +66,7 @@ def _kind(leaf: Any) -> str:
 def _leaves(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Any]:
     """What a model returns: tensors, and whatever else is in its tuples, dicts and dataclasses."""
     with torch.inference_mode():
-        return _flat(model(*inputs))
+        return _flat(model(*(x.clone() for x in inputs)))  # a model may write to its inputs
 
 
 def _flat(output: Any) -> list[Any]:

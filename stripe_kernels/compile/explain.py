@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from stripe_kernels.compile import ordinary, page
 from stripe_kernels.compile.network import Network, as_inputs, report_of, threads_of
@@ -161,7 +162,7 @@ class Explanation:
 
 def explain(
     model: nn.Module,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: Tensor | tuple[Any, ...],
     *,
     roof: Roof | None = None,
     seconds: float = 0.0,
@@ -172,7 +173,7 @@ def explain(
     `Roof.probe(dtype, threads)`, to state times as shares of it. Ordinary convolutions and linear layers are summed
     up, and part of the total; seconds: time spent on measuring them, which nothing else does.
     """
-    inputs = as_inputs(example_input)
+    inputs = as_inputs(example_input, nested=True)
     with threads_of(model, inputs):
         found = sites(model, inputs)
     inside = "body." if isinstance(model, Network) else ""
@@ -182,7 +183,7 @@ def explain(
         row["layer"] = row["layer"].removeprefix(inside)
     notes = list(report_of(model) or [])
     skeletons = [torch.from_numpy(site.op.skeleton.live.copy()) for site in found]
-    explanation = Explanation(rows, notes, skeletons, roof, others, list(inputs[0].shape))
+    explanation = Explanation(rows, notes, skeletons, roof, others, list(tree_leaves(inputs)[0].shape))
     print(explanation)
     return explanation
 

@@ -60,7 +60,7 @@ def save(
     from safetensors.torch import save as serialize
 
     inputs = _inputs(model, example_input)
-    network = trace(model)
+    network = trace(model, None if inputs is None else len(inputs))
     graph = _graph_json(network)
     tensors = _tensors(network, graph)
     graph["choices"] = choices.of_network(network)

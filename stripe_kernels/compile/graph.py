@@ -11,36 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
 
-# In-place operations and what they are without the side effect.
-_METHODS_IN_PLACE = {
-    name + "_": name for name in ("relu", "sigmoid", "tanh", "add", "sub", "mul", "div", "clamp")
-}
-_FUNCTIONS_IN_PLACE = {
-    torch.relu_: torch.relu,
-    torch.sigmoid_: torch.sigmoid,
-    torch.tanh_: torch.tanh,
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-_VIEWS = """
-    chunk contiguous detach double expand expand_as flatten float half movedim narrow permute reshape select
-    split squeeze swapaxes t to transpose type_as unbind unflatten unsqueeze view view_as
-"""
-_VIEW_METHODS = frozenset(_VIEWS.split())
-_VIEW_FUNCTIONS = frozenset({
-    torch.chunk, torch.flatten, torch.movedim, torch.narrow, torch.permute, torch.reshape, torch.split,
-    torch.squeeze, torch.swapaxes, torch.transpose, torch.unbind, torch.unflatten, torch.unsqueeze,
-    operator.getitem,
-})  # fmt: skip
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _QUESTIONS = (
     getattr, operator.and_, operator.eq, operator.ge, operator.getitem, operator.gt, operator.le, operator.lt,
     operator.mod, operator.ne,
 )  # fmt: skip
 _ASSERTIONS = (torch._assert, _assert_is_none)
-_DROPOUTS = (
+DROPOUTS = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity,
 )  # fmt: skip
 
@@ -93,11 +70,19 @@ class OneLineInterpreter(fx.Interpreter):
 
 
 def record_sizes(network: fx.GraphModule, example: tuple[Tensor, ...]) -> Any:
-    """Runs the graph once; every node learns its `size` and `dtype`. Returns the outputs."""
+    """Runs the graph once; every node learns its `size` and `dtype`. Returns the outputs.
+
+    Raises ValueError where chunk returns fewer parts than it was asked for.
+    """
 
     class Recorder(OneLineInterpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
+            parts = parts_of(n)  # which is how many a loop over them was traced with
+            if parts is not None and len(value) != parts:
+                raise ValueError(
+                    f"{n.name} returns {len(value)} parts, fewer than the {parts} it was asked for"
+                )
             is_tensor = isinstance(value, Tensor)
             n.meta["size"] = tuple(value.shape) if is_tensor else None
             n.meta["dtype"] = value.dtype if is_tensor else None
@@ -107,56 +92,51 @@ def record_sizes(network: fx.GraphModule, example: tuple[Tensor, ...]) -> Any:
         return Recorder(network).run(*example)
 
 
-def without_side_effects(network: fx.GraphModule) -> None:
-    """Makes in-place operations ordinary ones: later readers of the tensor they wrote read their result.
-
-    Raises ValueError where the tensor written has views, whose readers would change too.
-    """
-    order = {node: i for i, node in enumerate(network.graph.nodes)}
-    changes = {
-        node: _out_of_place(node) for node in network.graph.nodes
-    }  # all before any: modules are shared
-    for node, change in changes.items():
-        if change is None:
-            continue
-        written = node.args[0]
-        if isinstance(written, fx.Node):
-            views = [u for u in written.users if u is not node and _is_view(u)]
-            later = [u for u in written.users if order[u] > order[node]]
-            if (views or _is_view(written)) and not _lonely(written, node):
-                raise ValueError(f"{node.name} writes in place a tensor that has views: {written.name}")
-            for user in later:
-                user.replace_input_with(written, node)
-        change()
-    network.graph.lint()
+def is_number(node: Any) -> bool:
+    """Whether a node is made of sizes, as `x.shape[2] // 2`."""
+    if not isinstance(node, fx.Node):
+        return isinstance(node, (int, float))
+    if calls(node, methods=("size",)):
+        return len(node.args) + len(node.kwargs) > 1
+    if calls(node, functions=(operator.getitem,)):
+        return _are_sizes(node.args[0]) and not isinstance(node.args[1], slice)
+    if calls(node, functions=(getattr,)):
+        return node.args[1] == "ndim"
+    of_numbers = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
+    return calls(node, methods=("dim", "numel", "item")) or (of_numbers and all(map(is_number, node.args)))
 
 
-def _lonely(written: fx.Node, writer: fx.Node) -> bool:
-    """A view nobody reads but `writer`, of a tensor nobody else reads, and so on up."""
-    node = written
-    while _is_view(node):
-        if set(node.users) - {writer}:
-            return False
-        writer, node = node, node.args[0]  # type: ignore[assignment]
-    return not set(node.users) - {writer}
+def _are_sizes(node: Any) -> bool:
+    """x.shape, x.size(), x.shape[2:]."""
+    if calls(node, functions=(operator.getitem,)):
+        return _are_sizes(node.args[0]) and isinstance(node.args[1], slice)
+    if calls(node, functions=(getattr,)):
+        return bool(node.args[1] == "shape")
+    return calls(node, methods=("size",)) and len(node.args) + len(node.kwargs) == 1
 
 
-def _is_view(node: fx.Node) -> bool:
-    return calls(node, (*_DROPOUTS, nn.Flatten, nn.Unflatten), _VIEW_FUNCTIONS | {F.dropout}, _VIEW_METHODS)
-
-
-def _out_of_place(node: fx.Node) -> Callable[[], None] | None:
-    """What turns this node into its counterpart without side effect; None when it has none."""
-    module = module_of(node)
-    if module is not None and getattr(module, "inplace", False):
-        return lambda: setattr(module, "inplace", False)
-    if node.op == "call_method" and node.target in _METHODS_IN_PLACE:
-        return lambda: setattr(node, "target", _METHODS_IN_PLACE[node.target])  # type: ignore[index]
-    if node.op == "call_function" and node.target in _FUNCTIONS_IN_PLACE:
-        return lambda: setattr(node, "target", _FUNCTIONS_IN_PLACE[node.target])  # type: ignore[index]
-    if node.op == "call_function" and node.kwargs.get("inplace"):
-        return lambda: setattr(node, "kwargs", {**node.kwargs, "inplace": False})
+def parts_of(node: fx.Node) -> int | None:
+    """How many tensors chunk or split returns, where its arguments say so."""
+    if calls(node, functions=(torch.chunk,), methods=("chunk",)):
+        count = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
+        return count if isinstance(count, int) else None
+    if calls(node, functions=(torch.split,), methods=("split",)):
+        name = "split_size" if node.op == "call_method" else "split_size_or_sections"
+        sizes = node.args[1] if len(node.args) > 1 else node.kwargs.get(name)
+        return len(sizes) if isinstance(sizes, (tuple, list)) else None
     return None
+
+
+def first_by_position(network: fx.GraphModule) -> None:
+    """What a module or function calls `input`, or `tensors`, comes first, where the passes look for it."""
+    for node in network.graph.nodes:
+        rest = dict(node.kwargs)
+        named = rest.keys() & {"input", "tensors"}
+        # torch.where has its condition first.
+        called = node.op in ("call_module", "call_function") and node.target is not torch.where
+        if called and named and not node.args:
+            node.args, node.kwargs = (rest.pop(named.pop()),), rest
+    network.recompile()
 
 
 def drop_assertions(network: fx.GraphModule) -> None:
@@ -179,7 +159,7 @@ def norms_as_modules(network: fx.GraphModule) -> None:
         constant = all(n.op == "get_attr" for n in owned.values()) and "running_var" in owned
         if not constant or ("weight" in owned) != ("bias" in owned) or given.get("training"):
             continue
-        tensors = {name: _attribute(network, str(n.target)) for name, n in owned.items()}
+        tensors = {name: attribute(network, str(n.target)) for name, n in owned.items()}
         momentum, eps = given.get("momentum", 0.1), given.get("eps", 1e-5)
         with torch.device("meta"):
             norm = nn.BatchNorm2d(len(tensors["running_var"]), eps, momentum, affine="weight" in tensors)
@@ -200,7 +180,7 @@ def norms_as_modules(network: fx.GraphModule) -> None:
         network.graph.erase_node(node)
 
 
-def _attribute(network: nn.Module, target: str) -> Any:
+def attribute(network: nn.Module, target: str) -> Any:
     owner, _, leaf = target.rpartition(".")
     return getattr(network.get_submodule(owner), leaf)
 
@@ -212,7 +192,7 @@ def _has(network: nn.Module, name: str) -> bool:
 def drop_identities(network: fx.GraphModule) -> None:
     """Takes out dropout and identities: in evaluation mode they return what they are given."""
     for node in list(network.graph.nodes):
-        if calls(node, _DROPOUTS, (F.dropout, F.dropout2d), ("detach",)):
+        if calls(node, DROPOUTS, (F.dropout, F.dropout2d), ("detach",)):
             if node.kwargs.get("training"):
                 continue
             node.replace_all_uses_with(node.args[0])

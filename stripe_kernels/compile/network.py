@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.utils._pytree import tree_leaves
 
 from stripe_kernels import eager
 from stripe_kernels.compile.program import Program, write_program
@@ -213,10 +214,14 @@ def as_arguments(example_input: Any) -> tuple[Any, ...]:
     return example_input if isinstance(example_input, tuple) else (example_input,)
 
 
-def as_inputs(example_input: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What a network is called with; TypeError for what is neither a tensor nor a tuple of tensors."""
+def as_inputs(example_input: Any, nested: bool = False) -> tuple[Any, ...]:
+    """What a network is called with; TypeError for what is neither a tensor nor a tuple of tensors.
+
+    nested: a tuple's parts may be tuples, lists and dicts of tensors, as the states of recurrent layers are.
+    """
     inputs = as_arguments(example_input)
-    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+    parts = tree_leaves(inputs) if nested and isinstance(example_input, tuple) else inputs
+    if not parts or not all(isinstance(x, Tensor) for x in parts):
         kinds = ", ".join(type(x).__name__ for x in inputs)
         got = f"a tuple of ({kinds})" if isinstance(example_input, tuple) else kinds
         raise TypeError(f"example_input must be a tensor or a tuple of tensors, got {got}")

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
-from stripe_kernels.compile.channels import NORMS
+from stripe_kernels.compile.channels import PER_CHANNEL
+from stripe_kernels.compile.effects import without_side_effects
 from stripe_kernels.compile.exact import check_exact
 from stripe_kernels.compile.freeze import UnchangedWarning
 from stripe_kernels.compile.fuse import fold_norms, fuse_epilogues
@@ -21,7 +23,6 @@ from stripe_kernels.compile.graph import (
     plain_reshapes,
     record_sizes,
     size_of,
-    without_side_effects,
 )
 from stripe_kernels.compile.layers import Filter, FusedConv2d
 from stripe_kernels.compile.network import Network, as_inputs, report_of
@@ -38,7 +39,7 @@ _SHORT = 5e-3  # seconds of a call for which one thread is tried in place of a t
 
 def optimize(
     model: nn.Module,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: Tensor | tuple[Any, ...],
     *,
     folder: str | Path | None = None,
     cuda_graphs: bool = False,
@@ -67,11 +68,14 @@ def optimize(
     >>> frozen = freeze(model, {"0": torch.rand(8, 3, 3) < 0.4})
     >>> fast = optimize(frozen, torch.randn(1, 3, 16, 16))  # doctest: +SKIP
     """
-    example = as_inputs(example_input)
+    example = tree_map(Tensor.clone, as_inputs(example_input, nested=True))  # a model may write to its inputs
     original = clone(model).eval().requires_grad_(False)
     if isinstance(original, Network):
         tune(original, example, folder=folder, cuda_graphs=cuda_graphs)
         return original
+    if not all(isinstance(x, Tensor) for x in example):
+        kinds = ", ".join(type(x).__name__ for x in example)
+        return _keep(original, example, folder, f"it takes ({kinds}), and a rewritten network tensors alone")
     if not any(x.numel() for x in example):
         return _keep(
             original, example, folder, f"the example {list(example[0].shape)} holds no values to compare"
@@ -110,12 +114,12 @@ def compact(model: nn.Module, example: tuple[Tensor, ...]) -> Network:
     body = trace(model, len(example))
     with torch.inference_mode(False), torch.no_grad():
         drop_identities(body)
+        record_sizes(body, tuple(x.clone() for x in example))
         without_side_effects(body)
-        record_sizes(body, example)
         plain_reshapes(body)
         filters = (nn.Conv2d, StripeConv2d, nn.Linear)
         own_modules(body, filters, Filter, finished=(FusedConv2d,))  # type: ignore[arg-type]
-        own_modules(body, NORMS, copy.deepcopy)
+        own_modules(body, PER_CHANNEL, copy.deepcopy)
         folded = fold_norms(body)
         lost = shrink(body)
         fused = fuse_epilogues(body)
@@ -233,9 +237,7 @@ def in_channels_last(network: Network) -> Network:
     return other
 
 
-def _keep(
-    original: nn.Module, example: tuple[Tensor, ...], folder: str | Path | None, reason: str
-) -> nn.Module:
+def _keep(original: nn.Module, example: tuple[Any, ...], folder: str | Path | None, reason: str) -> nn.Module:
     """The model as it was given, its stripe layers tuned."""
     warnings.warn(f"optimize kept the network as it was: {reason}", UnchangedWarning, stacklevel=3)
     tune(original, example, folder=folder)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from stripe_kernels.compile.channels import NORMS, Channels, analyse, droppable
+from stripe_kernels.compile.channels import PER_CHANNEL, Channels, analyse, droppable
 from stripe_kernels.compile.graph import module_of
 from stripe_kernels.compile.layers import Filter
 
@@ -38,7 +38,7 @@ def shrink(network: fx.GraphModule) -> dict[str, tuple[int, int]]:
     keeps = {node: ~drop[_class_of(channels, classes)] for node, channels in found.items()}
     lost: dict[str, tuple[int, int]] = {}
     for node, keep in keeps.items():
-        if node.op == "call_module" and isinstance(module_of(node), (Filter, *NORMS)):
+        if node.op == "call_module" and isinstance(module_of(node), (Filter, *PER_CHANNEL)):
             _edit(module_of(node), node, found, keeps)
             if not keep.all():
                 lost[str(node.target)] = (len(keep), int(keep.sum()))
@@ -66,13 +66,16 @@ def _keep_a_carrier(layer: Filter, source: Channels, classes: Tensor, drop: Tens
 
 def _edit(layer: Any, node: fx.Node, found: dict[fx.Node, Channels], keeps: dict[fx.Node, Tensor]) -> None:
     keep = keeps[node]
-    if isinstance(layer, NORMS):
+    if isinstance(layer, PER_CHANNEL):
         for name in ("weight", "bias", "running_mean", "running_var"):
-            t = getattr(layer, name)
-            if t is not None:
+            t = getattr(layer, name, None)
+            if t is not None and len(t) == len(keep):  # and not one slope for all
                 kept = t.detach()[keep.to(t.device)]
                 setattr(layer, name, nn.Parameter(kept) if isinstance(t, nn.Parameter) else kept)
-        layer.num_features = int(keep.sum())
+        if isinstance(layer, nn.PReLU):
+            layer.num_parameters = len(layer.weight)
+        else:
+            layer.num_features = int(keep.sum())
         return
     if found[node].role.kind == "filter":
         source = found[node].role.sources[0]

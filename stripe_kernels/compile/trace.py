@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from stripe_kernels.compile import vocabulary
-from stripe_kernels.compile.graph import drop_assertions, norms_as_modules
+from stripe_kernels.compile.effects import ends_in_place
+from stripe_kernels.compile.graph import (
+    DROPOUTS,
+    attribute,
+    drop_assertions,
+    first_by_position,
+    is_number,
+    norms_as_modules,
+    parts_of,
+)
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.unwrap import clone
 
@@ -28,8 +38,52 @@ WAY_OUT = (
 )
 
 
+def _in_place(function: Callable[..., Any]) -> Any:
+    def method(self: fx.Proxy, other: Any) -> Any:
+        if is_number(self.node):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+class Proxy(fx.Proxy):
+    """Of a tensor, `y += x` as what it is: Python makes `y = y + x` of it where a class has no word for it, and whoever
+    else has the tensor then reads it as it was. Of what chunk and split return, the length."""
+
+    __iadd__, __isub__, __imul__ = map(_in_place, (operator.iadd, operator.isub, operator.imul))
+    __itruediv__, __ifloordiv__ = map(_in_place, (operator.itruediv, operator.ifloordiv))
+    __ipow__, __imod__ = map(_in_place, (operator.ipow, operator.imod))
+
+    def __len__(self) -> int:
+        parts = parts_of(self.node)
+        return int(super().__len__()) if parts is None else parts
+
+
 class _Tracer(fx.Tracer):
     record_stack_traces = True  # which line asked for an operation that a file cannot hold
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """Its name; one that forward makes as it goes, as `nn.Softmax(1)(x)`, gets a name if nothing but what it was
+        made with decides what it does."""
+        try:
+            return super().path_of_module(mod)
+        except NameError:
+            if next(iter(mod.state_dict()), None) is not None or isinstance(mod, DROPOUTS):
+                raise
+        name = type(mod).__name__.lower()
+        while hasattr(self.root, name):
+            name += "_"
+        self.root.add_module(name, mod)
+        self.submodule_paths[mod] = name  # type: ignore[index]
+        return name
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        parts = parts_of(obj.node)
+        return super().iter(obj) if parts is None else (obj[i] for i in range(parts))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Those of torch that no file holds, attention for one, run as they are: their code is not for tracers.
@@ -52,7 +106,8 @@ def trace(model: nn.Module, given: int | None = None) -> fx.GraphModule:
     given: how many inputs it will be called with; the others keep their defaults for good.
 
     Raises ValueError with torch.fx's reason and the line of the model's code, where its Python control flow depends on
-    its input.
+    its input, and where a call draws random numbers or reads what it changes in the model: that would be the same in
+    every call of the graph.
     """
     copied = clone(model).eval()
     if isinstance(copied, Network):
@@ -64,9 +119,17 @@ def trace(model: nn.Module, given: int | None = None) -> fx.GraphModule:
     with torch.inference_mode(False):
         tracer = _Tracer(param_shapes_constant=True)
         left_out = _left_out(copied.forward, given)
+        dice, versions = torch.get_rng_state(), {t: t._version for t in _tensors(copied)}
         try:
             graph = tracer.trace(copied, concrete_args=left_out)
-        except (fx.proxy.TraceError, TypeError, AttributeError, RuntimeError) as error:
+        except (
+            fx.proxy.TraceError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            LookupError,
+            NameError,
+        ) as error:
             reason = str(error).partition(". ")[0].rstrip(".")
             raise ValueError(
                 f"torch.fx cannot follow {type(copied).__name__}{_line_of(error.__traceback__)}: {reason}. What "
@@ -74,7 +137,17 @@ def trace(model: nn.Module, given: int | None = None) -> fx.GraphModule:
             ) from error
         for node in graph.nodes:
             node.type = None  # annotations that are still text would keep the graph from being pickled
+        if not torch.equal(dice, torch.get_rng_state()):
+            raise ValueError(f"{type(copied).__name__} draws random numbers in every call: {WAY_OUT}")
+        changed = {t for t in _tensors(copied) if versions.get(t) != t._version}
         network = fx.GraphModule(tracer.root, graph, type(model).__name__)
+        for node in network.graph.find_nodes(op="get_attr"):
+            read = any(u.users or not ends_in_place(u) for u in node.users)
+            if read and attribute(network, str(node.target)) in changed:
+                raise ValueError(
+                    f"{type(copied).__name__} changes its {node.target} in every call{line_of(node)}: {WAY_OUT}"
+                )
+        first_by_position(network)
         norms_as_modules(network)
         drop_assertions(network)
         for node in network.graph.find_nodes(op="placeholder"):
@@ -82,6 +155,12 @@ def trace(model: nn.Module, given: int | None = None) -> fx.GraphModule:
                 network.graph.erase_node(node)
         network.recompile()
         return network
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [
+        t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
+    ]
 
 
 def _line_of(raised: TracebackType | None) -> str:

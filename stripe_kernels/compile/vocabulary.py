@@ -20,47 +20,56 @@ from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.modules import StripeConv2d
 
 _MODULES = """
-    AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveMaxPool1d AdaptiveMaxPool2d AvgPool1d AvgPool2d
-    BatchNorm1d BatchNorm2d CELU ChannelShuffle CircularPad1d CircularPad2d CircularPad3d ConstantPad1d
-    ConstantPad2d ConstantPad3d Conv1d Conv2d ConvTranspose2d Dropout Dropout1d Dropout2d ELU Flatten
-    Fold GELU GLU GroupNorm GRU Hardshrink Hardsigmoid Hardswish Hardtanh Identity InstanceNorm2d
-    LayerNorm LeakyReLU Linear LocalResponseNorm LogSigmoid LogSoftmax LPPool2d LSTM MaxPool1d MaxPool2d
-    Mish PixelShuffle PixelUnshuffle PReLU ReflectionPad1d ReflectionPad2d ReflectionPad3d ReLU ReLU6
-    ReplicationPad1d ReplicationPad2d ReplicationPad3d RNN SELU Sigmoid SiLU Softmax Softmax2d Softplus
-    Softsign Tanh Tanhshrink Threshold Unflatten Unfold Upsample UpsamplingBilinear2d UpsamplingNearest2d
-    ZeroPad1d ZeroPad2d ZeroPad3d
+    AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d
+    AvgPool1d AvgPool2d AvgPool3d BatchNorm1d BatchNorm2d BatchNorm3d CELU ChannelShuffle CircularPad1d
+    CircularPad2d CircularPad3d ConstantPad1d ConstantPad2d ConstantPad3d Conv1d Conv2d Conv3d ConvTranspose1d
+    ConvTranspose2d ConvTranspose3d Dropout Dropout1d Dropout2d Dropout3d ELU Embedding Flatten Fold GELU GLU
+    GroupNorm GRU Hardshrink Hardsigmoid Hardswish Hardtanh Identity InstanceNorm1d InstanceNorm2d
+    InstanceNorm3d LayerNorm LeakyReLU Linear LocalResponseNorm LogSigmoid LogSoftmax LPPool2d LSTM MaxPool1d
+    MaxPool2d MaxPool3d MaxUnpool2d Mish PixelShuffle PixelUnshuffle PReLU ReflectionPad1d ReflectionPad2d
+    ReflectionPad3d ReLU ReLU6 ReplicationPad1d ReplicationPad2d ReplicationPad3d RNN SELU Sigmoid SiLU Softmax
+    Softmax2d Softplus Softsign Tanh Tanhshrink Threshold Unflatten Unfold Upsample UpsamplingBilinear2d
+    UpsamplingNearest2d ZeroPad1d ZeroPad2d ZeroPad3d
 """
 
 _FUNCTIONS: dict[Any, str] = {
     torch: """
-        abs adaptive_avg_pool1d add addmm amax amin bmm cat channel_shuffle chunk clamp clip concat
-        concatenate conv2d conv_transpose2d cos div einsum exp flatten flip floor_divide hardshrink log
-        log_softmax logsumexp matmul max maximum mean min minimum movedim mul narrow neg norm permute
-        pixel_shuffle pixel_unshuffle pow relu relu_ reshape roll rsqrt sigmoid sigmoid_ sin softmax split
-        sqrt square squeeze stack std sub sum swapaxes tanh tanh_ transpose unbind unflatten unsqueeze var
-        where
+        abs adaptive_avg_pool1d add addmm amax amin argmax argmin baddbmm bmm broadcast_to cat ceil
+        channel_shuffle chunk clamp clip concat concatenate conv2d conv_transpose2d cos cumsum div einsum exp
+        exp_ flatten flip floor floor_divide full_like gather hardshrink index_select log log_softmax logsumexp
+        masked_fill matmul max maximum mean min minimum movedim mul narrow neg norm ones_like outer permute
+        pixel_shuffle pixel_unshuffle pow prod reciprocal relu relu_ reshape roll round rsqrt sigmoid sigmoid_
+        sign sin softmax sort split sqrt square squeeze stack std sub sum swapaxes tanh tanh_ tile topk
+        transpose unbind unflatten unsqueeze var where zeros_like
     """,
     F: """
-        adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d batch_norm celu conv2d conv_transpose2d dropout
-        dropout2d elu fold gelu glu group_norm hardsigmoid hardswish hardtanh instance_norm interpolate
-        layer_norm leaky_relu linear local_response_norm log_softmax logsigmoid lp_pool2d max_pool2d mish
-        normalize pad pixel_shuffle pixel_unshuffle prelu relu relu6 scaled_dot_product_attention selu sigmoid
-        silu softmax softplus softsign tanh threshold unfold upsample
+        adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d affine_grid avg_pool1d avg_pool2d
+        avg_pool3d batch_norm celu conv1d conv2d conv3d conv_transpose1d conv_transpose2d dropout dropout2d elu
+        elu_ embedding fold gelu glu grid_sample group_norm hardsigmoid hardswish hardtanh hardtanh_
+        instance_norm interpolate layer_norm leaky_relu leaky_relu_ linear local_response_norm log_softmax
+        logsigmoid lp_pool2d max_pool1d max_pool2d max_pool3d mish normalize one_hot pad pixel_shuffle
+        pixel_unshuffle prelu relu relu6 scaled_dot_product_attention selu sigmoid silu softmax softplus
+        softsign tanh threshold unfold upsample
     """,
     operator: """
-        add and_ eq floordiv ge getitem gt iadd imul isub itruediv le lt matmul mod mul ne neg pow sub truediv
+        add and_ eq floordiv ge getitem gt iadd ifloordiv imod imul invert ipow isub itruediv le lt matmul mod
+        mul ne neg or_ pow sub truediv
     """,
 }
 
 _METHODS = """
-    abs add add_ amax amin bmm chunk clamp clamp_ contiguous detach dim div div_ double exp expand expand_as
-    flatten float flip half log log_softmax masked_fill matmul max mean min movedim mul mul_ narrow neg
-    new_zeros norm numel permute pow relu relu_ repeat reshape roll rsqrt select sigmoid sigmoid_ size
-    softmax split sqrt square squeeze std sub sub_ sum swapaxes t tanh tanh_ to transpose type_as unbind
-    unflatten unsqueeze var view view_as
+    abs abs_ add add_ addcmul amax amin argmax argmin baddbmm bfloat16 bmm bool ceil chunk clamp clamp_
+    clamp_max clamp_max_ clamp_min clamp_min_ clip contiguous cumsum detach diagonal dim div div_ double exp
+    exp_ expand expand_as flatten flip float floor gather ge gt half index_select int le lerp log log_
+    log_softmax long lt masked_fill masked_fill_ matmul max mean min movedim mul mul_ narrow neg neg_ new_ones
+    new_zeros norm numel permute pow pow_ prod reciprocal relu relu_ repeat reshape roll round rsqrt rsqrt_
+    select sigmoid sigmoid_ sign size softmax sort split sqrt sqrt_ square square_ squeeze std sub sub_ sum
+    swapaxes t tanh tanh_ tensor_split tile to topk transpose type_as unbind unflatten unfold unsqueeze var
+    view view_as
 """
 METHODS = frozenset(_METHODS.split())
-ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT"})  # of tensors, by the function getattr
+# By the function getattr, of tensors and of what max, sort and topk return.
+ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "T", "mT", "values", "indices"})
 
 _PREFIX = {torch: "torch", F: "F", operator: "operator"}
 FUNCTIONS: dict[str, Callable[..., Any]] = {

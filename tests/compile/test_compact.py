@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -106,6 +107,55 @@ def test_torchs_own_modules_stay_whole(layer: nn.Module) -> None:
     network = compact(freeze(model), (x,))
     assert isinstance(network.body.first, FusedConv2d)
     assert_same(model, network, [x, torch.randn(16, *x.shape[1:])])
+
+
+@pytest.mark.parametrize(
+    ("between", "kept"),
+    [
+        (nn.PReLU(8), 4),
+        (nn.PReLU(), 4),
+        (nn.ZeroPad2d(1), 5),  # a dead filter that gives 0 is gone, one that gives something else meets zeros
+        (nn.ConstantPad2d(1, 0.5), 5),
+        (nn.ReflectionPad2d((1, 0, 2, 0)), 4),
+    ],
+)
+def test_what_dead_filters_pass_on_their_way(between: nn.Module, kept: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), between, nn.Conv2d(8, 5, 3)).eval()
+    model[0].weight.data[2:6] = 0
+    model[0].bias.data[2:6] = torch.tensor([0.0, 0.0, 0.0, 0.25])
+    if isinstance(between, nn.ConstantPad2d) and between.value == 0.5:
+        model[0].bias.data[2:6] = torch.tensor([0.5, 0.5, 0.5, 0.0])
+    x = torch.randn(2, 3, 9, 8)
+    network = compact(freeze(model), (x,))
+    assert network.body.get_submodule("0").out_channels == kept
+    assert_same(model, network, [x, torch.randn(3, 3, 12, 9)])
+
+
+class MakesAsItGoes(nn.Module):
+    """Calls modules that it makes in forward."""
+
+    def __init__(self, last: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.first, self.second, self.softmax, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), 1.0, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(nn.ReLU()(nn.AvgPool2d(2)(self.first(x))))
+        return self.last()(nn.Softmax(dim=1)(nn.Softmax(dim=2)(x)))
+
+
+def test_modules_made_in_forward(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = MakesAsItGoes(nn.Tanh).eval(), torch.randn(2, 3, 9, 8)
+    model.first.weight.data[:4] = 0
+    network = compact(freeze(model), (x,))
+    assert network.body.first.out_channels == 4
+    assert_same(model, network, [x])
+    save(network, tmp_path / "net")
+    assert_same(model, load(tmp_path / "net"), [x])
+    for last in (nn.Dropout, lambda: nn.Conv2d(4, 1, 1)):  # in training mode, with weights of the hour
+        with pytest.raises(ValueError, match="module is not installed as a submodule"):
+            compact(MakesAsItGoes(last).eval(), (x,))
 
 
 class Overwritten(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -145,6 +146,53 @@ def test_recurrent_layers(layer: nn.Module, tmp_path: Path) -> None:
     x = torch.randn(5, 2, 4)
     with torch.inference_mode():
         assert all(map(torch.equal, tree_leaves(loaded(x)), tree_leaves(layer(x))))
+
+
+class Kinds(nn.Module):
+    """Operations beside those of a plain classifier, of its own names and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.InstanceNorm2d(8, affine=True)
+        self.depth, self.depth_norm = nn.Conv3d(1, 2, 3, padding=1), nn.BatchNorm3d(2)
+        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+        self.register_buffer("order", torch.randperm(16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = F.leaky_relu_(self.norm(self.first(x)), 0.1)
+        y = self.depth_norm(self.depth(x.unsqueeze(1))).flatten(1, 2).index_select(1, self.order)
+        z, where = self.pool(y)
+        y = self.unpool(z, where, output_size=y.size()).clamp_min_(0.1).sqrt_()
+        return y, z.flatten(2).max(dim=2).values, torch.topk(z.flatten(1), 3).indices
+
+
+def test_operations_that_are_not_a_classifiers(tmp_path: Path) -> None:
+    model, x = Kinds().eval(), torch.randn(2, 3, 5, 7)
+    save(model, tmp_path / "net")
+    with torch.inference_mode():
+        assert all(map(torch.equal, load(tmp_path / "net")(x), model(x)))
+
+
+class Conditioned(nn.Module):
+    """An optional input, and a setting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(3, 8, 3), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor, style: Tensor | None = None, times: int = 2) -> Tensor:
+        x = self.conv(x) * times
+        return x if style is None else x * self.gate(style)[:, :, None, None]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_file_takes_the_inputs_of_its_example(count: int, tmp_path: Path) -> None:
+    model, inputs = Conditioned().eval(), (torch.randn(2, 3, 5, 7), torch.randn(2, 4))[:count]
+    save(model, tmp_path / "net", inputs)
+    given = example_input(tmp_path / "net")
+    assert given is not None
+    assert [x.shape for x in given] == [x.shape for x in inputs]
+    assert torch.equal(load(tmp_path / "net")(*inputs), model(*inputs))
 
 
 def test_shared_modules_and_tied_weights_are_stored_once(tmp_path: Path) -> None:

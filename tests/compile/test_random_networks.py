@@ -15,7 +15,8 @@ from tests.compile.test_compact import assert_same
 from tests.compile.zoo import lively
 
 ACTIVATIONS = (F.relu, F.relu6, F.silu, F.hardswish, torch.sigmoid, F.leaky_relu, lambda x: x * 0.5 + 0.3)
-STEPS = "conv conv conv conv norm act act sum product cat pool gate"
+STEPS = "conv conv conv conv norm act act sum product cat pool gate slope border"
+BORDERS = (nn.ZeroPad2d(1), nn.ConstantPad2d(1, 0.3), nn.ReflectionPad2d(1))
 
 
 class Random(nn.Module):
@@ -35,8 +36,9 @@ class Random(nn.Module):
             if what == "conv":
                 channels.append(self.conv(rng, c))
                 self.steps.append((what, (one,), len(self.layers) - 1))
-            elif what == "norm":
-                self.layers.append(nn.BatchNorm2d(c))
+            elif what in ("norm", "slope"):
+                slopes = rng.choice((1, c))
+                self.layers.append(nn.BatchNorm2d(c) if what == "norm" else nn.PReLU(slopes, rng.random()))
                 self.steps.append((what, (one,), len(self.layers) - 1))
                 channels.append(c)
             elif what == "gate":
@@ -72,7 +74,7 @@ class Random(nn.Module):
         maps = [x]
         for what, which, index in self.steps:
             a, b = maps[which[0]], maps[which[-1]]
-            if what in ("conv", "norm"):
+            if what in ("conv", "norm", "slope"):
                 y = self.layers[index](a)
             elif what == "act":
                 y = ACTIVATIONS[index](a)
@@ -85,6 +87,9 @@ class Random(nn.Module):
             elif what == "gate":
                 gate = torch.sigmoid(self.layers[index](a.mean((2, 3))))
                 y = a * gate.view(a.size(0), -1, 1, 1)
+            elif what == "border":
+                y = BORDERS[index](a) if index else F.pad(a, (1, 1, 1, 1), value=0.2)
+                y = F.max_pool2d(y, 3, 1)
             else:
                 pools = (F.max_pool2d, F.avg_pool2d, F.max_pool2d)
                 y = pools[index](a, 3, 1, 0 if index == 1 else 1)

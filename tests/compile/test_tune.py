@@ -27,6 +27,7 @@ from stripe_kernels import explain, freeze, optimize, plan, save, tune
 from stripe_kernels.compile import cache
 from stripe_kernels.compile import race as racing
 from stripe_kernels.compile.exact import check_exact
+from stripe_kernels.compile.freeze import UnchangedWarning
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.race import Ratio, race
 from stripe_kernels.compile.tune import interleaved, sites
@@ -467,6 +468,29 @@ def test_tune_takes_whatever_a_model_does() -> None:
             return [self.net(image) for image in images]
 
     assert tune(Lists(), ([x, x], None), seconds=0.01)
+
+
+class Recurrent(nn.Module):
+    """Its second input is a tuple, as of nn.LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.columns = small()[0], nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return self.columns(self.net(x).mean(2).transpose(1, 2), state)[0]
+
+
+def test_a_tuple_among_the_inputs_keeps_the_model() -> None:
+    model, x, zeros = Recurrent().eval(), small()[1], torch.zeros(1, 2, 5)
+    given = (x, (zeros, zeros))
+    with pytest.warns(UnchangedWarning, match=r"it takes \(Tensor, tuple\), and a rewritten network tensors"):
+        kept = optimize(model, given)
+    torch.testing.assert_close(kept(*given), model(*given))
+    explained = explain(kept, given)
+    assert [row["layer"] for row in explained.rows] == ["net.0", "net.2"]
+    assert all(row["measured_ms"] for row in explained.rows)
+    assert explained.input == list(x.shape)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -183,6 +183,28 @@ class InPlace(nn.Module):
         return x + y
 
 
+class Cross(nn.Module):
+    """Parts of a map in a list that grows, one of them written in place; named arguments; what split returns joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = conv_bn(3, 12), conv_bn(6, 6, 3, nn.SiLU), conv_bn(6, 6, 3, nn.SiLU)
+        self.join, self.relu = nn.Conv2d(24, 10, 1), nn.ReLU()
+        self.last = nn.Conv2d(10, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.stem(x).chunk(2, 1))
+        parts.extend(layer(parts[-1]) for layer in (self.one, self.two))
+        mean = parts[0]
+        mean += 1
+        mean *= 0.5
+        x = self.relu(input=self.join(input=torch.cat(tensors=parts, dim=1)))
+        height = width = x.shape[2]
+        height //= 2
+        x = torch.cat(x.split(5, 1), 1)
+        return F.interpolate(self.last(x), size=(height, width))
+
+
 class Reader(nn.Module):
     """A text line's columns through a recurrent layer, whose tuple is taken apart."""
 
@@ -212,6 +234,7 @@ NETS: dict[str, tuple[Net, tuple[int, int]]] = {
     "squeeze_excite": (SqueezeExcite, (9, 11)),
     "lopsided": (Lopsided, (15, 14)),
     "in_place": (InPlace, (7, 9)),
+    "cross": (Cross, (8, 9)),
     "reader": (Reader, (9, 14)),
 }
 
