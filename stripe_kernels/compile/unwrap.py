@@ -117,7 +117,9 @@ def _bake(module: nn.Module) -> None:
         # deepcopy shares the class that parametrize made for the original, and removal edits that class.
         kind = type(module)
         module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-        for name in list(module.parametrizations):  # type: ignore[arg-type]
+        parametrizations: Any = module.parametrizations
+        parametrizations.eval()  # in training mode spectral norm goes a step on
+        for name in list(parametrizations):
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     hooks: list[Any] = list(module._forward_pre_hooks.values())
     for hook in hooks:

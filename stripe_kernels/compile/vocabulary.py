@@ -39,8 +39,8 @@ _FUNCTIONS: dict[Any, str] = {
         exp_ flatten flip floor floor_divide full_like gather hardshrink index_select log log_softmax logsumexp
         masked_fill matmul max maximum mean min minimum movedim mul narrow neg norm ones_like outer permute
         pixel_shuffle pixel_unshuffle pow prod reciprocal relu relu_ reshape roll round rsqrt sigmoid sigmoid_
-        sign sin softmax sort split sqrt square squeeze stack std sub sum swapaxes tanh tanh_ tile topk
-        transpose unbind unflatten unsqueeze var where zeros_like
+        sign sin softmax sort split sqrt square squeeze stack std std_mean sub sum swapaxes tanh tanh_ tile topk
+        transpose unbind unflatten unsqueeze var var_mean where zeros_like
     """,
     F: """
         adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d affine_grid avg_pool1d avg_pool2d

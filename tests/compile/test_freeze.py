@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,18 @@ def test_shared_weights_stay_shared() -> None:
     live = skeleton(a)
     frozen = freeze(nn.Sequential(a, b), {"0": live, "1": live})
     assert frozen[0].weight is frozen[1].weight
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_spectral_norm_is_that_of_evaluation(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """The model may be in training mode, where a look at the weight changes it."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(wrap(nn.Conv2d(3, 8, 3)), nn.Conv2d(8, 4, 1)), torch.randn(2, 3, 6, 7)
+    model(x)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    frozen = freeze(model, {"0": torch.ones(8, 3, 3, dtype=torch.bool)})
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    torch.testing.assert_close(frozen.eval()(x), model.eval()(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: nn.Sequential(torch.compile(m))])
