@@ -67,10 +67,8 @@ def without_side_effects(network: fx.GraphModule) -> None:
             views = [u for u in written.users if order[u] < order[node] and _is_view(u)]
             others = [u for u in _readers_by_other_names(written, views) if order[u] > order[node]]
             if others or (later and change is None):
-                reader = (others or later)[0].name
-                raise ValueError(
-                    f"{node.name} writes {written.name} in place, which {reader} reads otherwise"
-                )
+                who = f"views, which {others[0].name} reads" if others else f"a reader, {later[0].name}"
+                raise ValueError(f"{node.name} writes {written.name} in place, which has {who}")
             for user in later:
                 user.replace_input_with(written, node)
         if change is not None:
