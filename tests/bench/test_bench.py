@@ -19,7 +19,7 @@ from bench.contestants import _window, contestants, kernel_names, slim_channels
 from bench.job import PASSES, Entrant, Job, Refused
 from bench.layers import Layer, layers, select
 from bench.machine import Machine
-from bench.networks import NetworkJob, conv_macs, run_network, slim_width, wrong_layers
+from bench.networks import NetworkJob, network_macs, run_network, slim_width, wrong_layers
 from bench.records import Row, Writer, read
 from bench.run import compare, missing, run_layer
 from bench.skeletons import GENERATORS, dead, iid, learned
@@ -162,7 +162,7 @@ def test_slim_layers_and_networks_have_the_multiply_adds_asked_for() -> None:
     for c, k, density in ((512, 512, 0.24), (64, 128, 0.1), (256, 512, 0.5)):
         slim_c, slim_k = slim_channels(c, k, density)
         assert slim_c * slim_k == pytest.approx(density * c * k, rel=0.1)
-    assert sum(conv_macs("vgg16").values()) == 313_196_544
+    assert sum(network_macs("vgg16").values()) == 313_196_544
     assert slim_width("vgg16", 0.2412) == 0.5
 
 
