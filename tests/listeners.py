@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stripe_kernels import StripeConv2d
+
 
 class Silent(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,6 +48,16 @@ def autocast() -> torch.autocast:
 
 
 CONTEXTS = (Silent, Counting, other_threads, forward_ad.dual_level, autocast)
+
+# Of a layer and an x that its front was made for: calls that the front is not for, with the result of layer(x).
+OTHER_CALLS: dict[str, Callable[[StripeConv2d, Tensor], Tensor]] = {
+    "other sizes": lambda n, x: n(x.repeat(2, 1, 1, 1))[:2],
+    "other strides": lambda n, x: n(x.mT.contiguous().mT),
+    "one image": lambda n, x: torch.stack([n(one) for one in x]),
+    "negated": lambda n, x: n(torch._neg_view(-x)),
+    "subclass": lambda n, x: n(x.as_subclass(Sub)).as_subclass(Tensor),
+    "vmap": lambda n, x: torch.vmap(lambda one: n(one[None])[0])(x),
+}
 
 
 def at_once(work: Callable[[int], None], count: int) -> None:

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from stripe_kernels import StripeConv2d, functional
 from stripe_kernels.testing import live_stripes
-from tests.listeners import CONTEXTS, Sub, at_once
+from tests.listeners import CONTEXTS, OTHER_CALLS, at_once
 
 _cpu = pytest.importorskip("stripe_kernels._cpu")
 if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -113,13 +113,8 @@ def test_it_steps_aside_while_somebody_listens(context: Any, layer: StripeConv2d
     close(y.detach().float(), layer, x, rtol=3e-2, atol=3e-2)  # autocast's are bfloat16
 
 
-SOMETHING_ELSE: dict[str, Callable[[StripeConv2d, Tensor], Tensor]] = {
-    "other sizes": lambda n, x: n(x.repeat(2, 1, 1, 1))[:2],
-    "other strides": lambda n, x: n(x.mT.contiguous().mT),
-    "one image": lambda n, x: torch.stack([n(one) for one in x]),
-    "negated": lambda n, x: n(torch._neg_view(-x)),
-    "subclass": lambda n, x: n(x.as_subclass(Sub)).as_subclass(Tensor),
-    "vmap": lambda n, x: torch.vmap(lambda one: n(one[None])[0])(x),
+SOMETHING_ELSE = {
+    **OTHER_CALLS,
     "other parameters": lambda n, x: (
         torch.func.functional_call(n, {"weight": 2 * n.weight, "bias": 2 * n.bias}, (x,)) / 2
     ),

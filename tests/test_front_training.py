@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stripe_kernels import StripeConv2d, backends, functional, ops
 from stripe_kernels.testing import live_stripes
-from tests.listeners import CONTEXTS, Sub, at_once, autocast
+from tests.listeners import CONTEXTS, OTHER_CALLS, Sub, at_once, autocast
 
 _cpu = pytest.importorskip("stripe_kernels._cpu")
 if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
@@ -225,21 +225,11 @@ def test_it_steps_aside_while_somebody_listens(context: Any, layer: StripeConv2d
     close((y, *found), expected)
 
 
-SOMETHING_ELSE: dict[str, Callable[[StripeConv2d, Tensor], Tensor]] = {
-    "other sizes": lambda n, x: n(x.repeat(2, 1, 1, 1))[:2],
-    "other strides": lambda n, x: n(x.mT.contiguous().mT),
-    "one image": lambda n, x: torch.stack([n(one) for one in x]),
-    "negated": lambda n, x: n(torch._neg_view(-x)),
-    "subclass": lambda n, x: n(x.as_subclass(Sub)).as_subclass(Tensor),
-    "vmap": lambda n, x: torch.vmap(lambda one: n(one[None])[0])(x),
-}
-
-
-@pytest.mark.parametrize("how", SOMETHING_ELSE)
+@pytest.mark.parametrize("how", OTHER_CALLS)
 def test_it_takes_only_what_it_was_made_for(how: str, layer: StripeConv2d, x: Tensor) -> None:
     expected = in_float64(layer, x)
     with mock.patch.object(functional, "convolve", wraps=functional.convolve) as asked:
-        found = gradients(layer, x, lambda given: SOMETHING_ELSE[how](layer, given))
+        found = gradients(layer, x, lambda given: OTHER_CALLS[how](layer, given))
     assert asked.called
     close(found, expected)
 

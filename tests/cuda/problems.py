@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from stripe_kernels.registry import Pass, Problem
-from stripe_kernels.testing import Budget, Budgets, Case, Operands, Trial, budgets, failure, poisoned_memory
+from stripe_kernels.testing import (
+    Budget,
+    Budgets,
+    Case,
+    Operands,
+    Trial,
+    budgets,
+    case,
+    failure,
+    poisoned_memory,
+)
 
-RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
+ONE_IMAGE = case("one image", N=2, C=24, H=9, W=8, K=83)
 
 
 @lru_cache(maxsize=64)
@@ -49,6 +59,16 @@ def check(runner: Any, c: Case, which: Pass, dtype: torch.dtype, layout: str, wh
     found = failure(trial)
     assert found is None, f"{what} {which} of {c}, {dtype}, {layout}: the result {found}"
     return result
+
+
+def with_nans(c: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """x with three values that are NaN, a weight, and whether each y reads one of them: a live tap meets its pixel."""
+    o = c.operands(torch.bfloat16, "channels_last")
+    x = o.x.clone()
+    for n, h, w in ((0, 6, 5), (0, 0, 7), (1, 8, 0)):
+        x[n, 3, h, w] = torch.nan
+    taps = torch.from_numpy(c.skeleton.live.copy())[:, None].expand(-1, c.shape.C, -1, -1).float()
+    return x, o.weight, torch.nn.functional.conv2d(x.isnan().float(), taps, padding=1) > 0
 
 
 def check_epilogue(runner: Any, c: Case, o: Operands, what: str = "") -> None:

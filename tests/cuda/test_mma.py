@@ -14,7 +14,7 @@ from stripe_kernels.backends.cuda_mma_grad import MmaDgrad, MmaWgrad
 from stripe_kernels.registry import PASSES, Pass
 from stripe_kernels.testing import Case, budgets, case
 from tests.cuda import emulated
-from tests.cuda.problems import RESULT, check, check_epilogue, problem_of, run
+from tests.cuda.problems import check, check_epilogue, problem_of, run
 
 # Channels of a group come in pieces of 16 bytes; the rest is as lopsided as can be.
 PROBLEMS = (
@@ -73,7 +73,7 @@ def test_tf32_is_exact_on_rounded_operands(native: ModuleType, which: Pass) -> N
         runner = RUNNERS[which](
             native, problem_of(c, "channels_last"), (PATCH, BANDS, 1) if which == "fprop" else (1,)
         )
-        getattr(budgets(c, o), RESULT[which]).check(run(runner, which, o), f"tf32 {which} of {c}:")
+        budgets(c, o).of(which).check(run(runner, which, o), f"tf32 {which} of {c}:")
 
 
 @pytest.mark.parametrize("which", PASSES)
