@@ -39,7 +39,8 @@ def load(folder: Path) -> dict[str, Any] | None:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            print(f"{path} cannot be read ({error}); going back to the one before it")
+            reason = error if isinstance(error, OSError) else "it is damaged"  # torch advises to trust it
+            print(f"{path} cannot be read ({reason}); going back to the one before it")
     return None
 
 

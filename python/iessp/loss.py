@@ -95,9 +95,11 @@ class StripeLoss(nn.Module):
     are fixed exactly.
     kappa: strength of the link to the output loss. adaptive=False: lambda stays at `pressure` (no dual step).
     weight_decay: of the gated weights' live stripes. tau_end: temperature of the gates when they settle,
-    from 1. Raises ValueError for a budget that no cut of the gated convolutions can meet.
+    from 1. Raises ValueError for a budget that no cut of the gated convolutions can meet, and in a call where an
+    earlier schedule has settled the skeletons.
 
-    Its state_dict holds the whole controller. With torch.distributed every rank computes the same lambda.
+    Its state_dict holds the whole controller; to go on from one, load the model's state and the optimiser's too, in any
+    order. With torch.distributed every rank computes the same lambda.
     """
 
     model: nn.Module

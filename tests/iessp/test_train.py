@@ -125,10 +125,17 @@ def test_what_a_kill_left_half_written_goes_with_the_next_checkpoint(tmp_path: P
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_damaged_checkpoints_do_not_outlive_new_ones(tmp_path: Path) -> None:
+def test_damaged_checkpoints_do_not_outlive_new_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """They have higher numbers until the run has caught up."""
     for step in (40, 50):
         (tmp_path / f"step-{step:08}.pt").write_bytes(b"damaged")
+    assert checkpoint.load(tmp_path) is None
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(" cannot")[2] for line in said] == [
+        " be read (it is damaged); going back to the one before it"
+    ] * 2
     for step in (10, 20, 30):
         checkpoint.save(tmp_path, step, {"step": step})
     assert checkpoint.load(tmp_path) == {"step": 30}
