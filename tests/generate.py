@@ -32,9 +32,9 @@ from torch import Tensor
 from stripe_kernels import ops, registry
 from stripe_kernels.epilogue import ACTIVATIONS, apply_epilogue
 from stripe_kernels.geometry import ConvShape
-from stripe_kernels.ops import StripeOp
 from stripe_kernels.registry import PASSES, Pass
 from stripe_kernels.snapshots import kept_form
+from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import (
     LAYOUTS,
     PATTERNS,
