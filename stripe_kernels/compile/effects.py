@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from stripe_kernels.compile.graph import DROPOUTS, calls, module_of, size_of
+from stripe_kernels.compile.graph import attribute, calls, memory_of, module_of, size_of
 
 # In-place operations and what they are without the side effect.
 _NAMES = """
@@ -33,27 +33,23 @@ _FUNCTIONS_IN_PLACE: dict[Any, Callable[..., Any]] = {
     operator.ifloordiv: operator.floordiv,
     operator.imod: operator.mod,
     operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
 }
-# What may return another name of the same memory.
-_VIEWS = """
-    bfloat16 broadcast_to chunk contiguous detach diagonal double expand expand_as flatten float half hsplit
-    moveaxis movedim narrow permute ravel reshape select split squeeze swapaxes swapdims t tensor_split to
-    transpose type_as unbind unflatten unfold unsqueeze view view_as vsplit
-"""
-_VIEW_METHODS = frozenset(_VIEWS.split())
-_VIEW_FUNCTIONS = {operator.getitem, F.dropout} | {
-    getattr(torch, name) for name in _VIEW_METHODS if callable(getattr(torch, name, None))
-}
-_VIEW_ATTRIBUTES = ("T", "mT", "H", "mH", "data")
+_DIVISIONS = ("chunk", "split", "tensor_split", "unbind")  # what returns parts of a tensor
 
 
 def without_side_effects(network: fx.GraphModule) -> None:
     """Makes in-place operations ordinary ones: later readers of the tensor they wrote read their result.
 
-    The graph must have sizes recorded: `h += 1` of a number changes nothing for others that have it.
+    The graph must have been recorded: `h += 1` of a number changes nothing for others that have it, and what shares
+    memory with what was seen in the example run.
 
     Raises ValueError where the tensor is read later by another name, as a view or what it is a view of, and where
-    somebody reads what an operation without such a counterpart wrote.
+    somebody reads what an operation without such a counterpart wrote; and for every `out=`.
     """
     order = {node: i for i, node in enumerate(network.graph.nodes)}
     changes = {
@@ -61,30 +57,56 @@ def without_side_effects(network: fx.GraphModule) -> None:
     }  # all before any: modules are shared
     for node, change in changes.items():
         written: Any = node.args[0] if node.args else None
+        if isinstance(node.kwargs.get("out"), fx.Node):
+            raise ValueError(f"{node.name} writes {node.kwargs['out']} in place, by `out=`")
+        if _widens(node):
+            change = None
         if size_of(written) is not None and (change is not None or ends_in_place(node)):
             _refuse_state(node)
             later = [u for u in written.users if order[u] > order[node]]
-            views = [u for u in written.users if order[u] < order[node] and _is_view(u)]
+            views = [u for u in written.users if order[u] < order[node] and _is_view(u, written)]
             others = [u for u in _readers_by_other_names(written, views) if order[u] > order[node]]
             if others or (later and change is None):
                 who = f"views, which {others[0].name} reads" if others else f"a reader, {later[0].name}"
                 raise ValueError(f"{node.name} writes {written.name} in place, which has {who}")
             for user in later:
                 user.replace_input_with(written, node)
+                user.meta["views"] = [node if n is written else n for n in user.meta["views"]]
         if change is not None:
             change()
+            node.meta["views"] = []
     network.graph.lint()
 
 
 def _refuse_state(node: fx.Node) -> None:
     """Raises ValueError where a node writes to the model's own tensor and somebody reads that, in the next call too."""
-    root: Any = node.args[0]
-    while _is_view(root):
-        root = root.args[0]
-    if root.op == "get_attr":
-        names = [n for n in node.graph.nodes if n.op == "get_attr" and n.target == root.target]
+    network: Any = node.graph.owning_module
+    written: Any = node.args[0]
+    for root in [n for n in (written, *_bases(written)) if n.op == "get_attr"]:
+        memory = memory_of(attribute(network, str(root.target)))
+        names = [
+            n
+            for n in node.graph.find_nodes(op="get_attr")
+            if memory_of(attribute(network, n.target)) & memory
+        ]
         if node.users or {u for n in names for u in n.users} - {node}:
             raise ValueError(f"{node.name} changes {root.target}, which the next call would read")
+
+
+def _bases(node: fx.Node) -> list[fx.Node]:
+    """What a node is a view of, and what that is a view of."""
+    found: list[fx.Node] = []
+    todo = [node]
+    while todo:
+        bases = [n for n in todo.pop().meta["views"] if n not in found]
+        found += bases
+        todo += bases
+    return found
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a node calls what torch or Python calls an operation in place."""
+    return ends_in_place(node) or calls(node, (), _FUNCTIONS_IN_PLACE) or bool(node.kwargs.get("inplace"))
 
 
 def ends_in_place(node: fx.Node) -> bool:
@@ -95,7 +117,17 @@ def ends_in_place(node: fx.Node) -> bool:
         name = str(getattr(node.target, "__name__", ""))
     else:
         return False
-    return name.endswith("_") and not name.endswith("__")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _widens(node: fx.Node) -> bool:
+    """Whether an operand has a wider dtype than what is written: in place the result is cast to that."""
+    if not node.args or size_of(node.args[0]) is None:
+        return False
+    first: Any = node.args[0]
+    operands = [n for n in node.all_input_nodes if size_of(n) or (size_of(n) == () == size_of(first))]
+    own = first.meta["dtype"]
+    return any(torch.promote_types(own, n.meta["dtype"]) != own for n in operands)
 
 
 def _readers_by_other_names(node: Any, views: list[fx.Node]) -> set[fx.Node]:
@@ -106,28 +138,31 @@ def _readers_by_other_names(node: Any, views: list[fx.Node]) -> set[fx.Node]:
         for user in one.users:
             if user is not but and not (but and _apart(user, but)) and user not in found:
                 found.add(user)
-                if _is_view(user):
+                if _is_view(user, one):
                     add_readers(user)
 
     for view in views:
         add_readers(view)
-    while _is_view(node):
-        part, node = node, node.args[0]
-        add_readers(node, but=part)
+    for part in (node, *_bases(node)):
+        for base in part.meta["views"]:
+            add_readers(base, but=part)
     return found
 
 
 def _apart(one: fx.Node, other: fx.Node) -> bool:
     """Whether two nodes are parts of a tensor, or of what chunk gave, that have other numbers."""
-    numbers = [n.args[1] if calls(n, functions=(operator.getitem,)) else None for n in (one, other)]
-    a, b = numbers
-    return isinstance(a, int) and isinstance(b, int) and a != b and (a < 0) == (b < 0)
+    if not all(calls(n, functions=(operator.getitem,)) for n in (one, other)):
+        return False
+    whole: Any = one.args[0]
+    if calls(whole, (), [getattr(torch, name) for name in _DIVISIONS], _DIVISIONS):
+        whole = whole.args[0]
+    a, b = one.args[1], other.args[1]
+    numbers = isinstance(a, int) and isinstance(b, int) and a != b and (a < 0) == (b < 0)
+    return numbers and bool(whole.meta["distinct"])
 
 
-def _is_view(node: fx.Node) -> bool:
-    if calls(node, functions=(getattr,)):
-        return node.args[1] in _VIEW_ATTRIBUTES
-    return calls(node, (*DROPOUTS, nn.Flatten, nn.Unflatten), _VIEW_FUNCTIONS, _VIEW_METHODS)
+def _is_view(node: fx.Node, of: fx.Node) -> bool:
+    return of in node.meta["views"]
 
 
 def _out_of_place(node: fx.Node) -> Callable[[], None] | None:

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import _assert_is_none
+from torch.utils._pytree import tree_leaves
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _QUESTIONS = (
     getattr, operator.and_, operator.eq, operator.ge, operator.getitem, operator.gt, operator.le, operator.lt,
     operator.mod, operator.ne,
 )  # fmt: skip
+_INPUT_LATER = (torch.where, torch.searchsorted, torch.polygamma)  # whose first parameter is another
 _ASSERTIONS = (torch._assert, _assert_is_none)
 DROPOUTS = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity,
@@ -70,7 +72,8 @@ class OneLineInterpreter(fx.Interpreter):
 
 
 def record_sizes(network: fx.GraphModule, example: tuple[Tensor, ...]) -> Any:
-    """Runs the graph once; every node learns its `size` and `dtype`. Returns the outputs.
+    """Runs the graph once; every node learns its `size` and `dtype`, of which of its inputs it is a view, and whether
+    its elements lie apart. Returns the outputs.
 
     Raises ValueError where chunk returns fewer parts than it was asked for.
     """
@@ -86,10 +89,31 @@ def record_sizes(network: fx.GraphModule, example: tuple[Tensor, ...]) -> Any:
             is_tensor = isinstance(value, Tensor)
             n.meta["size"] = tuple(value.shape) if is_tensor else None
             n.meta["dtype"] = value.dtype if is_tensor else None
+            n.meta["distinct"] = is_tensor and _are_distinct(value)
+            memory = memory_of(value)
+            n.meta["views"] = [a for a in n.all_input_nodes if memory_of(self.env[a]) & memory]
             return value
 
     with torch.inference_mode():
         return Recorder(network).run(*example)
+
+
+def memory_of(value: Any) -> set[int]:
+    """Where the tensors in a value are stored."""
+    tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor) and t.layout == torch.strided]
+    return {t.untyped_storage().data_ptr() for t in tensors} - {0}
+
+
+def _are_distinct(t: Tensor) -> bool:
+    """Whether no two elements of a tensor lie at one place, as those of what expand and unfold return."""
+    if t.layout != torch.strided:
+        return False
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
 
 
 def is_number(node: Any) -> bool:
@@ -132,8 +156,7 @@ def first_by_position(network: fx.GraphModule) -> None:
     for node in network.graph.nodes:
         rest = dict(node.kwargs)
         named = rest.keys() & {"input", "tensors"}
-        # torch.where has its condition first.
-        called = node.op in ("call_module", "call_function") and node.target is not torch.where
+        called = node.op in ("call_module", "call_function") and node.target not in _INPUT_LATER
         if called and named and not node.args:
             node.args, node.kwargs = (rest.pop(named.pop()),), rest
     network.recompile()

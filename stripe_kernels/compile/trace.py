@@ -5,24 +5,27 @@ from __future__ import annotations
 import inspect
 import operator
 import os
+import random
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from stripe_kernels.compile import vocabulary
-from stripe_kernels.compile.effects import ends_in_place
+from stripe_kernels.compile.effects import writes_in_place
 from stripe_kernels.compile.graph import (
     DROPOUTS,
     attribute,
     drop_assertions,
     first_by_position,
     is_number,
+    memory_of,
     norms_as_modules,
     parts_of,
 )
@@ -47,17 +50,39 @@ def _in_place(function: Callable[..., Any]) -> Any:
     return method
 
 
-class Proxy(fx.Proxy):
-    """Of a tensor, `y += x` as what it is: Python makes `y = y + x` of it where a class has no word for it, and whoever
-    else has the tensor then reads it as it was. Of what chunk and split return, the length."""
+class _Augmented:
+    """`y += x` as what it is: Python makes `y = y + x` of it where a class has no word for it, and whoever else has the
+    tensor then reads it as it was."""
 
     __iadd__, __isub__, __imul__ = map(_in_place, (operator.iadd, operator.isub, operator.imul))
     __itruediv__, __ifloordiv__ = map(_in_place, (operator.itruediv, operator.ifloordiv))
     __ipow__, __imod__ = map(_in_place, (operator.ipow, operator.imod))
+    __iand__, __ior__, __ixor__ = map(_in_place, (operator.iand, operator.ior, operator.ixor))
+    __ilshift__, __irshift__ = map(_in_place, (operator.ilshift, operator.irshift))
+
+    def __getattr__(self, name: str) -> Any:
+        return Attribute(self, name)  # type: ignore[arg-type]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            raise TypeError("a graph cannot hold what is assigned to a tensor's data")
+        super().__setattr__(name, value)
+
+
+class Proxy(_Augmented, fx.Proxy):
+    """Of a tensor; of what chunk and split return, with their length."""
 
     def __len__(self) -> int:
         parts = parts_of(self.node)
         return int(super().__len__()) if parts is None else parts
+
+
+class Attribute(_Augmented, fx.proxy.Attribute):
+    """Of a tensor's attribute, as x.mT."""
+
+
+class ParameterProxy(_Augmented, fx.proxy.ParameterProxy):
+    """Of the model's own parameter."""
 
 
 class _Tracer(fx.Tracer):
@@ -80,6 +105,12 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Proxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        found = super().getattr(attr, attr_val, parameter_proxy_cache)
+        if type(found) is fx.proxy.ParameterProxy:
+            return ParameterProxy(self, found.node, found.name, found.param)
+        return found
 
     def iter(self, obj: Any) -> Iterator[Any]:
         parts = parts_of(obj.node)
@@ -119,7 +150,7 @@ def trace(model: nn.Module, given: int | None = None) -> fx.GraphModule:
     with torch.inference_mode(False):
         tracer = _Tracer(param_shapes_constant=True)
         left_out = _left_out(copied.forward, given)
-        dice, versions = torch.get_rng_state(), {t: t._version for t in _tensors(copied)}
+        dice, before = _dice(), _state(copied)
         try:
             graph = tracer.trace(copied, concrete_args=left_out)
         except (
@@ -137,16 +168,10 @@ def trace(model: nn.Module, given: int | None = None) -> fx.GraphModule:
             ) from error
         for node in graph.nodes:
             node.type = None  # annotations that are still text would keep the graph from being pickled
-        if not torch.equal(dice, torch.get_rng_state()):
+        if dice != _dice():
             raise ValueError(f"{type(copied).__name__} draws random numbers in every call: {WAY_OUT}")
-        changed = {t for t in _tensors(copied) if versions.get(t) != t._version}
         network = fx.GraphModule(tracer.root, graph, type(model).__name__)
-        for node in network.graph.find_nodes(op="get_attr"):
-            read = any(u.users or not ends_in_place(u) for u in node.users)
-            if read and attribute(network, str(node.target)) in changed:
-                raise ValueError(
-                    f"{type(copied).__name__} changes its {node.target} in every call{line_of(node)}: {WAY_OUT}"
-                )
+        _refuse_memory(network, before)
         first_by_position(network)
         norms_as_modules(network)
         drop_assertions(network)
@@ -157,10 +182,52 @@ def trace(model: nn.Module, given: int | None = None) -> fx.GraphModule:
         return network
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [
-        t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
-    ]
+def _dice() -> tuple[Any, ...]:
+    """The states of all generators of random numbers that a model may draw from."""
+    _, keys, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), np.asarray(keys).tolist(), rest
+
+
+class _State(NamedTuple):
+    """What a model has before it is called: numbers, by module and name; of tensors, the version and a copy."""
+
+    numbers: dict[tuple[nn.Module, str], float]
+    tensors: dict[Tensor, tuple[int, Tensor]]
+
+
+def _state(model: nn.Module) -> _State:
+    own = [(m, name, v) for m in model.modules() for name, v in (vars(m) | m._buffers).items()]
+    numbers = {(m, name): v for m, name, v in own if isinstance(v, (int, float))}
+    tensors = [*model.parameters(), *(v for _, _, v in own if isinstance(v, Tensor))]
+    # A parameter's changes are in the graph; another tensor's happen as it is traced, by way of its `data` unversioned.
+    copies = {t: (t._version, t if isinstance(t, nn.Parameter) else t.detach().clone()) for t in tensors}
+    return _State(numbers, copies)
+
+
+def _refuse_memory(network: fx.GraphModule, before: _State) -> None:
+    """Raises ValueError where a call reads what it, or one before it, changed in the model."""
+    name = type(network).__name__
+    for (module, key), value in before.numbers.items():
+        now = vars(module).get(key)
+        if isinstance(now, (int, float)) and now != value and value == value:
+            raise ValueError(f"{name} changes its {key} in every call: {WAY_OUT}")
+    roots = network.graph.find_nodes(op="get_attr")
+    memory = {n: memory_of(attribute(network, n.target)) for n in roots}
+    for node in roots:
+        tensor = attribute(network, str(node.target))
+        if not isinstance(tensor, Tensor):
+            continue
+        version, copied = before.tensors.get(tensor, (None, None))
+        changed = copied is not None and (
+            version != tensor._version or copied.shape != tensor.shape or not torch.equal(copied, tensor)
+        )
+        names = [n for n in roots if memory[n] & memory[node]]
+        written = {u for n in names for u in n.users if writes_in_place(u) and u.args[0] is n}
+        read = any(u.users or u not in written for n in names for u in n.users)
+        # A file keeps what is written to one tensor of the model's own from call to call, as the model does.
+        kept = copied is not None and {n.target for n in names} == {node.target}
+        if read and (changed or (written and not kept)):
+            raise ValueError(f"{name} changes its {node.target} in every call{line_of(node)}: {WAY_OUT}")
 
 
 def _line_of(raised: TracebackType | None) -> str:

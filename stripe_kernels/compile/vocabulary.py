@@ -52,8 +52,8 @@ _FUNCTIONS: dict[Any, str] = {
         softsign tanh threshold unfold upsample
     """,
     operator: """
-        add and_ eq floordiv ge getitem gt iadd ifloordiv imod imul invert ipow isub itruediv le lt matmul mod
-        mul ne neg or_ pow sub truediv
+        add and_ eq floordiv ge getitem gt iadd iand ifloordiv imod imul invert ior ipow isub itruediv le lt matmul
+        mod mul ne neg or_ pow sub truediv
     """,
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,9 +137,106 @@ def remembered(x: Tensor, own: Tensor) -> Tensor:
     return x + own
 
 
+def bits(x: Tensor, own: Tensor) -> Tensor:
+    positive = x > 0
+    name = positive
+    name &= x < 1
+    name |= x < -1
+    return x * positive
+
+
+def attribute(x: Tensor, own: Tensor) -> Tensor:
+    other = x.mT
+    other *= 2
+    return x
+
+
+def assigned(x: Tensor, own: Tensor) -> Tensor:
+    x.data = x * 2
+    return x
+
+
+def collected(x: Tensor, own: Tensor) -> Tensor:
+    total = torch.zeros(1)
+    total.add_(x.mean())
+    return x + total
+
+
+def unversioned(x: Tensor, own: Tensor) -> Tensor:
+    own.data.add_(1)
+    return x + own
+
+
+def part_of_own(x: Tensor, own: Tensor) -> Tensor:
+    own.add_(x.mean())
+    return x[:, :2] + own[:, :2]
+
+
+def item(x: Tensor, own: Tensor) -> Tensor:
+    own[:, 0] = x.mean()
+    return x + own
+
+
+def out(x: Tensor, own: Tensor) -> Tensor:
+    y = x + 1
+    torch.mul(x, 2, out=y)
+    return y
+
+
+def narrow(x: Tensor, own: Tensor) -> Tensor:
+    y = x.half()
+    y += x
+    return y
+
+
+def expanded(x: Tensor, own: Tensor) -> Tensor:
+    both = x.mean(0).expand(2, 4, 4, 5)
+    one = both[0]
+    one += 1
+    return both[1]
+
+
+def whole_numbers(x: Tensor, own: Tensor) -> Tensor:
+    found = x.argmax(1)
+    same = found.long()
+    same += 1
+    return found
+
+
+def by_einsum(x: Tensor, own: Tensor) -> Tensor:
+    other = torch.einsum("nchw->nhwc", x)
+    other += 1
+    return x
+
+
+def of_a_maximum(x: Tensor, own: Tensor) -> Tensor:
+    found = x.max(1)
+    values = found.values
+    values += 1
+    return found[0]
+
+
+VIEWED = "in place, which has views, which"
+CHANGES = "in every call|which the next call would read"
+
+
 @pytest.mark.parametrize(
     ("compute", "refused"),
     [
+        (bits, None),
+        (attribute, VIEWED),
+        (assigned, "assigned to a tensor's data"),
+        (collected, CHANGES),
+        (unversioned, CHANGES),
+        (part_of_own, CHANGES),
+        (item, CHANGES),
+        (out, "by `out=`"),
+        (narrow, None),
+        (expanded, VIEWED),
+        (whole_numbers, VIEWED),
+        (by_einsum, VIEWED),
+        (of_a_maximum, VIEWED),
+        (lambda x, own: torch.searchsorted(sorted_sequence=torch.arange(4.0), input=x) * 1.0, None),
         (another_name, None),
         (numbers, None),
         (strides, None),
@@ -162,12 +260,67 @@ def test_who_else_reads_it_decides(compute: Callable[..., Any], refused: str | N
     assert_same(model, compact(model, (x,)), [x])
 
 
-@pytest.mark.parametrize("compute", [another_name, numbers, parts(0, 1), parts(0, 0), transposed])
+IN_FILES = [
+    another_name,
+    numbers,
+    parts(0, 1),
+    parts(0, 0),
+    transposed,
+    bits,
+    attribute,
+    of_a_maximum,
+    narrow,
+]
+
+
+@pytest.mark.parametrize("compute", IN_FILES)
 def test_files_keep_what_is_in_place(compute: Callable[..., Any], tmp_path: Path) -> None:
     model, x = Does(compute).eval(), torch.randn(2, 3, 4, 5)
     save(model, tmp_path / "net")
     with torch.inference_mode():
         assert torch.equal(load(tmp_path / "net")(x), model(x))
+
+
+@pytest.mark.parametrize("compute", [assigned, collected, unversioned, part_of_own])
+def test_files_do_not_remember_what_a_model_forgets(compute: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"data|{CHANGES}"):
+        save(Does(compute), tmp_path / "net")
+
+
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        weight *= 0.5
+        return x * weight
+
+
+def test_what_a_model_does_to_its_parameter_goes_on(tmp_path: Path) -> None:
+    model, x = Halves(), torch.ones(1, 3, 2, 2)
+    save(model, tmp_path / "net")
+    loaded = load(tmp_path / "net")
+    with torch.inference_mode():
+        assert [float(loaded(x).mean()) for _ in range(2)] == [0.5, 0.25]
+    with pytest.raises(ValueError, match=CHANGES):
+        compact(model, (x,))
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(3, 4, 1), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv(x) * self.calls
+
+
+def test_a_number_that_a_model_counts_is_no_constant(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="changes its calls in every call"):
+        save(Counts(), tmp_path / "net")
 
 
 def test_fewer_parts_than_asked_for_are_refused() -> None:
@@ -211,8 +364,12 @@ class Draws(nn.Module):
         return self.how(self.conv(x))
 
 
-def test_random_numbers_of_a_model_are_no_constants(tmp_path: Path) -> None:
-    model, x = Draws(lambda x: x + torch.randn(1, 4, 1, 1)), torch.randn(2, 3, 4, 5)
+@pytest.mark.parametrize(
+    "how",
+    [lambda x: x + torch.randn(1, 4, 1, 1), lambda x: x * random.random(), lambda x: x * np.random.rand()],
+)
+def test_random_numbers_of_a_model_are_no_constants(how: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    model, x = Draws(how), torch.randn(2, 3, 4, 5)
     with pytest.raises(ValueError, match="Draws draws random numbers in every call"):
         compact(model, (x,))
     with pytest.raises(ValueError, match="Draws draws random numbers in every call"):
