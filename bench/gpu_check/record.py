@@ -28,7 +28,7 @@ SOURCES = (
 # measured again.
 SAME_ON_A_GPU = {
     "a7dd3ca2f2792c38": (
-        "96d4a161ae280176",
+        "f878ce56ec6d25bb",
         "cuda_mma_tf32 without wgrad, groups whose channels the taps kernel would mix refused, checks of tables, an "
         "unused width of wgmma gone: nothing that a row has met; what kernels and runners said twice said once: the "
         "same machine code, compared; what dense and stripe_gemm should take on a "

@@ -50,7 +50,7 @@ _GATHERED = 1.4
 
 
 Kind = Literal["image", "pixel", "stripe"]
-_NARROW, _STRETCH = 8, 32  # rows or columns of a product, and products between its partial sums
+_NARROW, _STRETCH = 16, 32  # rows or columns of a product, and products between its partial sums
 _PITCH = 8  # 16 bytes of the narrowest type
 
 
