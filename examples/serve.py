@@ -43,9 +43,8 @@ def server(
 
         def do_POST(self) -> None:
             try:
-                length = max(
-                    0, int(self.headers.get("Content-Length") or 0)
-                )  # below zero: to the connection's end
+                # Below zero rfile would be read to the connection's end.
+                length = max(0, int(self.headers.get("Content-Length") or 0))
                 if length > LARGEST:
                     self.answer(413, f"{length} bytes, at most {LARGEST}\n".encode())
                     return

@@ -15,6 +15,7 @@ from stripe_kernels.backends.cpu_tiling import (
     wgrad_pixels,
 )
 from stripe_kernels.registry import Config, Pass, Problem
+from stripe_kernels.roofline import item_size
 
 CLOCK = 3.5e9
 SPILL = 1.06  # of the multiply-adds' time, for blocks of more than 2 * SHORT_BYTES
@@ -109,7 +110,7 @@ def _cold(problem: Problem, cost: Cycles) -> float:
     torch.empty hands it out in two places by turns (docs/measured.md), so that it is in no cache.
     """
     s = problem.shape
-    written = s.N * s.K * s.P * s.Q * (4 if problem.dtype == "float32" else 2)
+    written = s.N * s.K * s.P * s.Q * item_size(problem.dtype)
     if not problem.channels_last or s.C > COLD_CHANNELS or written <= COLD_BYTES:
         return 0.0
     return cost.cold * written / problem.threads / CLOCK

@@ -52,9 +52,8 @@ def without_side_effects(network: fx.GraphModule) -> None:
     somebody reads what an operation without such a counterpart wrote; and for every `out=`.
     """
     order = {node: i for i, node in enumerate(network.graph.nodes)}
-    changes = {
-        node: _out_of_place(node) for node in network.graph.nodes
-    }  # all before any: modules are shared
+    # All before any: modules are shared.
+    changes = {node: _out_of_place(node) for node in network.graph.nodes}
     for node, change in changes.items():
         written: Any = node.args[0] if node.args else None
         if isinstance(node.kwargs.get("out"), fx.Node):
