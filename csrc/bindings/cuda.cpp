@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <climits>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -146,6 +148,62 @@ void run_copy_rows(std::uintptr_t stream, std::uintptr_t values, std::uintptr_t 
           "copy_rows");
 }
 
+using Pairs = std::vector<std::array<int, 2>>;
+
+template <std::size_t Most>
+int copy_shifts(const Pairs& from, Shift (&to)[Most]) {
+  require(from.size() <= Most, std::to_string(from.size()) + " taps, at most " + std::to_string(Most));
+  for (std::size_t i = 0; i < from.size(); ++i) {
+    require(std::abs(from[i][0]) < 32768 && std::abs(from[i][1]) < 32768, "a tap's shift has 16 bits");
+    to[i] = {static_cast<short>(from[i][0]), static_cast<short>(from[i][1])};
+  }
+  return static_cast<int>(from.size());
+}
+
+// sizes: rows, maps, images, out_h, out_w, map_h, map_w, filters, width.
+void run_stripe_sum(std::uintptr_t stream, int dtype, std::uintptr_t z, long long pitch, std::uintptr_t out,
+                    const Offsets& out_strides, std::uintptr_t tables, const std::array<int, 9>& sizes,
+                    const Pairs& shifts, std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t residual,
+                    int activation) {
+  require(pitch > 0 && pitch <= INT_MAX, "a row of z has 1 to 2^31 - 1 values");
+  StripeSum t{};
+  t.z = reinterpret_cast<const void*>(z), t.out = reinterpret_cast<void*>(out);
+  t.tables = reinterpret_cast<const int*>(tables), t.pitch = static_cast<int>(pitch);
+  t.out_strides = {out_strides[0], out_strides[1], out_strides[2], out_strides[3]};
+  t.finish = finish_of(scale, shift, residual, activation);
+  t.rows = sizes[0], t.maps = sizes[1];
+  t.images = sizes[2], t.out_h = sizes[3], t.out_w = sizes[4], t.map_h = sizes[5], t.map_w = sizes[6];
+  t.filters = sizes[7], t.width = sizes[8], t.dtype = dtype_of(dtype);
+  t.shift_count = copy_shifts(shifts, t.shifts);
+  require(t.images >= 0 && t.out_h > 0 && t.out_w > 0 && t.filters > 0 && t.width > 0,
+          "a sum's sizes are positive");
+  require(1LL * t.images * t.out_h * t.out_w <= INT_MAX - 128, "more pixels than 32 bits number");
+  succeed(stripe_sum(t, reinterpret_cast<void*>(stream)), "stripe_sum");
+}
+
+// sizes: row_bytes, ranges, places, tap_of, images, rows, columns, out_h, out_w, pieces, tile, most_rows, splits.
+void run_stripe_spread(std::uintptr_t stream, int dtype, std::uintptr_t dy, std::uintptr_t p,
+                       std::uintptr_t tables, long long pitch, long long pixel_bytes, long long first_byte,
+                       const std::array<int, 13>& sizes, const Pairs& taps) {
+  StripeSpread t{};
+  t.dy = reinterpret_cast<const void*>(dy), t.p = reinterpret_cast<void*>(p);
+  t.tables = reinterpret_cast<const int*>(tables), t.pitch = pitch;
+  t.pixel_bytes = pixel_bytes, t.first_byte = first_byte, t.row_bytes = sizes[0];
+  t.ranges = sizes[1], t.places = sizes[2], t.tap_of = sizes[3];
+  t.images = sizes[4], t.rows = sizes[5], t.columns = sizes[6], t.out_h = sizes[7], t.out_w = sizes[8];
+  t.pieces = sizes[9], t.tile = sizes[10], t.most_rows = sizes[11], t.splits = sizes[12],
+  t.dtype = dtype_of(dtype);
+  t.tap_count = copy_shifts(taps, t.taps);
+  require(t.row_bytes > 0 && t.images >= 0 && t.rows > 0 && t.columns > 0 && t.pieces > 0 &&
+              t.most_rows >= 0 && t.splits > 0 && t.splits <= 65535,
+          "a spread's sizes are positive");
+  require(t.tile == 32 || t.tile == 64 || t.tile == 128, "a tile has 32, 64 or 128 pixels");
+  require((t.row_bytes | pixel_bytes | first_byte | dy | p) % 16 == 0 && pitch * size_of(t.dtype) % 16 == 0,
+          "a spread moves pieces of 16 bytes");
+  require(1LL * t.images * t.rows * t.columns <= INT_MAX - t.tile, "more pixels than 32 bits number");
+  succeed(stripe_spread(t, reinterpret_cast<void*>(stream)), "stripe_spread");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -169,6 +227,8 @@ PYBIND11_MODULE(_cuda, m) {
       "Shared memory a block of this kernel needs with this layout.");
   m.def("reduce", &run_reduce);
   m.def("copy_rows", &run_copy_rows);
+  m.def("stripe_sum", &run_stripe_sum);
+  m.def("stripe_spread", &run_stripe_spread);
   py::class_<Kernel>(m, "Kernel")
       .def(py::init<const std::string&, int, const Ints&, const Ints&>())
       .def("run", &Kernel::run);

@@ -8,6 +8,7 @@ cuda_wgmma      bfloat16, float16 on Hopper's own instructions, channels last; f
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from stripe_kernels.backends import (
     cuda_gather,
     cuda_mma,
     cuda_mma_grad,
+    cuda_stripe_gemm,
     cuda_taps,
     cuda_tiles,
     cuda_wgmma,
 )
 from stripe_kernels.backends.cuda_tables import Layout
-from stripe_kernels.registry import Config, Kernel, Pass, Problem, register
+from stripe_kernels.registry import Config, Kernel, Pass, Problem, provide, register
 
 try:
     from stripe_kernels import _cuda
@@ -151,3 +153,5 @@ register(Kernel("cuda_ffma", _refuse_ffma, cuda_cost.ffma, _build_ffma, automati
 register(Kernel("cuda_mma", _refuse_mma(("bfloat16", "float16")), cuda_cost.mma, _build_mma, automatic=False))
 register(Kernel("cuda_mma_tf32", _refuse_mma(("float32",)), cuda_cost.mma, _build_mma, automatic=False))
 register(Kernel("cuda_wgmma", _refuse_wgmma, cuda_cost.wgmma, _build_wgmma))
+provide("native gather", partial(cuda_stripe_gemm.CudaGather, _cuda))
+provide("native gather's refusal", cuda_stripe_gemm.refuse)

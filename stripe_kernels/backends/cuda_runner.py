@@ -8,6 +8,7 @@ call outside (which uploads the tables).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,11 +19,22 @@ from stripe_kernels.indices import IndexArrays
 from stripe_kernels.packed import Int32Array
 from stripe_kernels.registry import Problem
 
-_ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
+ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
 
 
-def _stream(device: torch.device) -> int:
+def current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
+
+
+def float32(values: Tensor | None) -> Tensor | None:
+    """Of an epilogue's scale or shift, as the kernels read it."""
+    return None if values is None else values.float().contiguous()
 
 
 class CudaRunner:
@@ -58,19 +70,19 @@ class CudaRunner:
             with torch.cuda.device(device):
                 return self.launch(inp, weights, out, strides, epilogue, channels)
         bias, scale, residual, activation = epilogue
-        bias, scale = (None if t is None else t.float().contiguous() for t in (bias, scale))
+        bias, scale = float32(bias), float32(scale)
         # Read in pairs, as `out` is written: a slice may begin between two.
         if residual is not None and (residual.stride() != out.stride() or residual.data_ptr() % 16):
             residual = torch.empty_like(out).copy_(residual)
         finish = (
             *(0 if t is None else t.data_ptr() for t in (scale, bias, residual)),
-            _ACTIVATIONS[activation],
+            ACTIVATIONS[activation],
         )
         split = self.splits > 1
         partial = (
             torch.empty(self.splits * out.numel(), dtype=torch.float32, device=device) if split else None
         )
-        stream = _stream(device)
+        stream = current_stream(device)
         self.kernel.run(
             stream, self.arrays.on(device)["tables"].data_ptr(), inp.data_ptr(), inp.stride(),
             weights.data_ptr(), out.data_ptr(), strides or out.stride(),
@@ -103,6 +115,6 @@ class CudaRunner:
                 return self.copy_rows(values, rows)
         bytes_ = values.shape[1] * values.element_size()
         self.native.copy_rows(
-            _stream(device), values.data_ptr(), rows.data_ptr(), out.data_ptr(), len(rows), bytes_
+            current_stream(device), values.data_ptr(), rows.data_ptr(), out.data_ptr(), len(rows), bytes_
         )
         return out

@@ -46,17 +46,19 @@ _CPU_SUM = 1e-9  # seconds a value of dw that an image is added to
 _CPU_OUT = 1e-9  # seconds a value of y or dx
 _CPU_TURN = 2e-9  # the same, beyond that, where it goes out in channels_last
 # Instructions of a value in the compiled gathers, over those that roofline.py counts: 11 to 8.
-_GATHERED = 1.4
+_GATHERED = {0: 1.4, 1: 1.4, 2: 0.6}
 
 
 Kind = Literal["image", "pixel", "stripe"]
+Row = tuple[int, int, int, int, int]  # of Z: its number, the tap's shift (i, j), rows and columns of its map
+_GATHERS = {1: "gather", 2: "native gather"}  # parts of the registry
 _NARROW, _STRETCH = 16, 32  # rows or columns of a product, and products between its partial sums
 _PITCH = 8  # 16 bytes of the narrowest type
 
 
 class GemmConfig(NamedTuple):
     images: int  # of a chunk
-    fused: int  # 1: the gather the registry names, 0: torch's indexing
+    fused: int  # the gather: 0 torch's indexing, 1 "gather" of the registry, 2 its "native gather"
 
 
 class Layout:
@@ -136,6 +138,16 @@ class Layout:
             return part.view(images, phase.rows, phase.columns, self.columns[i]).permute(0, 3, 1, 2)
         return self.batched(flat, images, i).view(images, self.columns[i], phase.rows, phase.columns)
 
+    def rows_by_filter(self) -> list[list[Row]]:
+        """For every filter the rows of the kind "stripe" that hold its stripes' products."""
+        rows: list[list[Row]] = [[] for _ in range(self.shape.K)]
+        for phase, taps, columns in zip(self.phases, self.taps, self.column_ranges, strict=True):
+            for tap, first, _ in taps:
+                for number, filter_ in enumerate(tap.filters.tolist()):
+                    row = columns.start + first + number, tap.i, tap.j, phase.rows, phase.columns
+                    rows[phase.group * self.shape.group_k + filter_].append(row)
+        return rows
+
 
 class TorchGather:
     """The gather in torch's indexing, tap by tap: any device and dtype."""
@@ -211,9 +223,9 @@ class _Gemm:
         kind = fused if self.config.fused else plain
         aligned = self.config.fused and kind == "pixel"
         self.layout = Layout(problem, kind, 16 // item_size(problem.dtype) if aligned else 1)
-        gather = registry.provided("gather") if self.config.fused else TorchGather
+        gather = registry.provided(_GATHERS[self.config.fused]) if self.config.fused else TorchGather
         if gather is None:
-            raise RuntimeError("stripe_gemm's fused gather needs triton, which is not installed")
+            raise RuntimeError(f"stripe_gemm's {_GATHERS[self.config.fused]} is not installed")
         self.gather = gather(self.layout)
         self.format = torch.channels_last if problem.channels_last else torch.contiguous_format
         self.last = problem.channels_last
@@ -377,7 +389,8 @@ def _predict(problem: Problem, which: Pass, config: GemmConfig, image_values: in
         macs=0.0,
         moved=moved / 2 + spill / 2,
         loaded=2.0 * values * size,
-        gathered=_GATHERED * (_walked(problem) * s.N * s.P * s.Q if which == "fprop" else values),
+        gathered=_GATHERED[config.fused]
+        * (_walked(problem) * s.N * s.P * s.Q if which == "fprop" else values),
         launches=chunks if which == "fprop" else launches,
     )
 
@@ -401,10 +414,21 @@ def _chunks(problem: Problem, which: Pass, image_values: int) -> list[int]:
     return [cached] if images == cached or images * bytes_of_image > _MOST else [cached, images]
 
 
+def _gathers(problem: Problem, which: Pass) -> list[int]:
+    if problem.device != "cuda":
+        return [0]
+    fits = registry.provided("native gather's refusal")
+    found = [1] if registry.provided("gather") is not None else []
+    return found + ([2] if fits is not None and fits(problem, which) is None else []) or [0]
+
+
 def _candidates(problem: Problem, which: Pass) -> dict[Config, float]:
     image_values = Layout(problem, "pixel").image_values
-    fused = int(problem.device == "cuda" and registry.provided("gather") is not None)
-    configs = [GemmConfig(images, fused) for images in _chunks(problem, which, image_values)]
+    configs = [
+        GemmConfig(images, fused)
+        for images in _chunks(problem, which, image_values)
+        for fused in _gathers(problem, which)
+    ]
     return {tuple(config): _predict(problem, which, config, image_values) for config in configs}
 
 

@@ -32,11 +32,21 @@ class Fault:
     wrong: str
 
 
+SUM, SPREAD = "csrc/cuda/stripe_sum.cu", "csrc/cuda/stripe_spread.cu"
 KERNEL, DGRAD = "csrc/cuda/fprop_sm90.cu", "csrc/cuda/dgrad_sm90.cu"
 TAPS, TILES = "csrc/cuda/fprop_taps_sm90.cu", "csrc/cuda/tiles_sm90.h"
 SCATTER, WGMMA = "csrc/cuda/scatter_sm90.h", "stripe_kernels/backends/cuda_wgmma.py"
 _ENDED = "    wgmma_wait<0>();\n#pragma unroll\n    for (int t = 0; t < Tiles; ++t) "
 FAULTS = {
+    "stripes: a sum goes on where one begins": Fault(SUM, "(begins ? 0.f : sum[i])", "sum[i]"),
+    "stripes: a tap meets one column beside the map": Fault(SUM, "shifts[i].j, t.map_w)", "shifts[i].j, t.map_w + 1)"),
+    "stripes: the same rows again": Fault(SUM, "min(r + kAtOnce, count - kAtOnce)", "min(r, count - kAtOnce)"),
+    "stripes: a row of another map": Fault(SUM, "* map.rows + p) * map.columns", "* map.columns + p) * map.columns"),
+    "stripes: no zeros beside dy": Fault(
+        SPREAD, "rows + range.count * pitch + i * 16) = zeros", "rows + i * 16) = zeros"
+    ),
+    "stripes: copies not awaited": Fault(SPREAD, "  copies_wait();\n", ""),
+    "stripes: a piece of another tap": Fault(SPREAD, "t.tables[t.tap_of + piece]", "t.tables[t.tap_of]"),
     "operands read without their swizzle": Fault(
         "csrc/cuda/matrix_descriptor.h", "kSwizzle128 = 1;", "kSwizzle128 = 0;"
     ),
@@ -152,13 +162,17 @@ def check(extension: str, part: str) -> None:
     shows a fault."""
     import torch
 
+    from stripe_kernels.backends import cuda_stripe_gemm
     from stripe_kernels.backends.cuda_gather import CONFIGS as DGRAD_CONFIGS
     from stripe_kernels.backends.cuda_taps import CONFIGS as TAPS_CONFIGS
     from stripe_kernels.backends.cuda_wgmma import CONFIGS
+    from stripe_kernels.registry import PASSES
     from tests.cuda.problems import problem_of
     from tests.cuda.test_gather import EVERYTHING as GATHERED
     from tests.cuda.test_gather import check_dgrad
     from tests.cuda.test_mma import WIDE
+    from tests.cuda.test_stripe_gemm import PROBLEMS as STRIPES_PROBLEMS
+    from tests.cuda.test_stripe_gemm import check_stripes
     from tests.cuda.test_taps import EVERYTHING as TAPPED
     from tests.cuda.test_taps import PROBLEMS as TAPS_PROBLEMS
     from tests.cuda.test_taps import check_fprop
@@ -214,6 +228,9 @@ def check(extension: str, part: str) -> None:
                 assert torch.equal(check_fprop(native, c, torch.bfloat16, config), first), (
                     f"{order.__name__}: other bits"
                 )
+    for c, which in product(STRIPES_PROBLEMS if part in ("all", "stripes") else (), PASSES):
+        if cuda_stripe_gemm.refuse(problem_of(c, "channels_last", torch.bfloat16), which) is None:
+            check_stripes(native, c, which, torch.bfloat16)
 
 
 class Builder:
@@ -248,7 +265,7 @@ class Builder:
 
     def link(self, tree: Path, changed: str = "") -> Path:
         """The extension with the kernels that a changed file is part of compiled anew, from the tree."""
-        sources = {KERNEL: (KERNEL,), SCATTER: (KERNEL,), DGRAD: (DGRAD,), TAPS: (TAPS,)}
+        sources = {file: (file,) for file in (KERNEL, DGRAD, TAPS, SUM, SPREAD)} | {SCATTER: (KERNEL,)}
         anew = sources.get(changed, (TAPS, DGRAD) if changed == TILES else (KERNEL, DGRAD, TAPS))
         anew = anew if changed.startswith("csrc") else ()
         target, objects = tree / "_cuda.so", []
@@ -265,7 +282,7 @@ class Builder:
 def part_of(fault: str) -> str:
     """Whose problems show it: those of the kernel it is named after, fprop's where it is named after none."""
     kernel = fault.partition(":")[0]
-    return kernel if kernel in ("dgrad", "taps") else "fprop"
+    return kernel if kernel in ("dgrad", "taps", "stripes") else "fprop"
 
 
 def verdict(tree: Path, extension: Path, part: str) -> str | None:

@@ -204,20 +204,9 @@ class TritonGather:
         self.block_n = min(_WIDEST, triton.next_power_of_2(max(16, widest)))
         if layout.kind == "stripe":
             single = len(layout.phases) == s.groups
-            self.filters = FilterSum(s, self._rows(), single)
+            self.filters = FilterSum(s, layout.rows_by_filter(), single)
         spreads = [self._spreads(i) for i in range(len(layout.phases))]
         self.arrays = IndexArrays(**{name: array for arrays in spreads for name, array in arrays.items()})
-
-    def _rows(self) -> list[list[Row]]:
-        """For every filter the rows of z that hold its stripes' products."""
-        layout = self.layout
-        rows: list[list[Row]] = [[] for _ in range(layout.shape.K)]
-        for phase, taps, columns in zip(layout.phases, layout.taps, layout.column_ranges, strict=True):
-            for tap, first, _ in taps:
-                for number, filter_ in enumerate(tap.filters.tolist()):
-                    row = columns.start + first + number, tap.i, tap.j, phase.rows, phase.columns
-                    rows[phase.group * layout.shape.group_k + filter_].append(row)
-        return rows
 
     def _spreads(self, i: int) -> dict[str, np.ndarray]:
         """Of phase i: the filter of every column, -1 where there is no stripe, and the blocks of columns."""
