@@ -75,6 +75,7 @@ const Spec kSpecs[] = {
     {"fprop_taps_sm90", fprop_taps_sm90, fprop_taps_sm90_bytes,
      [](const TableCheck& t, const Layout&) { t.fprop_taps_sm90(); }},
     {"dgrad_sm90", dgrad_sm90, dgrad_sm90_bytes, [](const TableCheck& t, const Layout&) { t.dgrad_sm90(); }},
+    {"wgrad_sm90", wgrad_sm90, wgrad_sm90_bytes, [](const TableCheck& t, const Layout&) { t.wgrad_sm90(); }},
 };
 
 const Spec& spec_of(const std::string& name) {

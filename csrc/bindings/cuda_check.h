@@ -298,6 +298,84 @@ class TableCheck {
     }
   }
 
+  // A tile of pixels of x as dgrad's; a phase is a block of stripes, with its taps.
+  void wgrad_sm90() const {
+    const Walk& w = l_.walk;
+    const int chunks = l_.tile_out / 64, box = w.load_w;
+    require(l_.dtype != DType::f32, "16-bit values");
+    require(l_.width == 64 || l_.width == 128, "width is 64 or 128 channels");
+    require(w.tile_n == 64 || w.tile_n == 128, "a tile has 64 or 128 pixels");
+    require(w.in_step_h == 1 && w.in_step_w == 1 && w.out_step_h == 1 && w.out_step_w == 1, "a stride is 1");
+    require(l_.group_in % 8 == 0 && l_.group_out % 8 == 0, "channels come in pieces of 16 bytes");
+    require(l_.tile_out % 64 == 0 && chunks >= 1 && chunks <= 64, "a patch has whole rows of filters");
+    require(box <= 256 && (box >= l_.chunk || box % 8 == 0) && l_.pitch % 1024 == 0 && l_.pitch >= 1024 &&
+                l_.chunk <= 1 << 15 && (l_.chunk + box - 1) / box * box * 128 + 1024 <= l_.pitch,
+            "a patch and its zeros have room");
+    require(static_cast<long long>(chunks) * l_.pitch <= 1 << 16 && w.patch_w <= 64,
+            "16 bits tell places in a patch, and there are few taps");
+    require(l_.slab >= 2 && l_.slab <= 64, "two to 64 stages");
+    require(w.tiles_h == 1 && w.tiles_w == 1 && l_.splits <= std::max(1, w.tiles_n),
+            "every share has a tile");
+    const int blocks = (l_.entries - l_.steps) / 12;  // none where no stripe lives: nothing is launched then
+    const int stripes = (l_.lists - l_.entries) / 4;
+    const long long images = w.images, pixels = images * w.in_h * w.in_w;
+    require(pixels < 1LL << 31 && images * w.out_h * w.out_w < 1LL << 31, "32 bits number all pixels");
+    require(blocks == 0 || blocks == l_.tiles_out, "a block has twelve integers");
+    require(stripes == 192 * blocks, "a block has 192 stripes of four integers");
+    require(l_.steps - l_.items >= 8LL * w.tiles_n, "a tile has eight integers");
+    std::vector<std::pair<int, int>> taps;
+    std::vector<int> rows;
+    for (int i = 0; i < blocks; ++i) {
+      const int* f = &t_[l_.steps + 12 * i];
+      require(0 <= f[0] && f[0] < l_.groups && f[1] == 0 && f[2] == 0 && f[3] == w.out_h && f[4] == w.out_w,
+              "a block's group exists, its pixels are all");
+      require(f[5] % 2 == 0 && 0 < f[6] && f[6] <= w.patch_w, "a block has taps, aligned");
+      for (int t = 0; t < f[6]; ++t) taps.emplace_back(list(f[5] + 2 * t), list(f[5] + 2 * t + 1));
+      require(f[7] == 192 * i && 0 < f[10] && f[10] <= 192 && f[10] % 64 == 0, "stripes follow each other");
+      for (int e = 0; e < 192; ++e) {
+        const int* stripe = &t_[l_.entries + 4 * (f[7] + e)];
+        require(0 <= stripe[0] && stripe[0] % 2 == 0 && stripe[0] / l_.pitch < chunks &&
+                    stripe[0] % l_.pitch < 128,
+                "a filter lies in its pixel");
+        require(0 <= stripe[1] && stripe[1] < f[6], "a stripe's tap exists");
+        if (stripe[2] < 0) continue;
+        require(e < f[10], "a stripe has a warpgroup");
+        const long long filter =
+            static_cast<long long>(f[9]) + stripe[0] / l_.pitch * 64 + stripe[0] % l_.pitch / 2;
+        require(f[9] >= 0 && filter / l_.group_out == f[0], "filters lie in their group");
+        rows.push_back(stripe[2]);
+      }
+    }
+    std::sort(rows.begin(), rows.end());
+    for (std::size_t i = 0; i < rows.size(); ++i)
+      require(rows[i] == static_cast<int>(i), "every row of dw has one stripe");
+    std::sort(taps.begin(), taps.end());
+    taps.erase(std::unique(taps.begin(), taps.end()), taps.end());
+    // Every pixel that a tap meets has to lie in the patch; the kernel does not look.
+    for (int i = 0; i < w.tiles_n; ++i) {
+      const int* tile = &t_[l_.items + 8 * i];
+      require(0 <= tile[2] && 0 <= tile[3] && tile[3] <= l_.chunk && pixels - tile[2] >= tile[3],
+              "a patch lies in dy");
+      require(tile[1] == i * w.tile_n && 0 <= tile[4] && tile[4] < std::max(1LL, images) && 0 <= tile[5] &&
+                  tile[5] < w.out_h && 0 <= tile[6] && tile[6] < w.out_w &&
+                  tile[1] == (static_cast<long long>(tile[4]) * w.out_h + tile[5]) * w.out_w + tile[6],
+              "a tile begins at its first pixel");
+      bool stays = true;
+      for (int m = 0, n = tile[4], h = tile[5], v = tile[6]; m < w.tile_n && n < images; ++m) {
+        for (const auto& tap : taps) {
+          const long long p = static_cast<long long>(h) - tap.first,
+                          q = static_cast<long long>(v) - tap.second;
+          if (p < 0 || p >= w.in_h || q < 0 || q >= w.in_w) continue;
+          const long long at = (n * static_cast<long long>(w.in_h) + p) * w.in_w + q - tile[2];
+          stays = stays && 0 <= at && at < tile[3];
+        }
+        if (++v == w.out_w) v = 0, ++h;
+        if (h == w.out_h) h = 0, ++n;
+      }
+      require(stays, "a tap stays in its patch");
+    }
+  }
+
   static void require(bool ok, const std::string& what) {
     if (!ok) throw std::invalid_argument("stripe_kernels._cuda: tables do not hold: " + what);
   }

@@ -20,6 +20,7 @@ int wgrad_mma(const Params&, void* stream);
 int fprop_sm90(const Params&, void* stream);
 int fprop_taps_sm90(const Params&, void* stream);
 int dgrad_sm90(const Params&, void* stream);
+int wgrad_sm90(const Params&, void* stream);
 
 // Shared memory of a block in bytes, so that Python can choose layouts that fit.
 int fprop_ffma_bytes(const Layout&);
@@ -31,6 +32,7 @@ int wgrad_mma_bytes(const Layout&);
 int fprop_sm90_bytes(const Layout&);
 int fprop_taps_sm90_bytes(const Layout&);
 int dgrad_sm90_bytes(const Layout&);
+int wgrad_sm90_bytes(const Layout&);
 
 // out[i] = finish(partial[0][i] + partial[1][i] + ...), in this order; channel of i: i / channel_stride %
 // channels.

@@ -3,7 +3,7 @@
 cuda_ffma       float32, strict; exact at one filter or stripe, any strides
 cuda_mma        bfloat16, float16 on tensor cores, channels last
 cuda_mma_tf32   float32 operands rounded to tf32 on tensor cores, channels last; fprop, dgrad
-cuda_wgmma      bfloat16, float16 on Hopper's own instructions, channels last; fprop, dgrad
+cuda_wgmma      bfloat16, float16 on Hopper's own instructions, channels last
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from stripe_kernels.backends import (
     cuda_taps,
     cuda_tiles,
     cuda_wgmma,
+    cuda_wgrad,
 )
 from stripe_kernels.backends.cuda_tables import Layout
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, provide, register
@@ -105,15 +106,15 @@ def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
     if reason:
         return reason
     s = problem.shape
-    if which == "wgrad":
-        return "computes fprop and dgrad; cuda_mma has wgrad"
     if not problem.channels_last and max(s.H * s.W, s.P * s.Q) > 1:
         return "takes channels_last tensors"
     if s.group_c % 8:
         return f"needs C/groups in multiples of 8 (16 bytes), got {s.group_c}"
+    if which != "fprop" and s.group_k % 8:
+        return f"needs K/groups in multiples of 8 (16 bytes), got {s.group_k}"
+    if which == "wgrad":
+        return _refuse_wgmma_wgrad(problem)
     if which == "dgrad":
-        if s.group_k % 8:
-            return f"needs K/groups in multiples of 8 (16 bytes), got {s.group_k}"
         layouts = [cuda_gather.layout_of(problem, config) for config in cuda_gather.CONFIGS]
         if all(layout is None for layout in layouts):
             return (
@@ -133,9 +134,23 @@ def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
     return None
 
 
+def _refuse_wgmma_wgrad(problem: Problem) -> str | None:
+    if problem.shape.stride != (1, 1):
+        return f"takes strides of 1, got {problem.shape.stride}"
+    layouts = [cuda_wgrad.layout_of(problem, (*shape, 1)) for shape in cuda_wgrad.SHAPES]
+    if all(layout is None for layout in layouts):
+        return (
+            f"a patch with the halo of its taps exceeds {cuda_wgrad.PATCH_BYTES} bytes, or there are more than "
+            f"{cuda_wgrad.MOST_TAPS} taps or {cuda_tiles.SIDE} pixels a side"
+        )
+    return next((reason for layout in layouts if layout and (reason := _too_many_blocks(layout))), None)
+
+
 def _build_wgmma(problem: Problem, which: Pass, config: Config) -> Any:
     if which == "dgrad":
         return cuda_gather.WgmmaDgrad(_cuda, problem, config)
+    if which == "wgrad":
+        return cuda_wgrad.WgmmaWgrad(_cuda, problem, config)
     runner = cuda_taps.TapsFprop if config in cuda_taps.CONFIGS else cuda_wgmma.WgmmaFprop
     return runner(_cuda, problem, config)
 

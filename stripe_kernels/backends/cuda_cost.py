@@ -13,6 +13,7 @@ from stripe_kernels.backends import (
     cuda_mma_grad,
     cuda_taps,
     cuda_wgmma,
+    cuda_wgrad,
 )
 from stripe_kernels.backends.cuda_columns import BANDS, STRIPES, WHOLE, column_tiles
 from stripe_kernels.backends.cuda_tables import Layout
@@ -120,7 +121,9 @@ def _mma_fprop(problem: Problem) -> dict[Config, float]:
 
 
 def wgmma(problem: Problem, which: Pass) -> dict[Config, float]:
-    return _wgmma_dgrad(problem) if which == "dgrad" else _wgmma_taps(problem) | _wgmma_fprop(problem)
+    if which == "fprop":
+        return _wgmma_taps(problem) | _wgmma_fprop(problem)
+    return _wgmma_dgrad(problem) if which == "dgrad" else _wgmma_wgrad(problem)
 
 
 def _wgmma_taps(problem: Problem) -> dict[Config, float]:
@@ -159,6 +162,33 @@ def _wgmma_dgrad(problem: Problem) -> dict[Config, float]:
         cycles = steps * step + layout.chunk * s.group_k * 2 / 24 + 2500
         waves = -(-blocks // MULTIPROCESSORS)
         found[config] = _seconds(problem, "dgrad", cycles * waves * MULTIPROCESSORS, MULTIPROCESSORS, 1, 2)
+    return found
+
+
+def _wgmma_wgrad(problem: Problem) -> dict[Config, float]:
+    """64 pixels take what is longest: 2048 multiply-adds a cycle, shared memory (128 bytes a cycle: x, and some 40
+    reads of a warpgroup to gather 16 pixels), or x and dy from the second-level cache (40 bytes a cycle)."""
+    s = problem.shape
+    found: dict[Config, float] = {}
+    for shape in cuda_wgrad.SHAPES:
+        width, filters, pixels = shape
+        layout = cuda_wgrad.layout_of(problem, (*shape, 1))
+        if layout is None or width >= 2 * max(64, s.group_c) or filters >= 2 * max(64, s.group_k):
+            continue
+        blocks = cuda_wgrad.blocks_of(problem.skeleton, s, filters)
+        columns, tiles = -(-s.group_c // width), layout.walk.tiles[0]
+        groups = -(-max((len(b.rows) for b in blocks), default=0) // 64)
+        patch = filters // cuda_wgmma.CHUNK * layout.chunk * cuda_wgmma.ROW * 64 / pixels
+        step = max(2 * width * groups, 4 * groups * (40 + width / 4), (128 * width + patch) / 40)
+        by_splits = {}
+        for splits in cuda_wgrad.splits_of(len(blocks) * columns, tiles):
+            cycles = -(-tiles // splits) * pixels / 64 * step + 5000
+            waves = -(-len(blocks) * columns * splits // MULTIPROCESSORS)
+            alone = _seconds(problem, "wgrad", cycles * waves * MULTIPROCESSORS, MULTIPROCESSORS, 1, 2)
+            shares = 8 * splits * problem.skeleton.stripes * s.group_c
+            by_splits[splits] = alone + (LAUNCH + shares / BYTES if splits > 1 else 0)
+        best = min(by_splits, key=by_splits.__getitem__)
+        found[(*shape, best)] = by_splits[best]
     return found
 
 

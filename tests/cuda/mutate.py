@@ -35,6 +35,7 @@ class Fault:
 SUM, SPREAD = "csrc/cuda/stripe_sum.cu", "csrc/cuda/stripe_spread.cu"
 KERNEL, DGRAD = "csrc/cuda/fprop_sm90.cu", "csrc/cuda/dgrad_sm90.cu"
 TAPS, TILES = "csrc/cuda/fprop_taps_sm90.cu", "csrc/cuda/tiles_sm90.h"
+WGRAD = "csrc/cuda/wgrad_sm90.cu"
 SCATTER, WGMMA = "csrc/cuda/scatter_sm90.h", "stripe_kernels/backends/cuda_wgmma.py"
 _ENDED = "    wgmma_wait<0>();\n#pragma unroll\n    for (int t = 0; t < Tiles; ++t) "
 FAULTS = {
@@ -154,12 +155,44 @@ FAULTS = {
     "taps: what is left over added to a bundle's own": Fault(
         "stripe_kernels/backends/cuda_taps.py", "2 * bundle + (place // SIXTEEN == bundles)", "2 * bundle"
     ),
+    "wgrad: x and dy not awaited": Fault(WGRAD, "      mbarrier_wait(s.ready, ring.parity);\n", ""),
+    "wgrad: a stage overwritten while it is read": Fault(WGRAD, "mbarrier_wait(s.read, ring.parity ^ 1);", ";"),
+    "wgrad: a stage given back while it is read": Fault(
+        WGRAD, "    wgmma_wait<0>();\n    if (kLast && leader)", "    if (kLast && leader)"
+    ),
+    "wgrad: registers filled while wgmma reads them": Fault(
+        WGRAD, "kStep * 2), near, far, next);", "kStep * 2), near, far, current);"
+    ),
+    "wgrad: a warpgroup without stripes awaited": Fault(
+        WGRAD, "mbarrier_init(s.read, 4 * groups);", "mbarrier_init(s.read, 4 * kGroups);"
+    ),
+    "wgrad: x's bytes not announced": Fault(
+        WGRAD, "mbarrier_expect(s.ready, S::Pixels * S::N * 2 + ", "mbarrier_expect(s.ready, "
+    ),
+    "wgrad: a tap meets what is beside the image": Fault(
+        WGRAD, "meets(w, i - tap.i, j - tap.j)", "meets(w, i - tap.i, j)"
+    ),
+    "wgrad: pixels that do not exist meet dy": Fault(WGRAD, "p.n < w.images ? p.i : -(1 << 30)", "p.i"),
+    "wgrad: neighbours in each other's place": Fault(
+        WGRAD, "first(l.walk, tile, phase, 2 * pair), second(l.walk, tile, phase, 2 * pair + 1)",
+        "second(l.walk, tile, phase, 2 * pair), first(l.walk, tile, phase, 2 * pair + 1)",
+    ),
+    "wgrad: no zeros behind the patch": Fault(
+        WGRAD, "kRowBytes + i % 64 * 16) = {0, 0, 0, 0};", "kRowBytes + i % 64 * 16);"
+    ),
+    "wgrad: one chunk of filters for all": Fault(WGRAD, "{chunk << 16 | chunk,", "{0,"),
+    "wgrad: a share without its last tile": Fault(
+        WGRAD, "(blockIdx.z + 1) / l.splits)", "(blockIdx.z + 1) / l.splits - 1)"
+    ),
+    "wgrad: a stripe gathered through another tap": Fault(
+        "stripe_kernels/backends/cuda_wgrad.py", "np.stack([at, block.taps, ", "np.stack([at, block.taps[::-1], "
+    ),
 }  # fmt: skip
 
 
 def check(extension: str, part: str) -> None:
-    """The problems of "fprop", "dgrad" or "taps", or of all ("all"), in every order; AssertionError at the first that
-    shows a fault."""
+    """The problems of "fprop", "dgrad", "taps" or "wgrad", or of all ("all"), in every order; AssertionError at the
+    first that shows a fault."""
     import torch
 
     from stripe_kernels.backends import cuda_stripe_gemm
@@ -186,6 +219,9 @@ def check(extension: str, part: str) -> None:
         check_wgmma,
         refused,
     )
+    from tests.cuda.test_wgrad import EVERYTHING as SUMMED
+    from tests.cuda.test_wgrad import PROBLEMS as WGRAD_PROBLEMS
+    from tests.cuda.test_wgrad import SHAPES, check_wgrad, fitting
 
     native = emulated.load(Path(extension))
     few = (c for c in MMA_PROBLEMS if c.name in ("lopsided", "grouped", "strided"))
@@ -228,6 +264,20 @@ def check(extension: str, part: str) -> None:
                 assert torch.equal(check_fprop(native, c, torch.bfloat16, config), first), (
                     f"{order.__name__}: other bits"
                 )
+    cases = (
+        *(c for c in WGRAD_PROBLEMS if c.name in ("three groups", "five by four", "one image of many tiles")),
+        SUMMED,
+    )
+    for c, shape in product(cases if part in ("all", "wgrad") else (), SHAPES[:3]):
+        config = fitting(c, shape, 1 if c is cases[2] else 2)
+        if config is None:
+            continue
+        first = check_wgrad(native, c, torch.bfloat16, config)
+        for order in (emulated.late, emulated.backwards, emulated.greedy):
+            with order(native):
+                assert torch.equal(check_wgrad(native, c, torch.bfloat16, config), first), (
+                    f"{order.__name__}: other bits"
+                )
     for c, which in product(STRIPES_PROBLEMS if part in ("all", "stripes") else (), PASSES):
         if cuda_stripe_gemm.refuse(problem_of(c, "channels_last", torch.bfloat16), which) is None:
             check_stripes(native, c, which, torch.bfloat16)
@@ -265,8 +315,10 @@ class Builder:
 
     def link(self, tree: Path, changed: str = "") -> Path:
         """The extension with the kernels that a changed file is part of compiled anew, from the tree."""
-        sources = {file: (file,) for file in (KERNEL, DGRAD, TAPS, SUM, SPREAD)} | {SCATTER: (KERNEL,)}
-        anew = sources.get(changed, (TAPS, DGRAD) if changed == TILES else (KERNEL, DGRAD, TAPS))
+        sources = {file: (file,) for file in (KERNEL, DGRAD, TAPS, WGRAD, SUM, SPREAD)} | {SCATTER: (KERNEL,)}
+        anew = sources.get(
+            changed, (TAPS, DGRAD, WGRAD) if changed == TILES else (KERNEL, DGRAD, TAPS, WGRAD)
+        )
         anew = anew if changed.startswith("csrc") else ()
         target, objects = tree / "_cuda.so", []
         for source in self.sources:
@@ -282,7 +334,7 @@ class Builder:
 def part_of(fault: str) -> str:
     """Whose problems show it: those of the kernel it is named after, fprop's where it is named after none."""
     kernel = fault.partition(":")[0]
-    return kernel if kernel in ("dgrad", "taps", "stripes") else "fprop"
+    return kernel if kernel in ("dgrad", "taps", "stripes", "wgrad") else "fprop"
 
 
 def verdict(tree: Path, extension: Path, part: str) -> str | None:

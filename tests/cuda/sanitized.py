@@ -19,6 +19,9 @@ from tests.cuda.test_mma import WIDE
 from tests.cuda.test_taps import PROBLEMS as TAPS_PROBLEMS
 from tests.cuda.test_taps import check_fprop
 from tests.cuda.test_wgmma import EVERYTHING, check_wgmma, refused
+from tests.cuda.test_wgrad import PROBLEMS as WGRAD_PROBLEMS
+from tests.cuda.test_wgrad import SHAPES as WGRAD_SHAPES
+from tests.cuda.test_wgrad import check_wgrad, fitting
 
 # Odd everywhere, so that no row, chunk or tile ends where its memory does.
 NAMES = (
@@ -54,6 +57,12 @@ def main(extension: str) -> None:
             check_fprop(native, c, torch.bfloat16, TAPS_CONFIGS[number % 3])
         check_dgrad(native, c, torch.bfloat16, (128,))
         count += 2
+    for number, c in enumerate(WGRAD_PROBLEMS):
+        config = fitting(c, WGRAD_SHAPES[number % len(WGRAD_SHAPES)], 2)
+        if config is not None:
+            with emulated.late(native):
+                check_wgrad(native, c, torch.bfloat16, config)
+            count += 1
     print(f"{count} launches within their budgets")
 
 

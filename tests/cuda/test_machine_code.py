@@ -146,8 +146,8 @@ def test_machine_code(kernel: str, architecture: str) -> None:
         copies = f.instructions.get("LDGSTS", 0) + f.instructions.get("UTMALDG", 0)
         assert copies or family in LOADS_BY_REGISTERS, f"{where} does not copy asynchronously"
         if family == "sm90":
-            matrices = "LDSM" if kernel == "fprop_taps_sm90" else "STSM"
-            for opcode in ("UTMALDG", matrices, "SYNCS", "USETMAXREG"):
+            own = {"fprop_taps_sm90": "LDSM", "wgrad_sm90": "LDS"}.get(kernel, "STSM")
+            for opcode in ("UTMALDG", own, "SYNCS", "USETMAXREG"):
                 assert f.instructions.get(opcode, 0), f"{where} has no {opcode}: {f.instructions}"
 
 

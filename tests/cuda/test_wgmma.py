@@ -295,7 +295,13 @@ def test_refusals_give_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong, which, reason in (
         (replace(p, device="cpu"), "fprop", "not on cpu"),
         (replace(p, dtype="float32"), "fprop", "not float32"),
-        (p, "wgrad", "computes fprop and dgrad"),
+        (
+            random_problem(ConvShape(1, 8, 9, 9, 8, 3, 3, (2, 1)), "bfloat16"),
+            "wgrad",
+            "strides of 1, got (2, 1)",
+        ),
+        (random_problem(ConvShape(1, 8, 9, 9, 12, 3, 3), "bfloat16"), "wgrad", "K/groups in multiples of 8"),
+        (random_problem(ConvShape(1, 8, 19, 19, 8, 11, 11), "bfloat16"), "wgrad", "more than 64 taps"),
         (replace(p, channels_last=False), "fprop", "channels_last"),
         (
             random_problem(ConvShape(1, 12, 5, 5, 9, 3, 3), "bfloat16"),
