@@ -37,7 +37,7 @@ PROBLEMS = (
     case("padding wider than the map", N=2, C=8, H=2, W=1, K=8, R=5, S=4, padding=(4, 5), density=0.5),
     case("one row", N=2, C=8, H=1, W=40, K=16, R=1, S=3, padding=(0, 1)),
     case("few stripes of many filters", N=2, C=64, H=8, W=8, K=520, density=0.02),
-    case("one image of many tiles", N=1, C=72, H=40, W=33, K=64, density=0.3),
+    case("one image of many tiles", N=1, C=72, H=40, W=33, K=128, density=0.1),
 )  # fmt: skip
 SHAPES = ((128, 64, 64), (64, 128, 128), (64, 64, 64), (128, 256, 64))
 
