@@ -2,7 +2,8 @@
 
 From Python to a kernel takes microseconds, of a small network at batch 1 a good part of its time (`python -m
 bench.overhead` measures both). So runs of stripe layers and max pools become a list that native code walks, their
-activations in one arena; whatever else a graph has is called between the lists as torch's modules and functions are.
+activations in one arena; whatever else a graph has is called between the lists as torch's modules and functions are,
+max pools of GPUs by a kernel of ours.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from stripe_kernels import backends, eager
+from stripe_kernels import backends, eager, registry
 from stripe_kernels.checks import check
 from stripe_kernels.compile.graph import OneLineInterpreter, averages_pixels, calls, is_hooked
 from stripe_kernels.compile.layers import FusedConv2d
-from stripe_kernels.geometry import pair
+from stripe_kernels.geometry import IntPair, pair
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.snapshots import packed_weight
 
@@ -75,6 +76,17 @@ def _pitch(call: _Call, calls: list[_Call]) -> int:
         return 0
     wanted = [c.pitch for c in calls if c.node.args[0] is call.node]  # as a residual, any layout will do
     return 0 if None in wanted else max((p for p in wanted if p), default=0)
+
+
+def _window(layer: nn.MaxPool2d) -> tuple[IntPair, ...]:
+    """Kernel, stride, padding and dilation."""
+    stride = layer.kernel_size if layer.stride is None else layer.stride
+    return (
+        pair(layer.kernel_size, "kernel_size", 1),
+        pair(stride, "stride", 1),
+        pair(layer.padding, "padding", 0),
+        pair(layer.dilation, "dilation", 1),
+    )
 
 
 def _dense(t: Tensor, *shape: int) -> bool:
@@ -143,7 +155,7 @@ class _Writer(OneLineInterpreter):
         if n.op == "output":
             self.lines.append(f"return {self._argument(n.args[0])}")
             return value
-        line = self._call(n)
+        line = self._call(n, value)
         self.lines.append(f"{self._name(n)} = {line}")
         self._measure(set(self.held))
         self._free([n])
@@ -202,12 +214,8 @@ class _Writer(OneLineInterpreter):
             plain = not layer.return_indices and pair(layer.dilation, "dilation", 1) == (1, 1)
             if not plain or not (pixels or rows):
                 return None
-            stride = layer.kernel_size if layer.stride is None else layer.stride
-            window = (
-                *pair(layer.kernel_size, "kernel_size", 1),
-                *pair(stride, "stride", 1),
-                *pair(layer.padding, "padding", 0),
-            )
+            kernel, stride, padding, _ = _window(layer)
+            window = (*kernel, *stride, *padding)
             sizes = tuple(reads[source].shape), tuple(value.shape)
             return _Call(n, reads, value, 0, lambda c, at, y: c.max_pool(window, *sizes, at[source], y))
         if not isinstance(layer, StripeConv2d) or layer._explicit_pad is not None:
@@ -293,7 +301,7 @@ class _Writer(OneLineInterpreter):
 
     # -- everything else --
 
-    def _call(self, n: fx.Node) -> str:
+    def _call(self, n: fx.Node, value: Any) -> str:
         if n.op == "call_method":
             receiver, *rest = n.args
             return f"{self._argument(receiver)}.{n.target}({self._arguments(rest, n.kwargs)})"
@@ -303,8 +311,17 @@ class _Writer(OneLineInterpreter):
         hooked = is_hooked(layer)
         if isinstance(layer, StripeConv2d) and not hooked:
             return self._stripe_call(n, layer)
-        function = layer if hooked else layer.forward
+        function = layer if hooked else self._max_pool(n, layer, value) or layer.forward
         return f"{self._bind('m', function)}({self._arguments(n.args, n.kwargs)})"
+
+    def _max_pool(self, n: fx.Node, layer: nn.Module, value: Any) -> Callable[[Tensor], Tensor] | None:
+        """A pool by a backend's kernel, where one takes such maps."""
+        make = registry.provided("max_pool")
+        if make is None or type(layer) is not nn.MaxPool2d or layer.return_indices or n.kwargs:
+            return None
+        x: Any = self.env[n.args[0]]  # type: ignore[index]
+        pool = make(_window(layer), tuple(value.shape))
+        return pool if pool.takes(x) else None
 
     def _residual(self, n: fx.Node) -> Tensor | None:
         residual: Any = n.args[1] if len(n.args) > 1 else None

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 from stripe_kernels import backends, registry
 from stripe_kernels.backends.triton.launch import Launch, wide
+from stripe_kernels.backends.triton.pool import TritonMaxPool
 from stripe_kernels.registry import Problem
 from stripe_kernels.testing import Case, case
 
@@ -169,6 +170,13 @@ def launches(
             yield name, runner.gather.spread_launch(y, 0, flat)
 
 
+def pools(case: Case) -> Iterator[tuple[str, Launch]]:
+    s, dtype = case.shape, torch.bfloat16
+    pool = TritonMaxPool(((3, 3), (2, 2), (1, 1), (1, 1)), (s.N, s.C, (s.H + 1) // 2, (s.W + 1) // 2))
+    x, y = meta(s.input_size, dtype, True), meta(pool.y_size, dtype, True)
+    yield f"max pool{' 64-bit' if wide(x) else ''}", pool.launch(x, y)
+
+
 def main(capability: int) -> None:
     backends.load()
     most = 2 if capability == 90 else 1
@@ -180,7 +188,9 @@ def main(capability: int) -> None:
     if capability == 90:
         cases += [(CASE, torch.float32, True, 1), (HUGE, torch.bfloat16, True, 1)]
     found = {name: launch for c in cases for name, launch in launches(*c)}
+    found |= dict(pools(CASE))
     if capability == 90:
+        found |= dict(pools(HUGE))
         strict = launches(CASE, torch.float32, True, 1, tf32=False)
         found |= {f"{name} strict": launch for name, launch in strict if "gather" not in name}
     print(json.dumps([describe(name, launch, capability) for name, launch in found.items()]))

@@ -18,6 +18,7 @@ from stripe_kernels.backends.triton.dgrad import TritonDgrad
 from stripe_kernels.backends.triton.fprop import TritonFprop
 from stripe_kernels.backends.triton.gather import TritonGather
 from stripe_kernels.backends.triton.launch import INTERPRETED, compiling, refuse
+from stripe_kernels.backends.triton.pool import TritonMaxPool
 from stripe_kernels.backends.triton.wgrad import TritonWgrad
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, provide, register
 
@@ -28,7 +29,9 @@ def build(problem: Problem, which: Pass, config: Config) -> Any:
     return _RUNNERS[which](problem, config)
 
 
-# The interpreter is for tests: nobody's "auto" should meet it.
+# The interpreter is for tests: nobody's "auto" should meet it, and no network.
 register(Kernel("triton", refuse, candidates, build, automatic=not INTERPRETED))
 provide("gather", TritonGather)
+if not INTERPRETED:
+    provide("max_pool", TritonMaxPool)
 provide("compiling", compiling)
