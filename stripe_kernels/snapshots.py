@@ -64,6 +64,12 @@ def kept_form(runner: Any, weight: Tensor) -> Any:
     return getattr(runner, "pack_to_keep", runner.pack)(weight)
 
 
+def kept_bias(runner: Any, bias: Tensor | None) -> Tensor | None:
+    """The bias for many calls: some runners read another type than the layer's, and would convert it in every one."""
+    wanted = getattr(runner, "bias_dtype", None)
+    return bias if bias is None or wanted in (None, bias.dtype) else bias.detach().to(wanted)
+
+
 def _drop_dead(key: int) -> Callable[[weakref.ref[Tensor]], None]:
     def drop(dead: weakref.ref[Tensor]) -> None:
         found = _snapshots.get(key)

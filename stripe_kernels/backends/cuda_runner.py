@@ -40,6 +40,8 @@ def float32(values: Tensor | None) -> Tensor | None:
 class CudaRunner:
     """One kernel with its layout and tables; `launch` is a call of it."""
 
+    bias_dtype = torch.float32  # a bias of another type is converted in every call
+
     def __init__(
         self, native: Any, name: str, problem: Problem, layout: Layout, tables: Tables, **arrays: Any
     ) -> None:

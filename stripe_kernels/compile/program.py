@@ -23,7 +23,7 @@ from stripe_kernels.compile.graph import OneLineInterpreter, averages_pixels, ca
 from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.geometry import IntPair, pair
 from stripe_kernels.modules import StripeConv2d
-from stripe_kernels.snapshots import packed_weight
+from stripe_kernels.snapshots import kept_bias, packed_weight
 
 _LINEAR_IMAGES = 4  # up to which a linear layer's time is that of reading its weight
 
@@ -320,8 +320,8 @@ class _Writer(OneLineInterpreter):
         if make is None or type(layer) is not nn.MaxPool2d or layer.return_indices or n.kwargs:
             return None
         x: Any = self.env[n.args[0]]  # type: ignore[index]
-        pool = make(_window(layer), tuple(value.shape))
-        return pool if pool.takes(x) else None
+        window = _window(layer)
+        return make(window, x, tuple(value.shape)) if make.takes(window, x) else None
 
     def _residual(self, n: fx.Node) -> Tensor | None:
         residual: Any = n.args[1] if len(n.args) > 1 else None
@@ -333,12 +333,12 @@ class _Writer(OneLineInterpreter):
         """A layer's runner for x, its packed weight, bias and activation."""
         check(x, layer.weight, layer._op, {"bias": layer.bias, "residual": residual})
         runner = layer._op.runner("fprop", tuple(x.shape), x, self.threads)
-        packed = packed_weight(runner, layer.weight)
-        for t in tree_leaves(packed):
+        packed, bias = packed_weight(runner, layer.weight), kept_bias(runner, layer.bias)
+        for t in tree_leaves(packed if bias is layer.bias else (packed, bias)):
             if isinstance(t, Tensor):
                 self.packed[id(t)] = t.numel() * t.element_size()  # oneDNN's own have no address
         activation = layer.activation if isinstance(layer, FusedConv2d) else "none"
-        return runner, packed, layer.bias, activation
+        return runner, packed, bias, activation
 
     def _stripe_call(self, n: fx.Node, layer: StripeConv2d) -> str:
         """A kernel's runner with everything but x and the residual bound."""

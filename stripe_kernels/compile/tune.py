@@ -21,7 +21,7 @@ from stripe_kernels.compile import cache
 from stripe_kernels.compile.network import Network, as_arguments, threads_of
 from stripe_kernels.plan import Candidate, Plan
 from stripe_kernels.registry import PASSES, Pass, Problem
-from stripe_kernels.snapshots import kept_form
+from stripe_kernels.snapshots import kept_bias, kept_form
 from stripe_kernels.stripe_op import StripeOp, is_channels_last
 
 _HOPELESS = 4.0  # predicted this many times slower than the best prediction: not measured
@@ -66,7 +66,8 @@ class Site:
             x = self.x
             return (lambda: runner(dy, runner.pack(weight))) if which == "dgrad" else (lambda: runner(dy, x))
         packed = kept_form(runner, weight)
-        x, bias, scale, residual, activation = self.x, self.bias, self.scale, self.residual, self.activation
+        x, bias = self.x, kept_bias(runner, self.bias)
+        scale, residual, activation = self.scale, self.residual, self.activation
         return lambda: runner(x, packed, bias, scale, residual, activation)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from stripe_kernels import backends, freeze
+from stripe_kernels import StripeConv2d, backends, freeze
+from stripe_kernels.backends.dense import DenseFprop
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.optimize import compact, in_channels_last
 from tests.compile.zoo import NETS, masked
@@ -338,3 +339,34 @@ def test_memory_of_a_known_network() -> None:
     # all that is left.
     pooled = 32 + 2 * 4 * (16 + 32)
     assert 4 * (2 * 64 * 4 + 2 * 16 * 4) <= memory["activations"] <= 4 * (2 * 64 * 4 + pooled + 2 * 16)
+
+
+def test_a_bias_is_converted_when_the_program_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA runners read float32, whatever type a layer has; no call converts."""
+    seen: list[Tensor] = []
+    call = DenseFprop.__call__
+
+    def noting(runner: DenseFprop, x: Tensor, packed: Tensor, bias: Tensor, *rest: object) -> Tensor:
+        seen.append(bias)
+        return call(runner, x, packed, bias.to(x.dtype), *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DenseFprop, "bias_dtype", torch.float32, raising=False)
+    monkeypatch.setattr(DenseFprop, "__call__", noting)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval().bfloat16()
+    x = torch.randn(2, 3, 6, 7, dtype=torch.bfloat16)
+    network = compact(model, (x,))
+    layer = next(m for m in network.modules() if isinstance(m, StripeConv2d))
+    layer.kernel = "dense"
+    with torch.inference_mode():
+        network(x)
+        seen.clear()
+        first, second = network(x), network(x)
+    assert torch.equal(first, second)
+    assert seen[0] is seen[1]
+    assert seen[0].dtype == torch.float32
+    with torch.no_grad():
+        layer.bias += 1
+    network.forget()
+    network(x)
+    assert torch.equal(seen[-1], layer.bias.float())
+    assert not torch.equal(seen[-1], seen[0])

@@ -39,14 +39,14 @@ def image(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return drawn.to(DEVICE, memory_format=torch.channels_last)
 
 
-def pool_of(x: Tensor, window: tuple[object, ...]) -> TritonMaxPool:
-    pairs = [v if isinstance(v, tuple) else (v, v) for v in window[:4]]
-    return TritonMaxPool(tuple(pairs), tuple(F.max_pool2d(x, *window).shape))  # type: ignore[arg-type]
+def pairs(window: tuple[object, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(v if isinstance(v, tuple) else (v, v) for v in window[:4])  # type: ignore[misc]
 
 
 def check(x: Tensor, window: tuple[object, ...]) -> None:
-    pool, expected = pool_of(x, window), F.max_pool2d(x, *window)  # type: ignore[arg-type]
-    assert pool.takes(x)
+    expected = F.max_pool2d(x, *window)  # type: ignore[arg-type]
+    assert TritonMaxPool.takes(pairs(window), x)
+    pool = TritonMaxPool(pairs(window), x, tuple(expected.shape))
     with poisoned_memory():
         found = pool(x)
     assert found.stride() == expected.stride()
@@ -80,17 +80,19 @@ def test_slices() -> None:
         check(part, (3, 2, 1, 1, False))
 
 
+def test_a_map_of_other_strides_than_the_first() -> None:
+    x = image(2, 8, 6, 7)
+    apart = torch.empty(2, 8, 6, 14, device=DEVICE).to(memory_format=torch.channels_last)[..., ::2].copy_(x)
+    pool = TritonMaxPool(((2, 2), (2, 2), (0, 0), (1, 1)), x, (2, 8, 3, 3))
+    assert torch.equal(pool(apart).nan_to_num(), pool(x).nan_to_num())
+
+
 def test_what_torch_keeps() -> None:
-    plain = (2, 2, 0, 1, False)
-    x = image(2, 8, 6, 6)
-    pool = pool_of(x, plain)
-    assert pool.takes(x)
-    assert not pool.takes(x.contiguous())
-    assert not pool.takes(x.double())
-    assert not pool.takes(x[:0])
-    assert not pool.takes(x[0])
-    wide = image(1, 8, 9, 9)
-    assert not pool_of(wide, (9, 1, 0, 1, False)).takes(wide)
+    window, x = ((2, 2), (2, 2), (0, 0), (1, 1)), image(2, 8, 6, 6)
+    assert TritonMaxPool.takes(window, x)
+    for other in (x.contiguous(), x.double(), x[:0], x[0], x[:, :1]):
+        assert not TritonMaxPool.takes(window, other)
+    assert not TritonMaxPool.takes(((9, 9), *window[1:]), image(1, 8, 9, 9))
 
 
 @pytest.fixture

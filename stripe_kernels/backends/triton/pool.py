@@ -10,7 +10,6 @@ Values are compared as torch compares them: the first of equal ones stays, and a
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -54,55 +53,55 @@ def max_pool_kernel(
     tl.store(y + ((m * y_m * ALIGN)[:, None] + c[None, :]), best.to(y.dtype.element_ty), real[:, None] & used)
 
 
-class Window(NamedTuple):
-    """(rows, columns) each."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-
 class TritonMaxPool:
-    """The part named "max_pool", of one window and size of the result."""
+    """The part named "max_pool", of one window and maps like x. What Python has to do for a launch is done here, once:
+    in every call it would take as long as the pool of a small batch."""
 
-    def __init__(self, window: tuple[tuple[int, int], ...], y_size: tuple[int, ...]) -> None:
-        self.window, self.y_size = Window(*window), y_size
+    def __init__(
+        self,
+        window: tuple[tuple[int, int], ...],
+        x: Tensor,  # [N, C, H, W], no more than looked at
+        y_size: tuple[int, ...],  # N, C, P, Q
+    ) -> None:
+        self.window, self.strides, self.y_size = window, x.stride(), y_size
+        (r, s), (u, v), (top, left), (d_h, d_w) = window
+        (_, channels, height, width), (n, _, p, q) = x.shape, y_size
+        x_n, _, x_h, x_w = x.stride()
+        values = _VECTOR // x.element_size()
+        align = values if all(number % values == 0 for number in (channels, x_n, x_h, x_w)) else 1
+        block_c = min(triton.next_power_of_2(channels), _CHANNELS)
+        block_m = _THREADS * values // block_c
+        c_blocks, pixels = triton.cdiv(channels, block_c), n * p * q
+        self.grid = (triton.cdiv(pixels, block_m) * c_blocks,)
+        self.arguments = {
+            "pixels": pixels, "c_blocks": c_blocks, "channels": channels // align,
+            "H": height, "W": width, "P": p, "Q": q, "u": u, "v": v, "top": top, "left": left,
+            "x_n": x_n // align, "x_h": x_h // align, "x_w": x_w // align, "y_m": channels // align,
+            "R": r, "S": s, "D_H": d_h, "D_W": d_w, "ALIGN": align,
+            "WIDE": wide(x) or wide(torch.empty(y_size, device="meta")),
+            "BLOCK_M": block_m, "BLOCK_C": block_c,
+        }  # fmt: skip
 
-    def takes(self, x: Tensor) -> bool:
+    @staticmethod
+    def takes(window: tuple[tuple[int, int], ...], x: Tensor) -> bool:
         """Whether maps like x are for this kernel; torch has one for all of them."""
         return (
             (x.is_cuda or INTERPRETED)
             and str(x.dtype)[6:] in DTYPES
             and (x.dim() == 4 and x.numel() > 0 and x.shape[1] > 1 and x.stride(1) == 1)
-            and math.prod(self.window.kernel) <= _TAPS
+            and math.prod(window[0]) <= _TAPS
         )
 
     def launch(
         self,
-        x: Tensor,  # [n, C, H, W]
-        y: Tensor,  # [n, C, P, Q], dense and channels_last
+        x: Tensor,  # [N, C, H, W]
+        y: Tensor,  # [N, C, P, Q], dense and channels_last
     ) -> Launch:
-        (r, s), (u, v), (top, left), (d_h, d_w) = self.window
-        (_, channels, height, width_), (n, _, p, q) = x.shape, y.shape
-        values = _VECTOR // x.element_size()
-        x_n, _, x_h, x_w = x.stride()
-        align = values if all(v % values == 0 for v in (channels, x_n, x_h, x_w)) else 1
-        block_c = min(triton.next_power_of_2(channels), _CHANNELS)
-        block_m = _THREADS * values // block_c
-        c_blocks, pixels = triton.cdiv(channels, block_c), n * p * q
-        arguments = {
-            "x": x, "y": y, "pixels": pixels, "c_blocks": c_blocks, "channels": channels // align,
-            "H": height, "W": width_, "P": p, "Q": q, "u": u, "v": v, "top": top, "left": left,
-            "x_n": x_n // align, "x_h": x_h // align, "x_w": x_w // align, "y_m": channels // align,
-            "R": r, "S": s, "D_H": d_h, "D_W": d_w, "ALIGN": align, "WIDE": wide(x, y),
-            "BLOCK_M": block_m, "BLOCK_C": block_c,
-        }  # fmt: skip
-        return Launch(
-            max_pool_kernel, (triton.cdiv(pixels, block_m) * c_blocks,), arguments, _THREADS // 32, 1
-        )
+        return Launch(max_pool_kernel, self.grid, {"x": x, "y": y, **self.arguments}, _THREADS // 32, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.stride() != self.strides:
+            return TritonMaxPool(self.window, x, self.y_size)(x)
         y = torch.empty(self.y_size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         self.launch(x, y).run(x.device)
         return y
