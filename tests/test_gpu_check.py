@@ -10,13 +10,15 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from bench.gpu_check import record, tools
+from bench.gpu_check import networks, record, tools
 from bench.gpu_check.__main__ import gathered_rows
 from bench.gpu_check.checks import aligned
 from bench.gpu_check.device import Device
@@ -255,7 +257,10 @@ def test_dry_run(tmp_path: Path) -> None:
         assert "triton" in line["refused"]
         assert all(c["seconds"] > 0 and c["n"] > 1 for c in line["contestants"].values())
     assert found["networks"][0]["wrong"] == {}
-    assert set(found["networks"][0]["contestants"]) == {"dense", "dense, BN folded", "frozen", "optimized"}
+    assert found["networks"][0]["left_out"] == {}
+    compiled = "dense, BN folded, torch.compile eager"
+    everybody = {"dense", "dense, BN folded", compiled, "frozen", "optimized"}
+    assert set(found["networks"][0]["contestants"]) == everybody
     assert "WRONG" not in result.stdout
     assert "PARTIAL" not in result.stdout
     assert "measured / predicted" in result.stdout
@@ -346,3 +351,29 @@ def test_auto_stays_with_cudnn_where_the_gain_is_within_luck() -> None:
         return _auto(samples, {name: Prepared(lambda o: o.x, 1.0) for name in samples})["tuned"]
 
     assert [chosen(g) for g in (0.5, 1.01, 1.05)] == ["cudnn", "cudnn", "triton[1]"]
+
+
+def test_a_compiler_that_hangs_or_fails_loses_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_(module: torch.nn.Module, **how: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        tries.append(how)
+        if len(tries) == 2:
+            raise RuntimeError("no compiler")
+        while True:
+            try:
+                time.sleep(10)
+            except TimeoutError:
+                if len(caught) == 1:
+                    raise
+                caught.append("the first")
+
+    tries: list[Any] = []
+    caught: list[str] = []
+    monkeypatch.setattr(networks, "_MODES", list(networks._MODES))
+    monkeypatch.setattr(networks, "_COMPILE_SECONDS", 0.1)
+    monkeypatch.setattr(torch, "compile", compile_)
+    left: dict[str, str] = {}
+    device = Device("cuda", "", 0)
+    assert networks._compiled(device, torch.nn.ReLU(), torch.ones(1), left) == {}
+    assert [reason.split(":")[0] for reason in left.values()] == ["TimeoutError", "RuntimeError"]
+    assert networks._compiled(device, torch.nn.ReLU(), torch.ones(1), left) == {}
+    assert len(tries) == 2

@@ -8,13 +8,16 @@ from functools import partial
 
 from bench.gpu_check.checks import PASSES, cases
 from bench.gpu_check.rows import CONFIGS, DTYPES, settings
-from stripe_kernels.testing import Case, Pass, predicted_on_gpu, without_memory
+from stripe_kernels.testing import Case, Pass, case, predicted_on_gpu, without_memory
 
-KERNELS = ("triton", "stripe_gemm")
+KERNELS = ("triton", "triton_stem", "stripe_gemm")
+STEM = case("a network's first layer", N=2, C=3, H=32, W=32, K=64, padding=(1, 1), density=1.0)
 
 
 def calls(names: tuple[str, ...], dry_run: bool = False) -> Iterator[tuple[str, str, partial[None]]]:
     """(layer, what, call) for all that the layers' rows and the correctness checks of `names` run, in their order."""
+    if not dry_run:
+        yield STEM.name, STEM.name, partial(compile_call, STEM, "bfloat16", "channels_last", "fprop", CONFIGS)
     for setting in settings(dry_run):
         last = "channels_last"
         yield (
@@ -22,11 +25,11 @@ def calls(names: tuple[str, ...], dry_run: bool = False) -> Iterator[tuple[str, 
             setting.what,
             partial(compile_call, setting.case(), setting.dtype, last, setting.which, CONFIGS),
         )
-    for case, dtype, layout in cases(names):
+    for one, dtype, layout in cases(names):
         short = str(dtype)[6:]
         for which in PASSES:
-            what = f"{which} {short} {case.name}"
-            yield case.name, what, partial(compile_call, case, short, layout, which, 1)
+            what = f"{which} {short} {one.name}"
+            yield one.name, what, partial(compile_call, one, short, layout, which, 1)
 
 
 def compile_call(case: Case, dtype: str, layout: str, which: Pass, configs: int) -> None:

@@ -47,7 +47,7 @@ def kernels(device: Device, without: Collection[str] = ()) -> list[str]:
         for n in list_kernels()
         if n not in {"reference", *without} and (device.type == "cpu" or not n.startswith("cpu_"))
     ]
-    return sorted(names, key=lambda n: n == "triton")
+    return sorted(names, key=lambda n: n.startswith("triton"))
 
 
 def aligned(case: Case) -> Case:
@@ -117,7 +117,7 @@ def _tf32_budgets(case: Case, operands: Operands, only: Pass | None = None) -> B
 
 def _one(case: Case, operands: Operands, which: Pass, kernel: str, budget: Budgets) -> Iterator[str]:
     """What is wrong with the configurations predicted to be best; the layers' rows check others."""
-    most = 1 if kernel == "triton" else CONFIGS
+    most = 1 if kernel.startswith("triton") else CONFIGS
     for name, (call, _) in list(prepared(case, operands, which, kernel).items())[:most]:
         with poisoned_memory():
             first = call(operands)
@@ -196,9 +196,11 @@ def _layer(device: Device, kernel: str, seed: int = 0) -> tuple[StripeConv2d, to
     """A layer with this kernel and an input, both as the kernel takes them. Another seed is another skeleton, for
     which nothing was planned yet."""
     live = torch.rand(64, 3, 3, generator=torch.Generator().manual_seed(seed)) < 0.3
-    layer = StripeConv2d(64, 64, 3, padding=1, skeleton=FilterSkeleton(live.numpy()), device=device.type)
+    channels = 3 if kernel == "triton_stem" else 64
+    skeleton = FilterSkeleton(live.numpy())
+    layer = StripeConv2d(channels, 64, 3, padding=1, skeleton=skeleton, device=device.type)
     layer.kernel = kernel
-    x = torch.randn(4, 64, 14, 14, device=device.type)
+    x = torch.randn(4, channels, 14, 14, device=device.type)
     if kernel in {"cuda_mma", "cuda_wgmma"}:
         return layer.to(torch.bfloat16), x.to(torch.bfloat16, memory_format=torch.channels_last)
     return layer, x.to(memory_format=torch.channels_last) if kernel == "cuda_mma_tf32" else x
@@ -338,8 +340,8 @@ def _odd_address(device: Device, kernel: str) -> str | None:
 
 def promises(device: Device, deadline: float, journal: Journal) -> None:
     """Graph capture, streams, devices, torch.compile (slow, so last): "ok" or what went wrong, by kernel, into the
-    journal. The CUDA kernels reach torch.compile and training by the operators that "auto" tries; one of them has no
-    backward pass."""
+    journal. The CUDA kernels reach torch.compile and training by the operators that "auto" tries; not all
+    have a backward pass."""
     tests: dict[str, Any] = {"odd address": lambda k: _odd_address(device, k)}
     names = ["auto", *kernels(device, {"dense"})] if device.type == "cuda" else ["stripe_gemm"]
     if device.type == "cuda":
@@ -365,7 +367,7 @@ def promises(device: Device, deadline: float, journal: Journal) -> None:
         for kernel in names:
             what = f"{name}, {kernel}"
             skipped = (kernel.startswith("cuda_") and "compile" in name) or (
-                kernel == "cuda_wgmma" and "training" in name
+                kernel in {"cuda_wgmma", "triton_stem"} and "training" in name
             )
             if what in over or skipped:
                 continue

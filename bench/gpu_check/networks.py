@@ -1,11 +1,13 @@
-"""Whole networks in CUDA graphs: dense, dense with BN folded, frozen, optimized."""
+"""Whole networks in CUDA graphs: dense, dense with BN folded, compiled by torch, frozen, optimized."""
 
 from __future__ import annotations
 
 import copy
+import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,11 @@ DENSITY = 0.24
 _SECONDS = 0.05  # of measuring one layer
 # name, classes, side, batches
 NETWORKS = (("vgg16", 10, 32, (1024, 1)), ("resnet18", 1000, 224, (64, 1)))
+# Networks that torch compiles too: that takes as long as all else of a row.
+COMPILED = ("vgg16", "resnet20")
+# torch.compile's modes, the best first; what takes longer than this many seconds gives way to the next, for good.
+_MODES = ["max-autotune-no-cudagraphs", "default"]
+_COMPILE_SECONDS = 40.0
 _CHECKED = 64  # images of a batch whose result is compared with float64 on the CPU
 DRY = (("resnet20", 10, 8, (2,)),)
 
@@ -62,6 +69,39 @@ def _contestants(network: nn.Module, skeletons: dict[str, Tensor], x: Tensor) ->
     }
 
 
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """TimeoutError, again every second, once the time is over: a compiler may catch the first ones."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _compiled(device: Device, module: nn.Module, x: Tensor, left: dict[str, str]) -> dict[str, nn.Module]:
+    """`module` as torch compiles it, called once; {} where it cannot, and the reasons in `left`."""
+    for mode in list(_MODES):
+        how: dict[str, Any] = {"mode": mode} if device.type == "cuda" else {"backend": "eager"}
+        name = " ".join(["dense, BN folded, torch.compile", *how.values()])
+        torch.compiler.reset()
+        try:
+            with _within(_COMPILE_SECONDS):
+                compiled = torch.compile(module, dynamic=False, **how)
+                compiled(x)
+            return {name: compiled}  # type: ignore[dict-item]
+        except Exception as error:  # noqa: BLE001 -- whatever a compiler raises, the others' row is to be had
+            left[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            _MODES.remove(mode)
+    return {}
+
+
 def network_row(
     device: Device, name: str, classes: int, side: int, batch: int, dtype: torch.dtype, rounds: int
 ) -> dict[str, Any]:
@@ -75,7 +115,9 @@ def network_row(
         exact = copy.deepcopy(network).double()(sets[0][:_CHECKED].cpu().double())
         contestants = _contestants(network, skeletons, sets[0])
         budget = Budget.of(exact, contestants["dense"](sets[0])[:_CHECKED].cpu())
-        wrong, ready = {}, {}
+        wrong, left, ready = {}, {}, {}  # type: ignore[var-annotated]
+        if name in COMPILED:
+            contestants |= _compiled(device, contestants["dense, BN folded"], sets[0], left)
         for which, module in contestants.items():
             failure = budget.failure(module(sets[0])[:_CHECKED].cpu())
             if failure:
@@ -86,7 +128,7 @@ def network_row(
     base = min((samples[n] for n in ("dense", "dense, BN folded") if n in samples), key=lambda s: s.median)
     return {
         "network": name, "batch": batch, "side": side, "dtype": str(dtype)[6:], "density": DENSITY,
-        "wrong": wrong,
+        "wrong": wrong, "left_out": left,
         "contestants": {
             which: {"seconds": s.median, "spread": s.spread, "n": s.n, **_ratio(Ratio.of(base, s))}
             for which, s in samples.items()

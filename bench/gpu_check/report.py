@@ -128,6 +128,11 @@ def _troubles(found: dict[str, Any]) -> list[str]:
         for row in found["networks"]
         for name, text in row["wrong"].items()
     ]
+    lines += [
+        f"left out: {row['network']} N={row['batch']} {name}: {text}"
+        for row in found["networks"]
+        for name, text in row.get("left_out", {}).items()
+    ]
     lines += [_slow(row) for row in found["layers"] if row["auto"].get("high", 1.0) < 1 / SLOWER]
     lines += [f"left out: {text}" for text in found["layers_left_out"] + found["networks_left_out"]]
     return lines
