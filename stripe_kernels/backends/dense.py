@@ -92,6 +92,11 @@ class _Dense:
 
 
 class DenseFprop(_Dense):
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        # On a GPU torch adds a bias, adds a residual and activates in a pass each: Triton does in one.
+        self.epilogue = provided("epilogue") if problem.device == "cuda" else None
+
     def __call__(
         self,
         x: Tensor,
@@ -101,10 +106,10 @@ class DenseFprop(_Dense):
         residual: Tensor | None,
         act: str,
     ) -> Tensor:
-        early = bias if scale is None else None
+        early = bias if scale is None and self.epilogue is None else None
         convolve, rest = self.call(packed, early)
         y = convolve(self.pad(x), *rest)
-        return apply_epilogue(y, None if early is not None else bias, scale, residual, act)
+        return (self.epilogue or apply_epilogue)(y, None if early is not None else bias, scale, residual, act)
 
     def call(self, packed: Tensor, bias: Tensor | None) -> Call:
         """torch's function of a padded x, and what follows x."""
@@ -113,7 +118,7 @@ class DenseFprop(_Dense):
 
     def short_call(self, packed: Tensor, bias: Tensor | None) -> Call | None:
         """`call` where it is all there is to do but an epilogue."""
-        return None if any(self.uneven) else self.call(packed, bias)
+        return None if any(self.uneven) or self.epilogue else self.call(packed, bias)
 
 
 class OneDnnFprop(DenseFprop):

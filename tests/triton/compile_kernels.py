@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from stripe_kernels import backends, registry
+from stripe_kernels.backends.triton.epilogue import epilogue_launch
 from stripe_kernels.backends.triton.launch import Launch, wide
 from stripe_kernels.backends.triton.pool import TritonMaxPool
 from stripe_kernels.registry import Problem
@@ -45,6 +46,10 @@ ALSO = {
     "dgrad": [(128, 256, 32, 0, 0, 8, 3), (128, 128, 64, 0, 0, 8, 3), (128, 128, 32, 1, 0, 8, 3)],
     "wgrad": [(64, 128, 64, 4, 0, 8, 3), (64, 256, 32, 4, 0, 8, 3), (128, 128, 32, 4, 1, 8, 3)],
 }
+STEM = case(
+    "compiled stem", N=16, C=3, H=32, W=32, K=64, R=7, S=7, stride=(2, 2), padding=(3, 3), density=1.0
+)
+HUGE_STEM = case("compiled huge stem", N=40_000, C=3, H=32, W=32, K=64, padding=(1, 1), density=1.0)
 STRIDED = case("compiled strided", N=3, C=24, H=15, W=9, K=40, stride=(2, 1), dilation=(1, 2), groups=2)
 
 
@@ -170,11 +175,27 @@ def launches(
             yield name, runner.gather.spread_launch(y, 0, flat)
 
 
-def pools(case: Case) -> Iterator[tuple[str, Launch]]:
+def beside(case: Case) -> Iterator[tuple[str, Launch]]:
+    """What networks call besides kernels of the registry: a max pool, and the epilogue of torch's convolution."""
     s, dtype = case.shape, torch.bfloat16
-    pool = TritonMaxPool(((3, 3), (2, 2), (1, 1), (1, 1)), (s.N, s.C, (s.H + 1) // 2, (s.W + 1) // 2))
-    x, y = meta(s.input_size, dtype, True), meta(pool.y_size, dtype, True)
-    yield f"max pool{' 64-bit' if wide(x) else ''}", pool.launch(x, y)
+    x = meta(s.input_size, dtype, True)
+    y = meta((s.N, s.C, (s.H + 1) // 2, (s.W + 1) // 2), dtype, True)
+    pool = TritonMaxPool(((3, 3), (2, 2), (1, 1), (1, 1)), x, tuple(y.shape))
+    vector = torch.empty(s.C, dtype=dtype, device="meta")
+    kind = " 64-bit" if wide(x) else ""
+    yield f"max pool{kind}", pool.launch(x, y)
+    yield f"epilogue{kind}", epilogue_launch(x, vector, vector, x, "silu")
+
+
+def stem(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    s = case.shape
+    problem = Problem(s, case.skeleton, str(dtype)[6:], "cuda", True, 1)
+    runner = registry.find("triton_stem").build(problem, "fprop", (128, 64, 32, 8))
+    weight = torch.empty(case.skeleton.stripes, s.group_c, dtype=dtype, device="meta")
+    x, y = meta(s.input_size, dtype, True), meta(s.output_size, dtype, True)
+    vector = torch.empty(s.K, dtype=dtype, device="meta")
+    kind = " 64-bit" if wide(x, y) else ""
+    yield f"stem {problem.dtype}{kind}", runner.launch(x, runner.pack(weight), y, vector, vector, y, "relu")
 
 
 def main(capability: int) -> None:
@@ -188,9 +209,9 @@ def main(capability: int) -> None:
     if capability == 90:
         cases += [(CASE, torch.float32, True, 1), (HUGE, torch.bfloat16, True, 1)]
     found = {name: launch for c in cases for name, launch in launches(*c)}
-    found |= dict(pools(CASE))
+    found |= dict((*beside(CASE), *stem(STEM, torch.bfloat16)))
     if capability == 90:
-        found |= dict(pools(HUGE))
+        found |= dict((*beside(HUGE), *stem(HUGE_STEM, torch.bfloat16)))
         strict = launches(CASE, torch.float32, True, 1, tf32=False)
         found |= {f"{name} strict": launch for name, launch in strict if "gather" not in name}
     print(json.dumps([describe(name, launch, capability) for name, launch in found.items()]))

@@ -38,7 +38,7 @@ def is_product(row: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_machine_code(capability: int) -> None:
     rows = compiled(capability)
-    assert {"fprop", "dgrad", "wgrad", "sum", "gather", "max"} == {
+    assert {"fprop", "dgrad", "wgrad", "sum", "gather", "max", "epilogue", "stem"} == {
         row["kernel"].split("[")[0].split()[0] for row in rows
     }
     for row in rows:
@@ -68,8 +68,11 @@ def test_machine_code(capability: int) -> None:
             assert "STG.E.U16" not in row["accesses"], f"aligned columns are written one by one: {row}"
         if row["kernel"].startswith("gather sum bfloat16 channels_last"):
             assert "STG.E.128" in row["accesses"], f"filters of a sector are not written at once: {row}"
-    moving = [row for row in rows if row["kernel"].startswith("max pool")]
-    assert moving
+        if row["kernel"].startswith("stem"):
+            assert {TENSOR_CORE[capability], OLDER} & set(row["instructions"]), f"no tensor cores: {row}"
+            assert "STG.E.128" in row["accesses"], f"filters are not written 16 bytes at a time: {row}"
+            assert row["loop"] <= 18 * row["narrow_loads"] or "64-bit" in row["kernel"], row
+    moving = [row for row in rows if row["kernel"].startswith(("max pool", "epilogue"))]
     for row in moving:
         assert all(a.endswith("128") for a in row["accesses"]), f"not 16 bytes at a time: {row}"
         assert row["registers"] * row["threads"] * 10 <= REGISTERS, f"too few blocks hide a load: {row}"

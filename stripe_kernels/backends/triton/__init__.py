@@ -1,7 +1,8 @@
 """Triton kernels for GPUs: fprop over clustered filter tiles, dgrad and wgrad over the live stripes of each
 tap.
 
-One name, `triton`, covers the three passes. CPU tensors it takes only inside Triton's interpreter.
+One name, `triton`, covers the three passes; `triton_stem` is fprop of few channels. CPU tensors they take only inside
+Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ try:
 except ImportError as error:
     raise ImportError(f"triton is not installed ({error}); run: pip install triton") from error
 
+from stripe_kernels.backends.triton import configs, stem
 from stripe_kernels.backends.triton.configs import candidates
 from stripe_kernels.backends.triton.dgrad import TritonDgrad
+from stripe_kernels.backends.triton.epilogue import epilogue
 from stripe_kernels.backends.triton.fprop import TritonFprop
 from stripe_kernels.backends.triton.gather import TritonGather
 from stripe_kernels.backends.triton.launch import INTERPRETED, compiling, refuse
@@ -31,7 +34,17 @@ def build(problem: Problem, which: Pass, config: Config) -> Any:
 
 # The interpreter is for tests: nobody's "auto" should meet it, and no network.
 register(Kernel("triton", refuse, candidates, build, automatic=not INTERPRETED))
+register(
+    Kernel(
+        "triton_stem",
+        stem.refuse,
+        lambda problem, which: configs.stem(problem),
+        stem.TritonStem,
+        automatic=not INTERPRETED,
+    )
+)
 provide("gather", TritonGather)
 if not INTERPRETED:
     provide("max_pool", TritonMaxPool)
+    provide("epilogue", epilogue)
 provide("compiling", compiling)

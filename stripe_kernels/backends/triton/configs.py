@@ -15,7 +15,13 @@ import torch
 
 from stripe_kernels.backends.triton.dgrad import DgradConfig
 from stripe_kernels.backends.triton.fprop import FpropConfig
-from stripe_kernels.backends.triton.schedule import DgradSchedule, FpropSchedule, WgradSchedule
+from stripe_kernels.backends.triton.schedule import (
+    DgradSchedule,
+    FpropSchedule,
+    StemSchedule,
+    WgradSchedule,
+)
+from stripe_kernels.backends.triton.stem import StemConfig
 from stripe_kernels.backends.triton.wgrad import WgradConfig
 from stripe_kernels.packed import Int32Array
 from stripe_kernels.registry import Config, Pass, Problem
@@ -55,6 +61,14 @@ _WGRAD = (
     WgradConfig(64, 128, 64, 1, 0, 8, 3),
     WgradConfig(128, 128, 32, 1, 0, 8, 3),
     WgradConfig(64, 256, 32, 1, 0, 8, 3),
+)
+_STEM = (
+    StemConfig(128, 64, 32, 8),
+    StemConfig(128, 64, 32, 4),
+    StemConfig(128, 64, 64, 8),
+    StemConfig(128, 128, 32, 8),
+    StemConfig(64, 64, 32, 4),
+    StemConfig(32, 32, 32, 4),
 )
 
 
@@ -146,6 +160,26 @@ def fprop(problem: Problem) -> Mapping[Config, float]:
         found[tuple(config)] = product + gpu_seconds(
             problem.dtype, macs=0.0, moved=0.0, loaded=2 * moved, gathered=pixels * executed, launches=chunks
         )
+    return found
+
+
+def stem(problem: Problem) -> Mapping[Config, float]:
+    s, size = problem.shape, item_size(problem.dtype)
+    found: dict[Config, float] = {}
+    for config in _STEM:
+        config = config._replace(
+            block_n=min(config.block_n, power_of_two(s.group_k)),
+            block_l=min(config.block_l, power_of_two(s.group_c * s.taps)),
+        )
+        if _spills(problem, config.block_m * config.block_n, 4096):
+            continue
+        plan = StemSchedule.of(problem.skeleton, s, config.block_n, config.block_l)
+        runs = -(-s.N * s.P * s.Q // config.block_m)
+        gathered = float(runs * config.block_m * len(plan.slot))
+        macs = gathered * config.block_n
+        loaded = gathered * size + runs * plan.value.size * size
+        programs = runs * (len(plan.step_ptr) - 1)
+        found[tuple(config)] = _seconds(problem, macs, config.block_n, loaded, programs, gathered=gathered)
     return found
 
 

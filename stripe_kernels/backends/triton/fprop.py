@@ -34,7 +34,7 @@ from stripe_kernels.backends.triton.launch import (
     with_zero_row,
 )
 from stripe_kernels.backends.triton.schedule import FpropSchedule
-from stripe_kernels.backends.triton.tile import activate, is_inside, is_met, multiply, taps_met, unravel
+from stripe_kernels.backends.triton.tile import finish, is_inside, is_met, multiply, taps_met, unravel
 from stripe_kernels.indices import IndexArrays
 from stripe_kernels.registry import Config, Problem
 
@@ -124,15 +124,11 @@ def fprop_kernel(
         y_at = y + (m[:, None] + ((tile * BLOCK_N + lanes_n) * pitch)[None, :])
         tl.store(y_at, acc.to(y.dtype.element_ty), (m < pitch)[:, None] & (k >= 0)[None, :])
     else:
-        if scale is not None:
-            acc *= tl.load(scale + k, k >= 0, 0.0).to(tl.float32)[None, :]
-        if bias is not None:
-            acc += tl.load(bias + k, k >= 0, 0.0).to(tl.float32)[None, :]
-        if residual is not None:
-            at = (n * residual_n + p * residual_p + q * residual_q)[:, None] + (k * residual_k)[None, :]
-            acc += tl.load(residual + at, kept, 0.0).to(tl.float32)
+        residual_at = (n * residual_n + p * residual_p + q * residual_q)[:, None] + (k * residual_k)[None, :]
+        used = (k >= 0)[None, :]
+        acc = finish(acc, k[None, :], used, residual_at, kept, bias, scale, residual, ACTIVATION)
         y_at = y + (n * y_n + p * y_p + q * y_q)[:, None] + (k * y_k)[None, :]
-        tl.store(y_at, activate(acc, ACTIVATION).to(y.dtype.element_ty), kept)
+        tl.store(y_at, acc.to(y.dtype.element_ty), kept)
 
 
 class TritonFprop:

@@ -4,6 +4,8 @@
     dgrad  a reduction entry is one tap and up to `depth` filters that keep it, listed per (group, phase)
     wgrad  an output entry is one tap and up to `height` filters that keep it
 
+    stem   a block of `width` consecutive filters reduces over the channels of the taps that one of them keeps
+
 A slot without a stripe holds the row A, a row of zeros appended to the packed values, or the filter -1,
 which is masked.
 """
@@ -22,6 +24,8 @@ from stripe_kernels.phases import PhaseTap, phases, tap_offset
 from stripe_kernels.skeleton import FilterSkeleton
 
 BoolArray = npt.NDArray[np.bool_]
+
+STEM_BITS = 30  # rows and columns of a filter: bits of a word, and one that stays free
 
 # Weight of a tap the tile must newly execute against one it executes already. No value wins on every
 # skeleton: all are tried.
@@ -138,6 +142,45 @@ class FpropSchedule:
             _int32([tap_offset(s, t) for t in number]).reshape(-1, 2),
             _int32(np.concatenate([np.empty((0, width)), *rows])),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class StemSchedule:
+    """Blocks of `width` consecutive filters of a group. Each has its slots, one for every channel of every tap that a
+    filter of it keeps, in steps of `depth`."""
+
+    step_ptr: Int32Array  # [blocks + 1]: steps of block i are [step_ptr[i], step_ptr[i + 1])
+    slot: Int32Array  # [slots, 4]: rows and columns from the filter's corner, channel, the bits of its row and column
+    value: Int32Array  # [slots, width]: of the packed values, C/g times A for zero
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def of(skeleton: FilterSkeleton, s: ConvShape, width: int, depth: int) -> StemSchedule:
+        live = skeleton.live.reshape(s.groups, s.group_k, s.taps)
+        row_of = np.full(live.shape, skeleton.stripes)
+        row_of[live] = np.arange(skeleton.stripes)
+        channels = np.arange(s.group_c)
+        nothing = np.array([0, 0, 0, 1 << STEM_BITS])  # a bit that no pixel has
+        counts, slots, values = [], [np.empty((0, 4))], [np.empty((0, width))]
+        for of_group, rows in zip(live, row_of, strict=True):
+            for first in range(0, s.group_k, width):
+                taps = np.flatnonzero(of_group[first : first + width].any(0))
+                r, c = np.repeat(taps, s.group_c), np.tile(channels, len(taps))
+                steps = -(-len(c) // depth)
+                slot = np.tile(nothing, (steps * depth, 1))
+                bits = (1 << r // s.S) | (1 << (s.R + r % s.S))
+                slot[: len(c)] = np.stack([r // s.S * s.dilation[0], r % s.S * s.dilation[1], c, bits], 1)
+                value = np.full((steps * depth, width), skeleton.stripes * s.group_c)
+                members = rows[first : first + width]
+                value[: len(c), : len(members)] = np.where(
+                    members[:, r] < skeleton.stripes,
+                    members[:, r] * s.group_c + c,
+                    skeleton.stripes * s.group_c,
+                ).T
+                counts.append(steps)
+                slots.append(slot)
+                values.append(value)
+        return StemSchedule(_pointers(counts), _int32(np.concatenate(slots)), _int32(np.concatenate(values)))
 
 
 def _chunks(tap: PhaseTap, size: int) -> list[tuple[Int32Array, Int32Array]]:

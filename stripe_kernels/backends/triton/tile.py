@@ -70,3 +70,15 @@ def activate(v, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "hardswish":
         v = v * tl.where(v < -3, 0.0, tl.where(v > 3, 6.0, v + 3)) / 6
     return v
+
+
+@triton.jit
+def finish(v, k, used, residual_at, kept, bias, scale, residual, ACTIVATION: tl.constexpr):
+    """act(scale[k] * v + bias[k] + residual) of a tile. k, used: the channels of one side of it, which are there."""
+    if scale is not None:
+        v *= tl.load(scale + k, used, 0.0).to(tl.float32)
+    if bias is not None:
+        v += tl.load(bias + k, used, 0.0).to(tl.float32)
+    if residual is not None:
+        v += tl.load(residual + residual_at, kept, 0.0).to(tl.float32)
+    return activate(v, ACTIVATION)
