@@ -41,7 +41,9 @@ struct Shape {
   static constexpr int Ones = Serve * 32;            // bytes of 16 columns' ones
   // A stage of the ring holds pieces, or all ones of a step.
   static constexpr int Stage = Chunks * Piece > 2 * Bundles* Ones ? Chunks * Piece : 2 * Bundles * Ones;
-  static constexpr int Parts = Columns == 32 ? 1 : 2;  // products of 64 channels: registers hold no more
+  static constexpr int Parts = Filters == 64 ? 1 : 2;  // products of 64 channels: registers hold no more
+  static constexpr int Products = Chunks * Parts;      // of a stage
+  static constexpr bool Overlaps = Products == 1;      // registers hold z of two steps, rounded
 };
 
 struct Launch {
@@ -190,6 +192,10 @@ __device__ inline void load_weights(const Launch& launch) {
 template <class S>
 using Operand = std::uint32_t[4 / S::Parts][4];
 
+// z as wgmma takes it from registers.
+template <class S>
+using Rounded = std::uint32_t[S::Columns / 16][4];
+
 // at: of the pixel that a lane names, the address of its first 16 bytes (lanes 16 on: second).
 template <class S>
 __device__ __forceinline__ void load_pixels(const unsigned char* patch, int at, int part, Operand<S>& a) {
@@ -210,8 +216,8 @@ __device__ __forceinline__ void multiply(const Operand<S>& a, std::uint64_t w, i
 
 // y (+)= z times ones: of every bundle its own columns', then those of what is left over.
 template <class T, class S, int... B>
-__device__ __forceinline__ void add_columns(const std::uint32_t (&z)[S::Columns / 16][4], std::uint64_t ones,
-                                            int accumulate, float (&y)[S::Bundles][S::Serve / 2],
+__device__ __forceinline__ void add_columns(const Rounded<S>& z, std::uint64_t ones, int accumulate,
+                                            float (&y)[S::Bundles][S::Serve / 2],
                                             std::integer_sequence<int, B...>) {
   constexpr int kNext = S::Ones >> 4;
   wgmma_fence();
@@ -284,11 +290,11 @@ __device__ __forceinline__ void finish_sums(const Call& call, int channel, int c
   }
 }
 
-// What is in registers is put away in turns; all else is the same code, which is fetched once.
+// What is in registers is put away in turns; all else is the same code, which is fetched once. The header is a copy: behind
+// the last barrier of the warp the next tile's may take its place.
 template <class T, class S, int... B>
-__device__ __forceinline__ void store(const Call& call, const Header& header, const long long* offsets,
-                                      bool aligned, unsigned char* sums,
-                                      const float (&y)[S::Bundles][S::Serve / 2],
+__device__ __forceinline__ void store(const Call& call, Header header, const long long* offsets, bool aligned,
+                                      unsigned char* sums, const float (&y)[S::Bundles][S::Serve / 2],
                                       std::integer_sequence<int, B...>) {
 #pragma unroll 1
   for (int b = 0; b < 2 * S::Filters / 64; ++b) {
@@ -302,91 +308,120 @@ __device__ __forceinline__ void store(const Call& call, const Header& header, co
   }
 }
 
-// What products read is loaded while the ones before are under way, and so is waited for what comes through the ring.
+// z of a step is multiplied together with the second product of the step before: while the latter ends, z is rounded. What
+// products read is loaded, and what comes through the ring is waited for, while others are under way.
 template <class T, class S>
 __device__ inline void compute(const Launch& launch) {
   const Layout& l = launch.params.layout;
   const Call& call = launch.params.call;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp * 16 + lane % 16;
-  const int stages = stages_of<S>(l), kept = kept_stages<S>(l, call.tables), all = kept ? kept : l.slab;
+  const int stages = S::Chunks == 1 ? 1 : stages_of<S>(l);
+  const int kept = kept_stages<S>(l, call.tables), all = kept ? kept : l.slab;
   const Strides& strides = call.out_strides;
   const bool aligned = reinterpret_cast<std::uintptr_t>(call.out) % 16 == 0 &&
                        (strides.n | strides.h | strides.w | l.group_out) % 8 == 0;
   Cursor ring;
-  int freed = -1;  // a stage, once nothing reads it any more
   bool waits = true;
-  const bool leader = lane == 0;
+  const bool leader = lane == 0, gives = leader && !kept;
   for_each_item(l, call.tables, [&](const PixelTile&, const Phase&, int buffer, int parity) {
     const Shared s = shared_of<S>(l, buffer);
     const auto arrived = [&] {
       if (waits) mbarrier_wait(s.full + ring.stage, ring.parity);
     };
-    // Gives the stage that was read before this one back, and goes on to the next one.
-    const auto release = [&] {
-      if (leader && freed >= 0) mbarrier_arrive(s.empty + freed);
-    };
-    const auto advance = [&] {
-      freed = ring.stage;
-      ring.advance(all);
+    // Gives a stage back, if it is one, that nothing reads any more.
+    const auto release = [&](int stage) {
+      if (gives && stage >= 0) mbarrier_arrive(s.empty + stage);
     };
     mbarrier_wait(s.ready, parity);
     const int count = s.header->steps;
     float y[S::Bundles][S::Serve / 2], z[S::Columns / 2];
-    std::uint32_t rounded[S::Columns / 16][4];
+    Rounded<S> rounded, another;
     Operand<S> even, odd;
 #pragma unroll
     for (int b = 0; b < S::Bundles; ++b) wgmma_keep(y[b]);
     wgmma_keep(z);
-    // Of the step's pixel that this lane names; the next step's row is loaded a step ahead.
-    int next = s.rows[row];
+    // Of the step's pixel that this lane names; loaded a step before the pixel is.
+    const auto row_of = [&](int step) { return s.rows[min(step, count - 1) * kPixels + row]; };
+    int next = row_of(0);
     const auto meet = [&] { return next * kRowBytes + (lane & 16 ^ (next & 7) << 4); };
     int at = meet();
     load_pixels<S>(s.patch, at, 0, even);
+    next = row_of(1);
     arrived();
-    // `first` holds what the step begins with; `second` does for the next one, if there is one product a step.
-    constexpr int kProducts = S::Chunks * S::Parts;  // of a stage
-    const auto step = [&](Operand<S>& first, Operand<S>& second, int i) {
-      next = s.rows[min(i + 1, count - 1) * kPixels + row];
+    int last = -1;                  // stage of the first product
+    int summing = -1, summed = -1;  // stages of ones: that were multiplied last, and before
+    std::uint64_t ones = 0;         // that are multiplied next
+    // z of step i; add() is issued behind the first product. `first` holds what the step begins with; `second` does for the
+    // next one, if there is one product a step.
+    const auto products = [&](Operand<S>& first, Operand<S>& second, int i, const auto& add) {
       const unsigned char* patch = s.patch;
-      for (int stage = 0; stage < stages; ++stage) {
+      const auto stage = [&](int number, const auto& beside) {
         const std::uint64_t w = matrix_descriptor(shared_address(s.ring + ring.stage * S::Stage));
 #pragma unroll
-        for (int p = 0; p < kProducts; ++p) {
+        for (int p = 0; p < S::Products; ++p) {
           Operand<S>& current = p % 2 ? second : first;
           Operand<S>& behind = p % 2 ? first : second;
           const int chunk = p / S::Parts, part = p % S::Parts;
-          multiply<T, S>(current, w + chunk * (S::Piece >> 4) + part * (8 / S::Parts), stage + p, z);
-          wgmma_wait<1>();
-          if (p == 0) release();
+          if (p == 0 && !S::Overlaps) beside();
+          multiply<T, S>(current, w + chunk * (S::Piece >> 4) + part * (8 / S::Parts), number + p, z);
+          if (p == 0 && S::Overlaps) beside();
+          if (!S::Overlaps) {
+            wgmma_wait<1>();
+            if (p == 0) release(number == 0 ? summing : last);
+          }
           if (part + 1 == S::Parts) patch += l.pitch;
-          if (p + 1 == kProducts) {
-            advance();
+          if (p + 1 == S::Products) {
+            last = ring.stage;
+            ring.advance(all);
             arrived();
-            if (stage + 1 == stages) at = meet(), patch = s.patch;
+            if (number + 1 == stages) at = meet(), patch = s.patch;
           }
           load_pixels<S>(patch, at, (part + 1) % S::Parts, behind);
         }
-      }
-      const std::uint64_t ones = sixteens_descriptor(shared_address(s.ring + ring.stage * S::Stage));
-      wgmma_wait<0>();
+      };
+      stage(0, add);
+      if constexpr (S::Chunks > 1)
+        for (int number = 1; number < stages; ++number) stage(number, [] {});
+      next = row_of(i + 2);
+      ones = sixteens_descriptor(shared_address(s.ring + ring.stage * S::Stage));
+    };
+    // What follows when z is there: Pending second products are not waited for.
+    const auto finish = [&](auto pending, Rounded<S>& to, int i) {
+      const int of_ones = ring.stage;
+      ring.advance(all);
+      if (i + 1 < count) arrived();
+      wgmma_wait<decltype(pending)::value>();
       wgmma_keep(z);
 #pragma unroll
       for (int c = 0; c < S::Columns / 16; ++c)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) rounded[c][e] = pack<T>(z[8 * c + 2 * e], z[8 * c + 2 * e + 1]);
-      add_columns<T, S>(rounded, ones, i, y, std::make_integer_sequence<int, S::Bundles>());
-      release();
-      advance();
-      if (i + 1 < count) arrived();
+        for (int e = 0; e < 4; ++e) to[c][e] = pack<T>(z[8 * c + 2 * e], z[8 * c + 2 * e + 1]);
+      release(last);
+      if (S::Overlaps) release(summed);
+      summed = summing, summing = of_ones;
     };
-    if constexpr (kProducts % 2 == 0) {
-      for (int i = 0; i < count; ++i) step(even, odd, i);
+    constexpr auto bundles = std::make_integer_sequence<int, S::Bundles>();
+    const auto step = [&](auto pending, Operand<S>& first, Operand<S>& second, const Rounded<S>& from,
+                          Rounded<S>& to, int i) {
+      products(first, second, i, [&] { add_columns<T, S>(from, ones, i - 1, y, bundles); });
+      finish(pending, to, i);
+    };
+    constexpr Constant<0> none;
+    constexpr Constant<1> one;
+    products(even, odd, 0, [] {});
+    finish(none, rounded, 0);
+    int i = 1;
+    if constexpr (S::Overlaps) {
+      for (; i + 1 < count; i += 2)
+        step(one, odd, even, rounded, another, i), step(one, even, odd, another, rounded, i + 1);
+      if (i < count) step(none, odd, even, rounded, rounded, i);
     } else {
-      int i = 0;
-      for (; i + 1 < count; i += 2) step(even, odd, i), step(odd, even, i + 1);
-      if (i < count) step(even, odd, i);
+      for (; i < count; ++i) step(none, even, odd, rounded, rounded, i);
     }
+    add_columns<T, S>(rounded, ones, count - 1, y, bundles);
     wgmma_wait<0>();
+    if (S::Overlaps) release(summed);
+    release(summing);
     waits = !kept;
 #pragma unroll
     for (int b = 0; b < S::Bundles; ++b) wgmma_keep(y[b]);

@@ -63,11 +63,12 @@ def steps_of(phase: Phase, first: int, filters: int, serve: int) -> list[Step]:
 
 @dataclass(frozen=True)
 class Stages:
-    """Of the ring: 64s of channels of one, of them a step (and one of ones), and bytes."""
+    """Of the ring: 64s of channels of one, of them a step (and one of ones), bytes, and products of one."""
 
     chunks: int
     of_step: int
     bytes: int
+    products: int
 
     @classmethod
     def of(cls, problem: Problem, config: Config) -> Stages:
@@ -75,7 +76,8 @@ class Stages:
         channels = -(-problem.shape.group_c // CHUNK)
         chunks = min(2, channels)
         columns = SIXTEEN * (filters // serve + 1)
-        return cls(chunks, -(-channels // chunks), max(chunks * columns * ROW, 2 * filters * 2 * SIXTEEN))
+        size = max(chunks * columns * ROW, 2 * filters * 2 * SIXTEEN)
+        return cls(chunks, -(-channels // chunks), size, chunks * filters // 64)
 
 
 @lru_cache(maxsize=512)
@@ -128,7 +130,7 @@ def layout_of(problem: Problem, config: Config) -> Layout | None:
     fixed = pixels // 16 * SUMS_BYTES + 4 * 8 + 1024
     for buffers in (2, 1):
         stages = min(MOST_STAGES, (SHARED_BYTES - fixed - buffers * tile) // (stage.bytes + 16))
-        if stages >= (2 if buffers == 1 else 4):
+        if stages >= (4 if stage.products > 1 else 6):  # the kernel waits for weights that far ahead
             break
     else:
         return None

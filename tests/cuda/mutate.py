@@ -132,22 +132,22 @@ FAULTS = {
         TAPS, "        mbarrier_wait(s.empty + ring.stage, ring.parity ^ 1);\n", ""
     ),
     "taps: a stage given back while it is read": Fault(
-        TAPS, "          wgmma_wait<1>();\n          if (p == 0) release();\n", "          if (p == 0) release();\n"
+        TAPS, "            wgmma_wait<1>();\n            if (p == 0)", "            if (p == 0)"
     ),
     "taps: registers filled while wgmma reads them": Fault(
         TAPS, "(part + 1) % S::Parts, behind);", "(part + 1) % S::Parts, current);"
     ),
     "taps: sums rounded before they end": Fault(
-        TAPS, "      wgmma_wait<0>();\n      wgmma_keep(z);", "      wgmma_keep(z);"
+        TAPS, "      wgmma_wait<decltype(pending)::value>();\n", ""
     ),
     "taps: y stored before it ends": Fault(
-        TAPS, "    wgmma_wait<0>();\n    waits = !kept;", "    waits = !kept;"
+        TAPS, "    wgmma_wait<0>();\n    if (S::Overlaps)", "    if (S::Overlaps)"
     ),
     "taps: a tap meets what is beside the image": Fault(
         TAPS, "meets(w, p.i + tap.x, p.j + tap.y)", "meets(w, p.i + tap.x, p.j)"
     ),
     "taps: a step reads the pixels of the one before": Fault(
-        TAPS, "s.rows[min(i + 1, count - 1) * kPixels + row]", "s.rows[min(i, count - 1) * kPixels + row]"
+        TAPS, "s.rows[min(step, count - 1) * kPixels", "s.rows[max(0, min(step, count) - 1) * kPixels"
     ),
     "taps: weights kept that another tile of filters needs": Fault(
         TAPS, "  if (l.groups * l.tiles_out > 1) return 0;\n", ""
