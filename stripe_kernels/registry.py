@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from stripe_kernels.geometry import ConvShape
@@ -66,8 +66,17 @@ def register(kernel: Kernel) -> None:
 
 
 def withdraw(name: str) -> None:
-    """Takes a kernel back: it exists no more in this process."""
-    _kernels.pop(name, None)
+    """Takes a kernel back, or one pass of it ("cuda_wgmma:wgrad"): it exists no more in this process."""
+    kernel, _, lost = name.partition(":")
+    if not lost:
+        _kernels.pop(kernel, None)
+    elif kernel in _kernels:
+        whole = _kernels[kernel]
+
+        def refuse(problem: Problem, which: Pass) -> str | None:
+            return f"its {lost} was withdrawn" if which == lost else whole.refuse(problem, which)
+
+        _kernels[kernel] = replace(whole, refuse=refuse)
 
 
 def register_missing(backend: str, reason: str) -> None:

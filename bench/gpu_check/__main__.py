@@ -23,6 +23,8 @@ from bench.gpu_check.journal import Journal
 from bench.gpu_check.stages import run_stage, start_parts, wait_for
 from bench.machine import commit
 
+PASSES = ("fprop", "dgrad", "wgrad")  # torch is imported after the build
+
 # Seconds after the start at which each stage has to be over; what is not done by then is listed.
 DEADLINES = {
     "compile": 120, "tries": 160, "promises": 200, "checks": 240, "sanitizer": 290, "probes": 330, "layers": 515,
@@ -105,7 +107,8 @@ def check(
         found["kernels"] = checks.kernels(device)
         if not dry:
             # Triton's come from a compiler that checks; those of our own are tried first.
-            native = [name for name in found["kernels"] if name.startswith("cuda_")]
+            own = [name for name in found["kernels"] if name.startswith("cuda_")]
+            native = [f"{name}:{which}" for name in own for which in PASSES]
             found["lost"] = tools.first_tries(native, max(LEAST, ends["tries"] - time.perf_counter()))
             lost = list(found["lost"])
             say(f"first tries: {', '.join(lost) or 'every kernel'} {'lost' if lost else 'ran'}")
@@ -211,8 +214,12 @@ def main() -> int:
     parser.add_argument(
         "--checks-only", action="store_true", help="a small correctness set, for compute-sanitizer"
     )
-    parser.add_argument("--kernels", nargs="*", default=[], help="with --checks-only: these alone")
-    parser.add_argument("--without", nargs="*", default=[], help="with --stage: kernels that may not run")
+    parser.add_argument(
+        "--kernels", nargs="*", default=[], help="with --checks-only: these alone; cuda_wgmma:wgrad is a pass"
+    )
+    parser.add_argument(
+        "--without", nargs="*", default=[], help="with --stage: what may not run, as in --kernels"
+    )
     parser.add_argument("--no-build", action="store_true", help="the extensions are built already")
     parser.add_argument(
         "--ends", nargs=len(DEADLINES), type=float, metavar="S",

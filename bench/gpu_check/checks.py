@@ -150,20 +150,24 @@ def small_set(device: Device, names: list[str]) -> int:
 def correctness(
     device: Device, names: tuple[str, ...], deadline: float, tried: Collection[str], journal: Journal
 ) -> list[str]:
-    """Kernel x case x dtype x pass, twice each, for the kernels `tried`, into the journal; what is wrong. float32 is
-    strict. What the journal has already, and what a process died of, is left out."""
+    """Kernel x case x dtype x pass, twice each, for the kernels `tried` or passes of them ("cuda_wgmma:wgrad"), into
+    the journal; what is wrong. float32 is strict. What the journal has already, and what a process died of, is left
+    out."""
     before = {line["what"] for line in journal.lines("check")} | set(journal.unfinished("begun", "check"))
     skipped = 0
     found: list[str] = []
     set_precision("float32")
     every = list(_prepared(names, device))
-    for kernel in tried:
+    for name in tried:
+        kernel, _, only = name.partition(":")
         for case, operands, rounded, budget in every:
             if "tf32" in kernel:  # its results are those of the rounded operands
                 if operands.x.dtype != torch.float32:
                     continue
                 operands, budget = rounded, _tf32_budgets(case, rounded)
             for which in PASSES:
+                if only not in ("", which):
+                    continue
                 what = f"{kernel} {which} of {case.name}, {str(operands.x.dtype)[6:]}"
                 if what in before:
                     continue

@@ -55,8 +55,8 @@ def _alone(kernels: list[str]) -> list[str]:
 
 
 def first_tries(kernels: list[str], seconds: float) -> dict[str, str]:
-    """Each kernel over few cases in a process of its own, all at once: name -> why it may not run in this one. A kernel
-    that hangs or leaves its memory takes its process along; wrong results do not."""
+    """Each kernel, or pass of one, over few cases in a process of its own, all at once: name -> why it may not run in
+    this one. A kernel that hangs or leaves its memory takes its process along; wrong results do not."""
     with ThreadPoolExecutor(max(1, len(kernels))) as pool:
         found = list(pool.map(lambda name: run(_alone([name]), seconds, keep=True), kernels))
     reasons = {}

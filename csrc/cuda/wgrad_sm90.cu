@@ -98,13 +98,14 @@ __device__ inline const Phase& phase_of(const Layout& l, const Call& call) {
   return reinterpret_cast<const Phase*>(call.tables + l.steps)[blockIdx.y];
 }
 
-// This block's tiles of pixels.
+// This block's tiles of pixels: the first shares have one more where they do not come out even.
 struct Share {
   int begin, end;
 
-  __device__ explicit Share(const Layout& l)
-      : begin(static_cast<int>(static_cast<long long>(l.walk.tiles_n) * blockIdx.z / l.splits)),
-        end(static_cast<int>(static_cast<long long>(l.walk.tiles_n) * (blockIdx.z + 1) / l.splits)) {}
+  __device__ explicit Share(const Layout& l) {
+    const int split = blockIdx.z, each = l.walk.tiles_n / l.splits, more = l.walk.tiles_n % l.splits;
+    begin = split * each + min(split, more), end = begin + each + (split < more);
+  }
 };
 
 // Calls load(tile, stage) for every tile, once its stage is free.
@@ -228,6 +229,11 @@ __device__ __forceinline__ void multiply(const unsigned char* x, int accumulate,
                                          float (&acc)[S::N / 2]) {
   const std::uint64_t b = column_descriptor(shared_address(x), S::Pixels);
   constexpr int kNext = 16 * kRowBytes / 16;  // 16 rows further in units of 16 bytes
+  // All of it is in registers before the fence: the assembler would gather on between the products.
+#pragma unroll
+  for (int k = 0; k < kStep / 16; ++k)
+#pragma unroll
+    for (std::uint32_t& pair : a[k]) asm volatile("" : "+r"(pair)::"memory");
   wgmma_fence();
   wgmma_registers<T, S::N, true>(acc, a[0], b, accumulate);
   wgmma_registers<T, S::N, true>(acc, a[1], b + kNext, 1);

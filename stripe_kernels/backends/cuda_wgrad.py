@@ -79,11 +79,11 @@ def blocks_of(skeleton: FilterSkeleton, s: ConvShape, filters: int) -> tuple[Blo
         taps, k, rows = taps[by_filter], k[by_filter], rows[by_filter]
         begin = 0
         while begin < len(k):
-            end = min(begin + STRIPES, int(np.searchsorted(k, k[begin] + filters)))
+            first = int(k[begin]) // EIGHT * EIGHT  # a copy of dy begins at a multiple of 16 bytes
+            end = min(begin + STRIPES, int(np.searchsorted(k, first + filters)))
             mine = np.argsort(taps[begin:end], kind="stable") + begin
             numbers, own = np.unique(taps[mine], return_inverse=True)
             offsets = tuple((phase.taps[n].i, phase.taps[n].j) for n in numbers)
-            first = int(k[begin])
             # Rows of the patch that four threads read at once are two apart: together they read pieces of 16 bytes of
             # one parity, whatever their filter, and the row's.
             parity = np.array([(i * s.Q + j) % 2 for i, j in offsets])[own]

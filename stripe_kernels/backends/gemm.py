@@ -45,8 +45,8 @@ _CPU_GATHER = {"fprop": 1.5e-9, "dgrad": 2.6e-9, "wgrad": 8.4e-9}
 _CPU_SUM = 1e-9  # seconds a value of dw that an image is added to
 _CPU_OUT = 1e-9  # seconds a value of y or dx
 _CPU_TURN = 2e-9  # the same, beyond that, where it goes out in channels_last
-# Instructions of a value in the gathers, over those that roofline.py counts; and what Triton's take of the time that bytes
-# and instructions leave (H200: 1.0 to 1.8; the native ones .9 to 1.4).
+# Instructions of a value in the gathers, over those that roofline.py counts; and how much longer Triton's take than
+# bytes and instructions say (an H200: 1.0 to 1.8 times, the native ones .9 to 1.4).
 _GATHERED, _TRITONS = 1.4, 1.3
 
 

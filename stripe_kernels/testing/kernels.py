@@ -60,7 +60,7 @@ def prepared(
 
 
 def withdraw(kernel: str) -> None:
-    """Takes a kernel out of this process, as one that a check has lost."""
+    """Takes a kernel, or a pass of one ("cuda_wgmma:wgrad"), out of this process, as one that a check has lost."""
     from stripe_kernels import backends, registry
 
     backends.load()
