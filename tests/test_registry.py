@@ -22,5 +22,5 @@ def test_a_pass_is_withdrawn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_plan(problem, "dgrad", "stripe_gemm").chosen.kernel == "stripe_gemm"
     registry.withdraw("stripe_gemm")
     with pytest.raises(ValueError, match="no kernel 'stripe_gemm'"):
-        make_plan(problem, "dgrad", "stripe_gemm")
+        make_plan(problem, "fprop", "stripe_gemm")
     registry.withdraw("stripe_gemm:dgrad")  # nothing is left to give up
