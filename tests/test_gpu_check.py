@@ -366,7 +366,7 @@ def test_a_compiler_that_hangs_or_fails_loses_nothing_else(monkeypatch: pytest.M
 
     tries: list[Any] = []
     caught: list[str] = []
-    monkeypatch.setattr(networks, "_MODES", list(networks._MODES))
+    monkeypatch.setattr(networks, "_MODES", dict(networks._MODES))
     monkeypatch.setattr(networks, "_COMPILE_SECONDS", 0.1)
     monkeypatch.setattr(torch, "compile", compile_)
     left: dict[str, str] = {}
