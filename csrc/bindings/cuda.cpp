@@ -74,6 +74,8 @@ const Spec kSpecs[] = {
     {"fprop_sm90", fprop_sm90, fprop_sm90_bytes, [](const TableCheck& t, const Layout&) { t.fprop_sm90(); }},
     {"fprop_taps_sm90", fprop_taps_sm90, fprop_taps_sm90_bytes,
      [](const TableCheck& t, const Layout&) { t.fprop_taps_sm90(); }},
+    {"fprop_whole_sm90", fprop_whole_sm90, fprop_whole_sm90_bytes,
+     [](const TableCheck& t, const Layout&) { t.fprop_whole_sm90(); }},
     {"dgrad_sm90", dgrad_sm90, dgrad_sm90_bytes, [](const TableCheck& t, const Layout&) { t.dgrad_sm90(); }},
     {"wgrad_sm90", wgrad_sm90, wgrad_sm90_bytes, [](const TableCheck& t, const Layout&) { t.wgrad_sm90(); }},
 };

@@ -376,6 +376,56 @@ class TableCheck {
     }
   }
 
+  // A tile of filters: taps, their end, first filter, count; a tap: rows of the patch from a position to what it reads. A
+  // block reads 64 rows from each, whether its positions exist or not; those that do have to find theirs in the box.
+  void fprop_whole_sm90() const {
+    const Walk& w = l_.walk;
+    const long long chunks = (l_.group_in + 63) / 64, width = w.patch_w, box = width * w.patch_h;
+    require(l_.dtype != DType::f32, "16-bit values");
+    require((l_.width == 64 || l_.width == 128) && l_.tile_out == l_.width, "a tile has 64 or 128 filters");
+    require(l_.group_in % 8 == 0, "channels come in pieces of 16 bytes");
+    require(w.patch_h <= 256 && width <= 256 && w.tile_n == 1 && w.tile_h == 1, "a patch is one box");
+    require(w.in_step_h == 1 && w.in_step_w == 1 && w.out_step_h == 1 && w.out_step_w == 1 &&
+                w.classes == 1 && l_.splits == 1,
+            "a stride is 1, one class, no splits");
+    require(w.load_w <= 3 && w.load_h <= 64 && w.load_h >= chunks,
+            "a tile has 1 to 3 blocks, and its patches room");
+    require(l_.slab <= 64 && l_.slab * chunks * l_.width <= 1 << 11 && l_.pitch <= 1 << 18 &&
+                l_.pitch % 1024 == 0 && box * 128 <= l_.pitch,
+            "weights and a patch fit shared memory");
+    const long long positions = (w.out_h - 1LL) * width + w.tile_w, reads = 64LL * w.load_w, step = w.row_h;
+    require(w.tiles_n == w.images && 1LL * w.tiles_w * w.tile_w >= w.out_w && w.tiles_h * step >= positions &&
+                (w.tiles_h - 1LL) * step < positions && 1LL * w.images * w.tiles_h * w.tiles_w < 1LL << 30 &&
+                w.out_h * width < 1LL << 31,
+            "tiles hold all positions");
+    require(step <= reads || (step % width == 0 && step <= reads + width - w.tile_w),
+            "what lies between two tiles is not stored");
+    const int tiles = l_.groups * l_.tiles_out;
+    require(1LL * l_.tiles_out * l_.tile_out >= l_.group_out, "tiles of filters hold them all");
+    require(l_.steps - l_.items >= 4 * tiles && l_.entries - l_.steps >= 4,
+            "a tile of filters has four integers");
+    long long reach = 0;
+    for (int i = 0, next = 0; i < tiles; ++i) {
+      const int* f = &t_[l_.items + 4 * i];
+      const int group = i / l_.tiles_out, first = i % l_.tiles_out * l_.tile_out;
+      require(f[0] == next && f[0] <= f[1] && f[1] - f[0] <= l_.slab, "taps follow each other and have room");
+      require(f[2] == group * l_.group_out + first && f[3] > 0 &&
+                  f[3] == std::min(l_.tile_out, l_.group_out - first),
+              "tiles of filters follow each other");
+      next = f[1];
+      for (int tap = f[0]; tap < f[1]; ++tap) {
+        require(entry(tap) >= 0, "a tap stays in its patch");
+        reach = std::max<long long>(reach, entry(tap));
+      }
+    }
+    for (int t = 0; t < w.tiles_h; ++t) {
+      const long long first = t * step, shift = first % width;
+      const long long count = std::min(std::min(step, reads), positions - first);
+      require(shift + count + reach <= box && (shift + reads + reach) * 128 <= l_.pitch,
+              "a tap stays in its patch");
+    }
+  }
+
   static void require(bool ok, const std::string& what) {
     if (!ok) throw std::invalid_argument("stripe_kernels._cuda: tables do not hold: " + what);
   }

@@ -19,6 +19,7 @@ int wgrad_mma(const Params&, void* stream);
 // Hopper alone (sm_90a): wgmma and its copy engine; bfloat16, float16; channels last.
 int fprop_sm90(const Params&, void* stream);
 int fprop_taps_sm90(const Params&, void* stream);
+int fprop_whole_sm90(const Params&, void* stream);
 int dgrad_sm90(const Params&, void* stream);
 int wgrad_sm90(const Params&, void* stream);
 
@@ -31,6 +32,7 @@ int dgrad_mma_bytes(const Layout&);
 int wgrad_mma_bytes(const Layout&);
 int fprop_sm90_bytes(const Layout&);
 int fprop_taps_sm90_bytes(const Layout&);
+int fprop_whole_sm90_bytes(const Layout&);
 int dgrad_sm90_bytes(const Layout&);
 int wgrad_sm90_bytes(const Layout&);
 

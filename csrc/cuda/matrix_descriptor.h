@@ -9,7 +9,8 @@ namespace sk::cuda {
 constexpr std::uint64_t kEightRows = 1024 >> 4, kSwizzle128 = 1;
 
 // A matrix whose rows are 128 bytes apart and swizzled by 128 bytes: 16-byte piece p of row r lies at place
-// p ^ (r % 8). `address` is that of row 0 (a multiple of 1024 bytes), or 32 bytes further for each 16 values of K.
+// p ^ (r % 8). `address` is that of row 0 (a multiple of 1024 bytes), or 32 bytes further for each 16 values of K. It may be
+// that of any later row: the chip swizzles by the bits of an address (measured on an H200 for rows 0 to 15, base offset 0).
 __device__ inline std::uint64_t matrix_descriptor(std::uint32_t address) {
   return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | kEightRows << 32 | kSwizzle128 << 62;
 }

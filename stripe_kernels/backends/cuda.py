@@ -24,6 +24,7 @@ from stripe_kernels.backends import (
     cuda_tiles,
     cuda_wgmma,
     cuda_wgrad,
+    cuda_whole,
 )
 from stripe_kernels.backends.cuda_tables import Layout
 from stripe_kernels.registry import Config, Kernel, Pass, Problem, provide, register
@@ -122,7 +123,7 @@ def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
                 f"shared memory, or a phase has more than {cuda_tiles.TAPS} taps or {cuda_tiles.SIDE} pixels a side"
             )
         return next((reason for layout in layouts if layout and (reason := _too_many_blocks(layout))), None)
-    if any(cuda_taps.layout_of(problem, config) for config in cuda_taps.CONFIGS):
+    if any(how.layout_of(problem, config) for how in (cuda_taps, cuda_whole) for config in how.CONFIGS):
         return None
     if s.stride[0] * s.stride[1] > cuda_wgmma.PHASES:
         return f"takes strides of at most {cuda_wgmma.PHASES} phases, got {s.stride}"
@@ -151,6 +152,8 @@ def _build_wgmma(problem: Problem, which: Pass, config: Config) -> Any:
         return cuda_gather.WgmmaDgrad(_cuda, problem, config)
     if which == "wgrad":
         return cuda_wgrad.WgmmaWgrad(_cuda, problem, config)
+    if config in cuda_whole.CONFIGS:
+        return cuda_whole.WholeFprop(_cuda, problem, config)
     runner = cuda_taps.TapsFprop if config in cuda_taps.CONFIGS else cuda_wgmma.WgmmaFprop
     return runner(_cuda, problem, config)
 

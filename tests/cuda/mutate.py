@@ -36,6 +36,7 @@ SUM, SPREAD = "csrc/cuda/stripe_sum.cu", "csrc/cuda/stripe_spread.cu"
 KERNEL, DGRAD = "csrc/cuda/fprop_sm90.cu", "csrc/cuda/dgrad_sm90.cu"
 TAPS, TILES = "csrc/cuda/fprop_taps_sm90.cu", "csrc/cuda/tiles_sm90.h"
 WGRAD = "csrc/cuda/wgrad_sm90.cu"
+WHOLE = "csrc/cuda/fprop_whole_sm90.cu"
 SCATTER, WGMMA = "csrc/cuda/scatter_sm90.h", "stripe_kernels/backends/cuda_wgmma.py"
 _ENDED = "    wgmma_wait<0>();\n#pragma unroll\n    for (int t = 0; t < Tiles; ++t) "
 FAULTS = {
@@ -187,18 +188,41 @@ FAULTS = {
     "wgrad: a stripe gathered through another tap": Fault(
         "stripe_kernels/backends/cuda_wgrad.py", "np.stack([at, block.taps, ", "np.stack([at, block.taps[::-1], "
     ),
+    "whole: x not awaited": Fault(
+        WHOLE, "      if (c > 0) mbarrier_wait(s.ready + ring.stage, ring.parity);\n", ""
+    ),
+    "whole: a patch overwritten while it is read": Fault(
+        WHOLE, "      mbarrier_wait(s.read + ring.stage, ring.parity ^ 1);\n", ""
+    ),
+    "whole: a patch given back before it is there": Fault(
+        WHOLE, "        mbarrier_wait(s.ready + ring.stage, ring.parity);\n        release", "        release"
+    ),
+    "whole: weights not awaited": Fault(WHOLE, "        if (waits) mbarrier_wait(s.kept + tap, 0);\n", ""),
+    "whole: y stored before it ends": Fault(
+        WHOLE, "    wgmma_wait<0>();\n    wgmma_keep(y[0]);\n", "    wgmma_keep(y[0]);\n"
+    ),
+    "whole: a turn that is not given on": Fault(
+        WHOLE, "if (tap + 1 == taps && c + 1 == chunks) pass();", ""
+    ),
+    "whole: the next row's first positions stored": Fault(
+        WHOLE, "across < w.tile_w && tile.column", "tile.column"
+    ),
+    "whole: a tap reads beside its own": Fault(
+        "stripe_kernels/backends/cuda_whole.py", "+ tap.j - origin[1])", "+ max(0, tap.j - origin[1] - 1))"
+    ),
 }  # fmt: skip
 
 
 def check(extension: str, part: str) -> None:
-    """The problems of "fprop", "dgrad", "taps" or "wgrad", or of all ("all"), in every order; AssertionError at the
-    first that shows a fault."""
+    """The problems of a part ("fprop", "dgrad", "taps", "wgrad", "whole", "stripes") or of all ("all"), in every order;
+    AssertionError at the first that shows a fault."""
     import torch
 
     from stripe_kernels.backends import cuda_stripe_gemm
     from stripe_kernels.backends.cuda_gather import CONFIGS as DGRAD_CONFIGS
     from stripe_kernels.backends.cuda_taps import CONFIGS as TAPS_CONFIGS
     from stripe_kernels.backends.cuda_wgmma import CONFIGS
+    from stripe_kernels.backends.cuda_whole import CONFIGS as WHOLE_CONFIGS
     from stripe_kernels.registry import PASSES
     from tests.cuda.problems import problem_of
     from tests.cuda.test_gather import EVERYTHING as GATHERED
@@ -222,6 +246,8 @@ def check(extension: str, part: str) -> None:
     from tests.cuda.test_wgrad import EVERYTHING as SUMMED
     from tests.cuda.test_wgrad import PROBLEMS as WGRAD_PROBLEMS
     from tests.cuda.test_wgrad import SHAPES, check_wgrad, fitting
+    from tests.cuda.test_whole import EVERYTHING as WHOLE_EVERYTHING
+    from tests.cuda.test_whole import FEW, check_whole
 
     native = emulated.load(Path(extension))
     few = (c for c in MMA_PROBLEMS if c.name in ("lopsided", "grouped", "strided"))
@@ -281,6 +307,14 @@ def check(extension: str, part: str) -> None:
     for c, which in product(STRIPES_PROBLEMS if part in ("all", "stripes") else (), PASSES):
         if cuda_stripe_gemm.refuse(problem_of(c, "channels_last", torch.bfloat16), which) is None:
             check_stripes(native, c, which, torch.bfloat16)
+    cases = (*(c for c in WIDE if c.name in ("several blocks", "full")), WHOLE_EVERYTHING, FEW)
+    for c in cases if part in ("all", "whole") else ():
+        first = check_whole(native, c, torch.bfloat16, WHOLE_CONFIGS[0])
+        for order in (emulated.late, emulated.backwards, emulated.greedy):
+            with order(native):
+                assert torch.equal(check_whole(native, c, torch.bfloat16, WHOLE_CONFIGS[0]), first), (
+                    f"{order.__name__}: other bits"
+                )
 
 
 class Builder:
@@ -315,10 +349,9 @@ class Builder:
 
     def link(self, tree: Path, changed: str = "") -> Path:
         """The extension with the kernels that a changed file is part of compiled anew, from the tree."""
-        sources = {file: (file,) for file in (KERNEL, DGRAD, TAPS, WGRAD, SUM, SPREAD)} | {SCATTER: (KERNEL,)}
-        anew = sources.get(
-            changed, (TAPS, DGRAD, WGRAD) if changed == TILES else (KERNEL, DGRAD, TAPS, WGRAD)
-        )
+        own = (KERNEL, DGRAD, TAPS, WGRAD, WHOLE, SUM, SPREAD)
+        sources = {file: (file,) for file in own} | {SCATTER: (KERNEL,), TILES: (TAPS, DGRAD, WGRAD)}
+        anew = sources.get(changed, own[:5])
         anew = anew if changed.startswith("csrc") else ()
         target, objects = tree / "_cuda.so", []
         for source in self.sources:
@@ -334,7 +367,7 @@ class Builder:
 def part_of(fault: str) -> str:
     """Whose problems show it: those of the kernel it is named after, fprop's where it is named after none."""
     kernel = fault.partition(":")[0]
-    return kernel if kernel in ("dgrad", "taps", "stripes", "wgrad") else "fprop"
+    return kernel if kernel in ("dgrad", "taps", "stripes", "wgrad", "whole") else "fprop"
 
 
 def verdict(tree: Path, extension: Path, part: str) -> str | None:

@@ -9,6 +9,7 @@ import torch
 
 from stripe_kernels.backends import cuda_ffma, cuda_mma, cuda_mma_grad, cuda_wgmma
 from stripe_kernels.backends.cuda_taps import CONFIGS as TAPS_CONFIGS
+from stripe_kernels.backends.cuda_whole import CONFIGS as WHOLE_CONFIGS
 from stripe_kernels.registry import PASSES
 from stripe_kernels.testing import CASES
 from tests.cuda import emulated
@@ -22,6 +23,8 @@ from tests.cuda.test_wgmma import EVERYTHING, check_wgmma, refused
 from tests.cuda.test_wgrad import PROBLEMS as WGRAD_PROBLEMS
 from tests.cuda.test_wgrad import SHAPES as WGRAD_SHAPES
 from tests.cuda.test_wgrad import check_wgrad, fitting
+from tests.cuda.test_whole import PROBLEMS as WHOLE_PROBLEMS
+from tests.cuda.test_whole import check_whole, taken
 
 # Odd everywhere, so that no row, chunk or tile ends where its memory does.
 NAMES = (
@@ -62,6 +65,10 @@ def main(extension: str) -> None:
         if config is not None:
             with emulated.late(native):
                 check_wgrad(native, c, torch.bfloat16, config)
+    for number, c in enumerate(WHOLE_PROBLEMS):
+        if taken(c, WHOLE_CONFIGS[number % 2]):
+            with emulated.late(native):
+                check_whole(native, c, torch.bfloat16, WHOLE_CONFIGS[number % 2])
             count += 1
     print(f"{count} launches within their budgets")
 

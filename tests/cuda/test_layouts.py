@@ -20,6 +20,7 @@ from stripe_kernels.backends import (
     cuda_taps,
     cuda_wgmma,
     cuda_wgrad,
+    cuda_whole,
 )
 from stripe_kernels.backends.cuda_columns import BLOCKS, PARTS, column_tiles
 from stripe_kernels.backends.cuda_tables import DTYPES, SHARED_BYTES, Layout
@@ -73,6 +74,7 @@ def wgmma_layout(p: Problem, config: Config) -> Layout | None:
 SM_90: dict[str, tuple[Iterable[Config], Callable[[Problem, Config], Layout | None]]] = {
     "fprop_sm90": (cuda_wgmma.CONFIGS, wgmma_layout),
     "fprop_taps_sm90": (cuda_taps.CONFIGS, cuda_taps.layout_of),
+    "fprop_whole_sm90": (cuda_whole.CONFIGS, cuda_whole.layout_of),
     "dgrad_sm90": (cuda_gather.CONFIGS, cuda_gather.layout_of),
     "wgrad_sm90": ([(*shape, 1) for shape in cuda_wgrad.SHAPES], cuda_wgrad.layout_of),
 }
