@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="spent on timing the networks")
     given = parser.parse_args()
     try:
-        recipe = read(given.recipe).but(trials={}, trial_epochs=0, **parse_changes(given.changes))
+        recipe = read(given.recipe).untried().but(**parse_changes(given.changes))
         splits = load(recipe.data, given.data_dir)
     except (OSError, ValueError) as error:
         parser.error(str(error))

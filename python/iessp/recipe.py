@@ -31,7 +31,7 @@ PRETRAINED_ALIKE = (
 
 # Where a field's number lies: from the first on, below the second.
 _RANGES = {
-    **dict.fromkeys(("epochs", "batch", "timed_batch"), (1, math.inf)),
+    **dict.fromkeys(("epochs", "batch", "timed_batch", "trial_seeds"), (1, math.inf)),
     **dict.fromkeys(("images", "resolution", "crop", "trial_epochs"), (0, math.inf)),
     **dict.fromkeys(("lr", "gate_lr", "weight_decay", "kappa", "eta", "tolerance"), (0, math.inf)),
     **dict.fromkeys(("rise", "momentum", "label_smoothing"), (0, 1)),
@@ -82,9 +82,10 @@ class Recipe:
     tolerance: float = 0.5
     adaptive: bool = True
 
-    # What `iessp reproduce` tries for a method before its runs, and for how many epochs: method -> changes.
+    # What `iessp reproduce` tries for a method before its runs, for how many epochs and how often: method -> changes.
     trials: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     trial_epochs: int = 0
+    trial_seeds: int = 3  # one run chooses by luck: two learning rates are often closer than two seeds of one
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -173,6 +174,10 @@ class Recipe:
         """As `but`; options of the method are added to those that are there, not put in their place."""
         options = {**self.options, **changes.get("options", {})}
         return self.but(**{**changes, "options": options})
+
+    def untried(self) -> Recipe:
+        """The same recipe without its trials: what one run is, whatever was tried before it."""
+        return self.but(trials={}, trial_epochs=0, trial_seeds=Recipe.trial_seeds)
 
     def before(self) -> Recipe | None:
         """The recipe of the run that this one starts from: dense, or as thin as `slim` is."""

@@ -25,8 +25,8 @@ class MagnitudeGate(StripeGate):
 
 
 class RandomGate(StripeGate):
-    """Stripes ranked by fixed random numbers, the same share of every layer in expectation; `seed` is the option's, not
-    the run's."""
+    """Stripes ranked by fixed random numbers, the same share of every layer in expectation; a run of a recipe gives its
+    own seed where the option is not given."""
 
     options: ClassVar[dict[str, object]] = {"seed": 0}
     ranks: Tensor

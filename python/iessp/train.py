@@ -333,7 +333,10 @@ def assemble(
     model = model.to(memory_format=image_format(recipe, model, example.device))  # type: ignore[call-overload]
     if not recipe.pruned:
         return model
-    return attach(model, recipe.method, example_input=example, pointwise=recipe.pointwise, **recipe.options)
+    own = {"seed": recipe.seed} if recipe.method == "random" else {}
+    return attach(
+        model, recipe.method, example_input=example, pointwise=recipe.pointwise, **own | recipe.options
+    )
 
 
 def image_format(recipe: Recipe, model: nn.Module, device: torch.device) -> torch.memory_format:
