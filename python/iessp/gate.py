@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -128,3 +129,9 @@ class StripeGate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.site.name}, {self.phase}, {int(self.live().sum())} of {self.site.stripes} stripes live"
+
+
+def above(scores: Tensor, theta: Tensor | float) -> Tensor:
+    """bool [K, R, S]: what reaches the threshold, and the best stripe of the layer whatever it is."""
+    best = F.one_hot(scores.flatten().argmax(), scores.numel()).bool().view_as(scores)
+    return (scores >= theta) | best

@@ -38,7 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iessp.gate import StripeGate
+from iessp.gate import StripeGate, above
 from iessp.network import Network, Site
 
 HIDDEN = 16  # units of h
@@ -111,7 +111,7 @@ class IEMGate(StripeGate):
 
     def learned(self, weight: Tensor | None = None) -> Tensor:
         z = self.logits(weight)
-        live = self._above(z.detach(), self.theta)
+        live = above(z.detach(), self.theta)
         return straight_through(self._sigmoid(z), live, bool(self.use["hard"]))
 
     def soft(self) -> Tensor:
@@ -119,11 +119,6 @@ class IEMGate(StripeGate):
 
     def _sigmoid(self, z: Tensor) -> Tensor:
         return torch.sigmoid((z - self.theta if self.exact else z) / self.tau)
-
-    @staticmethod
-    def _above(z: Tensor, theta: Tensor | float) -> Tensor:
-        best = F.one_hot(z.flatten().argmax(), z.numel()).bool().view_as(z)
-        return (z >= theta) | best
 
     def logits(self, weight: Tensor | None = None) -> Tensor:
         """z [K, R, S]; with the weight given, e is computed from it and carries its gradient."""
@@ -146,12 +141,12 @@ class IEMGate(StripeGate):
         return F.relu(self.fc1(torch.cat([features, message.expand(len(features), MESSAGE)], dim=1)))
 
     def live(self) -> Tensor:
-        return self._above(self.logits().detach(), self.theta) if self.phase == "learn" else super().live()
+        return above(self.logits().detach(), self.theta) if self.phase == "learn" else super().live()
 
     def wanted(self) -> Tensor:
         if self.phase != "learn" or self.exact:
             return super().wanted()
-        return self._above(self.logits().detach(), 0.0)
+        return above(self.logits().detach(), 0.0)
 
     @torch.no_grad()
     def keep_above(self, score: float) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from iessp.gate import StripeGate
+from iessp.gate import StripeGate, above
 from iessp.network import Network, Site
 
 
@@ -59,10 +59,10 @@ class FilterSkeletonGate(StripeGate):
     Entries of I [K, R, S] below delta are dead; I is trained by the optimiser of the weights. alpha, delta
     and `decay`, the weight decay on I, are those of the authors' code, for 160 epochs; there the decay is the
     optimiser's and kills most entries. A short schedule needs a larger alpha. At the end the budget's cut
-    takes the place of delta.
+    takes the place of delta; with `exact`, ours, the falling target does from the start on.
     """
 
-    options: ClassVar[dict[str, object]] = {"alpha": 1e-5, "delta": 0.01, "decay": 1e-4}
+    options: ClassVar[dict[str, object]] = {"alpha": 1e-5, "delta": 0.01, "decay": 1e-4, "exact": False}
     with_weights = True
 
     def __init__(
@@ -73,13 +73,19 @@ class FilterSkeletonGate(StripeGate):
         alpha: float = 1e-5,
         delta: float = 0.01,
         decay: float = 1e-4,
+        exact: bool = False,
     ):
         super().__init__(conv, site, network)
-        self.alpha, self.delta, self.decay = alpha, delta, decay
+        self.alpha, self.delta, self.decay, self.exact = alpha, delta, decay, exact
         self.bias = nn.Parameter(torch.ones(site.stripe_shape, device=conv.weight.device))
 
     def learned(self) -> Tensor:
-        return torch.where(self.bias.abs() > self.delta, self.bias, 0)
+        live = self.value != 0 if self.exact else self.bias.abs() > self.delta
+        return torch.where(live, self.bias, 0)
+
+    def keep_above(self, score: float) -> None:
+        if self.exact:  # a mask, not a threshold: alpha and decay move all entries below one in a step
+            self.remask(above(self.bias.detach().abs(), score))
 
     def regularizer(self) -> Tensor:
         return self.alpha * self.bias.abs().sum() + 0.5 * self.decay * self.bias.square().sum()

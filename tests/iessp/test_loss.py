@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -240,6 +241,17 @@ def test_rivals_end_on_the_same_budget(method: str) -> None:
         assert kept > 0.3
     else:
         assert kept == pytest.approx(0.3, abs=0.003)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "filter-skeleton"])
+def test_rivals_can_follow_the_falling_target(method: str) -> None:
+    """Filter-skeleton by default as its authors', cut once."""
+    options = {"exact": True} if method == "filter-skeleton" else {}
+    model = iessp.attach(toy(), method, example_input=torch.zeros(1, 2, 8, 8), **options)
+    loss = iessp.StripeLoss(model, budget=0.3, steps=60)
+    meet = [round(h["hard"], 2) for h in train(model, loss, 60)][:30]
+    targets = [0.3 + 0.7 * (1 + math.cos(math.pi * max(0, step - 6) / 24)) / 2 for step in range(1, 31)]
+    assert meet == pytest.approx(targets, abs=0.03)
 
 
 def test_a_budget_that_no_cut_can_meet_is_refused_before_any_training() -> None:
