@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,16 @@ from typing import Any
 import pytest
 
 from iessp import pareto, records
-from iessp.recipe import bundled, read
+from iessp.recipe import UNPRUNED, bundled, read
 from iessp.records import differences, rewritten, table, trials
 from iessp.reproduce import cell_of
 
 LEARNING = Path(__file__).parents[2] / "docs/learning.md"
+RECORDS = [
+    path
+    for path in sorted(LEARNING.parents[1].glob("bench/records/learning-*.json"))
+    if "rows" in json.loads(path.read_text())
+]
 
 
 def test_the_document_says_what_the_records_say() -> None:
@@ -80,6 +86,19 @@ def test_trials_are_listed_with_their_epochs() -> None:
         "a alpha=0.003, 10 epochs: 25.00 of 25.00",
         "a lr=0.1, 40 epochs, only looked at, the table's seeds: 70.00 of 70.00",
     ]
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_every_run_on_record_keeps_its_budget_to_a_tenth_of_a_point(path: Path) -> None:
+    """By construction; but for `slim`, whose channels come in whole numbers, and which stays below."""
+    record = json.loads(path.read_text())
+    budget = record["recipe"]["budget"]
+    for row in record["rows"]:
+        method = re.split(r"[( ]", row["method"])[0]
+        kept = row["macs_kept_after_compaction" if method == "l1-filter" else "macs_kept"]
+        if method not in UNPRUNED:
+            assert -0.001 < kept - budget <= 1e-12
+        assert kept <= budget or method == "dense"
 
 
 @pytest.mark.parametrize("name", bundled())
