@@ -176,6 +176,46 @@ __device__ __forceinline__ void put_rows(const float* y, unsigned char* row, int
   }(y + 8 * J));
 }
 
+// aligned: two values are one word; all are on their way before the first is added. What does not exist, and is not stored,
+// gets those of what does.
+template <class T, int N>
+__device__ __forceinline__ void add_residual(const Layout& l, const Call& call, const Tile& tile, int channel,
+                                             int count, int first, bool aligned, float (&y)[N / 2]) {
+  const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
+  const float reciprocal = 1.f / static_cast<float>(l.walk.patch_w);
+  const T* residual[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const long long offset =
+        offset_of(l.walk, call.out_strides, tile, first + lane / 4 + 8 * half, reciprocal);
+    residual[half] = static_cast<const T*>(call.finish.residual) + (offset < 0 ? 0 : offset) + channel;
+  }
+  if (aligned) {
+    std::uint32_t two[N / 8][2];
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        two[j][half] =
+            *reinterpret_cast<const std::uint32_t*>(residual[half] + pair + (8 * j < count ? 8 * j : 0));
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        y[4 * j + 2 * half] += widen(T{static_cast<std::uint16_t>(two[j][half])});
+        y[4 * j + 2 * half + 1] += widen(T{static_cast<std::uint16_t>(two[j][half] >> 16)});
+      }
+  } else {
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+          y[4 * j + 2 * half + k] += widen(residual[half][min(8 * j + pair + k, count - 1)]);
+  }
+}
+
 // y of a block: finished where it is, then in whole rows by way of shared memory. first: of the patch, the warp's.
 template <class T, int N>
 __device__ __forceinline__ void store(const Layout& l, const Call& call, const Shared& s, const Tile& tile,
@@ -194,28 +234,7 @@ __device__ __forceinline__ void store(const Layout& l, const Call& call, const S
       d[0] = d[0] * scale.x + shift.x, d[1] = d[1] * scale.y + shift.y;
     }
   }
-  if (f.residual) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const long long offset = offset_of(l.walk, strides, tile, first + lane / 4 + 8 * half, reciprocal);
-      if (offset < 0) continue;
-      const T* residual = static_cast<const T*>(f.residual) + offset + channel + pair;
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j) {
-        float* d = y[0] + 4 * j + 2 * half;
-        if (aligned) {
-          if (8 * j < count) {
-            const std::uint32_t two = *reinterpret_cast<const std::uint32_t*>(residual + 8 * j);
-            d[0] += widen(T{static_cast<std::uint16_t>(two)});
-            d[1] += widen(T{static_cast<std::uint16_t>(two >> 16)});
-          }
-        } else {
-          if (8 * j + pair < count) d[0] += widen(residual[8 * j]);
-          if (8 * j + pair + 1 < count) d[1] += widen(residual[8 * j + 1]);
-        }
-      }
-    }
-  }
+  if (f.residual) add_residual<T, N>(l, call, tile, channel, count, first, aligned, y[0]);
   activate(y, f.activation);
   unsigned char* sums = s.sums + threadIdx.x / 32 * kSumsBytes;
   const int row = lane % 16, piece = lane % 8;
