@@ -74,7 +74,7 @@ def _steps(columns: int, width: int, blocks: int) -> Iterator[int]:
 
 
 @lru_cache(maxsize=512)
-def tiling_of(problem: Problem, config: Config) -> Tiling | None:
+def tiling_of(problem: Problem, config: Config, processors: int = PROCESSORS) -> Tiling | None:
     """The one that should be fastest; None where none fits a block of sm_90."""
     s, (filters,) = problem.shape, config
     found = taps_by_tile(problem, filters)
@@ -85,15 +85,16 @@ def tiling_of(problem: Problem, config: Config) -> Tiling | None:
     fixed = taps * (chunks * filters * ROW + 12) + SUMS_BYTES + filters * 8 + 64 + 1024
     _, span = _reach(problem)
     best: Tiling | None = None
-    for bands in range(1, -(-s.Q // 16) + 1):
-        columns = -(-s.Q // bands)
-        width = columns + span[1]
+    for columns in sorted({-(-s.Q // bands) for bands in range(1, 9)} | {*range(16, min(s.Q, SIDE), 8)}):
+        bands, width = -(-s.Q // columns), columns + span[1]
         positions, reach = (s.P - 1) * width + columns, span[0] * width + span[1]
         if width > SIDE or max(positions, s.P * width) + reach > POSITIONS:
             continue
         for blocks in range(1, MOST_BLOCKS + 1):
             for step in _steps(columns, width, blocks):
-                first = np.arange(0, positions, step)
+                tiles = -(-positions // step)
+                some = np.r_[: min(tiles, width), tiles - 1]  # where they begin in a row repeats itself
+                first = some * step
                 count = np.minimum(positions - first, min(step, blocks * BLOCK))
                 rows = int(((first % width + count - 1 + reach) // width).max()) + 1
                 read = int((first % width).max()) + blocks * BLOCK + reach
@@ -101,16 +102,26 @@ def tiling_of(problem: Problem, config: Config) -> Tiling | None:
                 buffers = min(BUFFERS, (SHARED_BYTES - fixed) // (pitch + 16))
                 if rows > SIDE or buffers < chunks:
                     continue
-                busy = float(np.mean(-(-count // BLOCK)))
-                cycles = _cycles(problem, filters, taps, busy, bands * len(first), rows * width, buffers)
-                tiling = Tiling(bands, columns, width, step, blocks, len(first), rows, pitch, buffers, cycles)
+                full, last = -(-int(count[0]) // BLOCK), -(-int(count[-1]) // BLOCK)
+                busy = full + (last - full) / tiles
+                cycles = _cycles(
+                    problem, filters, taps, busy, bands * tiles, rows * width, buffers, processors
+                )
+                tiling = Tiling(bands, columns, width, step, blocks, tiles, rows, pitch, buffers, cycles)
                 if best is None or tiling.cycles < best.cycles:
                     best = tiling
     return best
 
 
 def _cycles(
-    problem: Problem, filters: int, taps: int, blocks: float, tiles: int, rows: int, buffers: int
+    problem: Problem,
+    filters: int,
+    taps: int,
+    blocks: float,
+    tiles: int,
+    rows: int,
+    buffers: int,
+    processors: int,
 ) -> float:
     """A tile takes its products, shared memory's bandwidth for these and for what comes and goes, or its patches from
     the second-level cache; more where no patch is loaded before it is needed. Not fitted to a GPU yet."""
@@ -121,14 +132,14 @@ def _cycles(
     tile = max(blocks * products, shared, patch / 32) + 0.05 * patch / 32
     tile += 0 if buffers > chunks else (800 + patch / chunks / 32) / chunks
     filter_tiles = s.groups * -(-s.group_k // filters)
-    share = max(1, PROCESSORS // filter_tiles)
-    waves = -(-s.N * tiles // share) * -(-filter_tiles // PROCESSORS)
+    share = max(1, processors // filter_tiles)
+    waves = -(-s.N * tiles // share) * -(-filter_tiles // processors)
     return waves * tile + 2000 + taps * chunks * filters * ROW / 32 + 6 * filters
 
 
 @lru_cache(maxsize=512)
-def layout_of(problem: Problem, config: Config) -> Layout | None:
-    s, tiling = problem.shape, tiling_of(problem, config)
+def layout_of(problem: Problem, config: Config, processors: int = PROCESSORS) -> Layout | None:
+    s, tiling = problem.shape, tiling_of(problem, config, processors)
     if tiling is None:
         return None
     (filters,) = config
@@ -146,8 +157,8 @@ def layout_of(problem: Problem, config: Config) -> Layout | None:
 class WholeFprop(ChannelsLastFprop):
     """Items are the tiles of filters of every group, the step says where patches begin, entries are the tiles' taps."""
 
-    def __init__(self, native: Any, problem: Problem, config: Config) -> None:
-        s, layout = problem.shape, layout_of(problem, config)
+    def __init__(self, native: Any, problem: Problem, config: Config, processors: int = PROCESSORS) -> None:
+        s, layout = problem.shape, layout_of(problem, config, processors)
         assert layout is not None
         (self.filters,), self.chunks = config, chunks_of(problem)
         origin, _ = _reach(problem)

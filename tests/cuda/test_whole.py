@@ -3,6 +3,7 @@ and products at once and as late as they may, threads in both orders."""
 
 from __future__ import annotations
 
+from itertools import product
 from types import ModuleType
 
 import numpy as np
@@ -17,12 +18,14 @@ from tests.cuda.problems import ONE_IMAGE, check, check_epilogue, problem_of, wi
 from tests.cuda.test_mma import PROBLEMS as MMA_PROBLEMS
 from tests.cuda.test_wgmma import Built
 
+FEW_PROCESSORS = 2
 # More tiles than multiprocessors, more patches than buffers, blocks of another tile of filters.
 EVERYTHING = case("several of everything", N=3, C=72, H=19, W=17, K=150, density=0.3)
 FEW = case("more patches than buffers", N=5, C=128, H=16, W=13, K=40, density=0.2)
+ROUND = case("warpgroups in turns", N=5, C=16, H=13, W=16, K=16)  # three blocks, one block, three blocks, ...
 GROUPS = case("groups that share a chunk", N=3, C=48, H=5, W=6, K=144, groups=2)
 PROBLEMS = (
-    *(c for c in MMA_PROBLEMS if c.shape.stride == (1, 1)), EVERYTHING, FEW, GROUPS,
+    *(c for c in MMA_PROBLEMS if c.shape.stride == (1, 1)), EVERYTHING, FEW, ROUND, GROUPS,
     case("bands of columns", N=1, C=8, H=3, W=300, K=9),
     case("five by four", N=2, C=16, H=11, W=9, K=24, R=5, S=4, padding=(2, 1)),
     case("padding wider than the map", N=2, C=8, H=2, W=1, K=8, R=5, S=4, padding=(4, 5), density=0.5),
@@ -42,7 +45,8 @@ NO_ROOM = {
 
 
 def check_whole(native: ModuleType, c: Case, dtype: torch.dtype, config: Config) -> torch.Tensor:
-    runner = WholeFprop(native, problem_of(c, "channels_last", dtype), config)
+    """On as many multiprocessors as the emulation has: tiles have several blocks there, and are many."""
+    runner = WholeFprop(native, problem_of(c, "channels_last", dtype), config, FEW_PROCESSORS)
     return check(runner, c, "fprop", dtype, "channels_last", f"whole {config}")
 
 
@@ -62,7 +66,7 @@ def test_within_the_budget(native: ModuleType, c: Case) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("c", [EVERYTHING, FEW], ids=lambda c: c.name)
+@pytest.mark.parametrize("c", [EVERYTHING, FEW, ROUND], ids=lambda c: c.name)
 def test_no_wait_is_missing(native: ModuleType, c: Case, config: Config) -> None:
     """The bits depend neither on the order of threads nor on when copies and products happen."""
     if not taken(c, config):
@@ -74,6 +78,20 @@ def test_no_wait_is_missing(native: ModuleType, c: Case, config: Config) -> None
         assert torch.equal(check_whole(native, c, torch.bfloat16, config), first)
         with emulated.late(native):
             assert torch.equal(check_whole(native, c, torch.bfloat16, config), first)
+
+
+def test_problems_have_all_kinds_of_tiles() -> None:
+    kinds = set()
+    for c in PROBLEMS:
+        tiling = tiling_of(problem_of(c, "channels_last", torch.bfloat16), CONFIGS[0], FEW_PROCESSORS)
+        if tiling is not None:
+            kinds.add(("blocks", tiling.blocks))
+            kinds.add(("bands", tiling.bands > 1))
+            kinds.add(("whole rows", tiling.step % tiling.width == 0))
+            kinds.add(("junk behind the blocks", tiling.step > 64 * tiling.blocks))
+    assert kinds >= {("blocks", n) for n in (1, 2, 3)} | set(
+        product(("bands", "whole rows", "junk behind the blocks"), (False, True))
+    )
 
 
 def test_layers_it_is_for_have_room() -> None:
