@@ -22,7 +22,9 @@ FEW_PROCESSORS = 2
 # More tiles than multiprocessors, more patches than buffers, blocks of another tile of filters.
 EVERYTHING = case("several of everything", N=3, C=72, H=19, W=17, K=150, density=0.3)
 FEW = case("more patches than buffers", N=5, C=128, H=16, W=13, K=40, density=0.2)
-ROUND = case("warpgroups in turns", N=5, C=16, H=13, W=16, K=16)  # three blocks, one block, three blocks, ...
+ROUND = case(
+    "warpgroups in turns", N=5, C=16, H=15, W=16, K=16
+)  # three blocks, two blocks, three blocks, ...
 GROUPS = case("groups that share a chunk", N=3, C=48, H=5, W=6, K=144, groups=2)
 PROBLEMS = (
     *(c for c in MMA_PROBLEMS if c.shape.stride == (1, 1)), EVERYTHING, FEW, ROUND, GROUPS,
