@@ -248,6 +248,7 @@ def check(extension: str, part: str) -> None:
     from tests.cuda.test_wgrad import SHAPES, check_wgrad, fitting
     from tests.cuda.test_whole import EVERYTHING as WHOLE_EVERYTHING
     from tests.cuda.test_whole import FEW, ROUND, check_whole
+    from tests.cuda.test_whole import PROBLEMS as WHOLE_PROBLEMS
 
     native = emulated.load(Path(extension))
     few = (c for c in MMA_PROBLEMS if c.name in ("lopsided", "grouped", "strided"))
@@ -307,7 +308,8 @@ def check(extension: str, part: str) -> None:
     for c, which in product(STRIPES_PROBLEMS if part in ("all", "stripes") else (), PASSES):
         if cuda_stripe_gemm.refuse(problem_of(c, "channels_last", torch.bfloat16), which) is None:
             check_stripes(native, c, which, torch.bfloat16)
-    cases = (*(c for c in WIDE if c.name in ("several blocks", "full")), WHOLE_EVERYTHING, FEW, ROUND)
+    named = (c for c in WHOLE_PROBLEMS if c.name in ("several blocks", "full", "no padding"))
+    cases = (*named, WHOLE_EVERYTHING, FEW, ROUND)
     for c in cases if part in ("all", "whole") else ():
         first = check_whole(native, c, torch.bfloat16, WHOLE_CONFIGS[0])
         for order in (emulated.late, emulated.backwards, emulated.greedy):
