@@ -63,6 +63,8 @@ inline void fill_box(std::uint32_t address, const CUtensorMap& map, const Corner
 inline void copy_box(void* to, const CUtensorMap* map, const Corner& corner, Mbarrier* done) {
   const std::uint32_t address = emulate::address_of(to);
   if (address % 128) emulate::fail("a box does not begin at a multiple of 128 bytes");
+  // An H200 ended a kernel whose boxes began in between with an illegal instruction; nothing else told it from others.
+  if (corner.at[0] % 8) emulate::fail("a box does not begin at a multiple of 16 bytes of a row");
   if (!map->base) emulate::fail("a box of a tensor map that was not encoded");
   const CUtensorMap copy = *map;
   copy_sometime([=] {
