@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 import iessp
 from iessp import checkpoint
 from iessp.data import load
 from iessp.data.images import Images, Splits
+from iessp.progress import tensorboard_writer, train_with_bar
 from iessp.recipe import Recipe
 from iessp.runs import results
 from iessp.train import Interrupted, Trainer, assemble, count_errors, learning_rate
@@ -89,6 +91,23 @@ def test_log_has_every_step_and_phase(splits: Splits, tmp_path: Path) -> None:
     assert len({row["density"] for row in rows if row["phase"] == "learn"}) > 3, "it falls with the target"
     assert len(checkpoint.saved(tmp_path / "checkpoints")) <= checkpoint.KEPT
     assert trainer.equality["error"] <= trainer.equality["allowed"]
+
+
+def test_tensorboard_has_every_step_once(splits: Splits, tmp_path: Path) -> None:
+    """What a killed run logged beyond its last checkpoint is hidden when it goes on."""
+    stop_at(Trainer(TINY, splits, tmp_path), 5)
+    lost = Trainer(TINY, splits, tmp_path)
+    with tensorboard_writer(tmp_path / "tensorboard", lost.step) as write:
+        for _ in range(3):
+            write(lost.train_step())  # and killed
+    train_with_bar(Trainer(TINY, splits, tmp_path), "resumed", tensorboard=True)
+    logged = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))[5:]
+    for name in ("task_loss", "pressure", "share_soft", "share_hard", "density"):
+        scalars = logged.Scalars(name)
+        assert [s.step for s in scalars] == list(range(6, 25))
+        assert [s.value for s in scalars] == pytest.approx([float(row[name]) for row in rows], rel=1e-5)
 
 
 def test_two_seeds_differ_and_one_repeats(splits: Splits, tmp_path: Path) -> None:
