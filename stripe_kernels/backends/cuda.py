@@ -8,6 +8,7 @@ cuda_wgmma      bfloat16, float16 on Hopper's own instructions, channels last
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -92,18 +93,19 @@ def _refuse_mma(dtypes: tuple[str, ...]) -> Any:
     return refuse
 
 
-def _chip() -> str | None:
-    """Why the current device is not one of compute capability 9.0; None without a device, where nothing runs anyway."""
+def _chip(compiled: str, fits: Callable[[tuple[int, int]], bool]) -> str | None:
+    """Why what is compiled for some chips does not run on the current device; None without one, where nothing runs
+    anyway."""
     if not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability()
-    if capability == (9, 0):
+    if fits(capability):
         return None
-    return f"is compiled for sm_90a alone; this device has compute capability {capability[0]}.{capability[1]}"
+    return f"is compiled for {compiled}; this device has compute capability {capability[0]}.{capability[1]}"
 
 
 def _refuse_wgmma(problem: Problem, which: Pass) -> str | None:
-    reason = _unfit(problem, ("bfloat16", "float16")) or _chip()
+    reason = _unfit(problem, ("bfloat16", "float16")) or _chip("sm_90a alone", lambda chip: chip == (9, 0))
     if reason:
         return reason
     s = problem.shape
@@ -166,10 +168,15 @@ def _build_mma(problem: Problem, which: Pass, config: Config) -> Any:
     return _MMA[which](_cuda, problem, config)
 
 
+def _refuse_gather(problem: Problem, which: Pass) -> str | None:
+    reason = _chip("sm_80 and newer", lambda chip: chip >= (8, 0))
+    return reason or cuda_stripe_gemm.refuse(problem, which)
+
+
 # By name only, but for the one that a GPU's record (bench/records) has ahead of cuDNN.
 register(Kernel("cuda_ffma", _refuse_ffma, cuda_cost.ffma, _build_ffma, automatic=False))
 register(Kernel("cuda_mma", _refuse_mma(("bfloat16", "float16")), cuda_cost.mma, _build_mma, automatic=False))
 register(Kernel("cuda_mma_tf32", _refuse_mma(("float32",)), cuda_cost.mma, _build_mma, automatic=False))
 register(Kernel("cuda_wgmma", _refuse_wgmma, cuda_cost.wgmma, _build_wgmma))
 provide("native gather", partial(cuda_stripe_gemm.CudaGather, _cuda))
-provide("native gather's refusal", cuda_stripe_gemm.refuse)
+provide("native gather's refusal", _refuse_gather)

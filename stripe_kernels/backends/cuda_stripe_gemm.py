@@ -32,7 +32,7 @@ SPREAD_BLOCKS = (
 )
 MASK = 32  # taps of a word
 TAPS = 64  # of a spread
-SIDE = 1 << 16  # of a map, in either direction
+SIDE = 1 << 15  # of a map, and of a tap's shift, in either direction
 TILES = (128, 64, 32)  # pixels of a block of the spread
 ACROSS = 4  # pieces of a row that a warp writes at once
 SHARED_BYTES, MOST_BYTES = 56 * 1024, 99 * 1024  # of its shared memory: wanted, and what every chip has
@@ -46,10 +46,13 @@ def refuse(problem: Problem, which: str) -> str | None:
         return f"takes {', '.join(DTYPES)}, not {problem.dtype}"
     if not problem.channels_last:
         return "takes channels_last"
-    if s.N * max(s.H * s.W, s.P * s.Q) >= 2**31 - PIXELS or max(s.H, s.W, s.P, s.Q) >= SIDE:
+    if s.N * max(s.H * s.W, s.P * s.Q) >= 2**31 - PIXELS:
         return f"{s} has more pixels than 32 bits number"
+    reach = (s.R - 1) * s.dilation[0], (s.S - 1) * s.dilation[1]
+    if max(s.H, s.W, s.P, s.Q, *s.padding, *reach) >= SIDE:
+        return f"{s} has a side, padding or filter of {SIDE} pixels and more"
     if which != "fprop":
-        if s.group_k * size % 16 or s.group_k >= SIDE:
+        if s.group_k * size % 16:
             return f"filters come in pieces of 16 bytes, {s.group_k} of a group do not"
         for phase in phases(problem.skeleton, s):
             if len(phase.taps) > TAPS:
@@ -116,7 +119,7 @@ def sum_tables(
         while (len(table) - first[-1]) % AT_ONCE:
             table.append((0 if single else -1, 0, 0, slot))
         first.append(len(table))
-    maps = np.array(keys, np.int32).reshape(-1, 4)
+    maps = np.array(keys or [(0, 0, 0, 0)], np.int32)  # the first one is read where no filter has a stripe
     flat, starts = _sections(np.array(first, np.int32), np.array(table, np.int32), maps)
     return flat, starts, [key[:2] for key in keys] if single else []
 

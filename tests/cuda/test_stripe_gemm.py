@@ -96,6 +96,7 @@ def test_many_taps_and_odd_tiles_are_refused(native: ModuleType) -> None:
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
     big = case("big", N=1, C=8, H=64, W=512, K=512, R=3, S=3)
+    far = case("far", N=1, C=8, H=40000, W=1, K=8, R=2, S=1, dilation=(39000, 1), padding=(0, 0))
     reasons = {
         "contiguous": cuda_stripe_gemm.refuse(problem_of(big, "contiguous", torch.bfloat16), "fprop"),
         "float64": cuda_stripe_gemm.refuse(problem_of(big, "channels_last", torch.float64), "fprop"),
@@ -103,12 +104,20 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
             problem_of(PROBLEMS[-1], "channels_last", torch.bfloat16), "dgrad"
         ),
         "halo": cuda_stripe_gemm.refuse(problem_of(big, "channels_last", torch.bfloat16), "wgrad"),
+        "far taps": cuda_stripe_gemm.refuse(problem_of(far, "channels_last", torch.bfloat16), "fprop"),
     }
     wanted = {
         "contiguous": "channels_last",
         "float64": "not float64",
         "filters": "16 bytes",
         "halo": "shared memory",
+        "far taps": "32768 pixels",
     }
     assert all(word in (reasons[name] or "") for name, word in wanted.items()), reasons
     assert cuda_stripe_gemm.refuse(problem_of(big, "channels_last", torch.bfloat16), "fprop") is None
+
+
+def test_a_table_without_stripes_has_a_map() -> None:
+    flat, (_, _, maps), shifts = cuda_stripe_gemm.sum_tables([[], []], single=False, width=2)
+    assert flat[maps : maps + 4].tolist() == [0, 0, 0, 0]
+    assert shifts == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from stripe_kernels import backends, ops, registry
 from stripe_kernels.backends.dense import DenseFprop
 from stripe_kernels.backends.triton.epilogue import epilogue
-from stripe_kernels.backends.triton.launch import INTERPRETED
+from stripe_kernels.backends.triton.launch import INTERPRETED, at_hand
+from stripe_kernels.backends.triton.pool import TritonMaxPool
 from stripe_kernels.backends.triton.schedule import StemSchedule
 from stripe_kernels.epilogue import ACTIVATIONS, apply_epilogue
 from stripe_kernels.stripe_op import StripeOp, is_channels_last
@@ -141,6 +143,27 @@ def test_what_torch_finishes() -> None:
     assert torch.equal(epilogue(y.clone(), bias, None, None, "relu"), F.relu(y + bias[:, None, None]))
     apart = torch.randn(2, 3, 4, 10, device=DEVICE)[..., ::2]
     assert torch.equal(epilogue(apart, None, None, None, "relu"), F.relu(apart))
+
+
+def test_without_a_compiler_or_on_older_chips_torch_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    for compiler, capability, there in ((None, (9, 0), False), ("/cc", (7, 5), False), ("/cc", (8, 0), True)):
+        with monkeypatch.context() as machine:
+            machine.delenv("CC", raising=False)
+            machine.setattr("shutil.which", lambda name, found=compiler: found)
+            machine.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+            at_hand.cache_clear()
+            assert at_hand(gpu) == there
+    at_hand.cache_clear()
+    for module in ("epilogue", "pool"):
+        name = f"stripe_kernels.backends.triton.{module}"
+        monkeypatch.setattr(importlib.import_module(name), "at_hand", lambda device: False)
+    y, bias = torch.randn(2, 3, 4, 5, device=DEVICE), torch.randn(3, device=DEVICE)
+    given = y.clone()
+    assert epilogue(given, bias, None, None, "relu") is not given
+    assert torch.equal(epilogue(y.clone(), bias, None, None, "relu"), F.relu(y + bias[:, None, None]))
+    x = y.repeat(1, 8, 1, 1).contiguous(memory_format=torch.channels_last)
+    assert not TritonMaxPool.takes(((2, 2), (2, 2), (0, 0), (1, 1)), x)
 
 
 def test_dense_on_a_gpu_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stripe_kernels.backends.triton.launch import DTYPES, Launch, wide
+from stripe_kernels.backends.triton.launch import DTYPES, Launch, at_hand, wide
 from stripe_kernels.backends.triton.tile import finish
 from stripe_kernels.epilogue import apply_epilogue
 
@@ -74,10 +74,10 @@ def epilogue_launch(
 def epilogue(
     y: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
-    """The part named "epilogue": y itself, overwritten, where it is dense and of a type for Triton."""
+    """The part named "epilogue": y itself, overwritten, where it is dense and Triton runs."""
     formats = (torch.contiguous_format, torch.channels_last)
     dense = any(y.is_contiguous(memory_format=f) for f in formats)
-    if not dense or str(y.dtype)[6:] not in DTYPES:
+    if not dense or str(y.dtype)[6:] not in DTYPES or not at_hand(y.device):
         return apply_epilogue(y, bias, scale, residual, activation)
     if bias is scale is residual is None and activation == "none":
         return y

@@ -4,7 +4,10 @@ precision."""
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +36,16 @@ def refuse(problem: Problem, which: Pass) -> str | None:
     if problem.dtype not in DTYPES:
         return f"takes {', '.join(DTYPES)}, not {problem.dtype}"
     return None
+
+
+@lru_cache(maxsize=64)
+def at_hand(device: torch.device) -> bool:
+    """Whether Triton runs there: for what torch can do as well, and has to where no kernel was chosen by measurement.
+    Triton builds its launchers with the machine's C compiler, and bfloat16 takes sm_80."""
+    if device.type != "cuda":
+        return True
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return compiler is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 _compiling = False

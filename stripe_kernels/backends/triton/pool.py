@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stripe_kernels.backends.triton.launch import DTYPES, INTERPRETED, Launch, wide
+from stripe_kernels.backends.triton.launch import DTYPES, INTERPRETED, Launch, at_hand, wide
 from stripe_kernels.backends.triton.tile import is_inside, unravel
 
 _THREADS = 128
@@ -90,6 +90,7 @@ class TritonMaxPool:
             and str(x.dtype)[6:] in DTYPES
             and (x.dim() == 4 and x.numel() > 0 and x.shape[1] > 1 and x.stride(1) == 1)
             and math.prod(window[0]) <= _TAPS
+            and at_hand(x.device)
         )
 
     def launch(
