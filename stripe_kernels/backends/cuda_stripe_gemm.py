@@ -27,9 +27,8 @@ AT_ONCE = 4  # rows of z that are loaded together
 WARPS, PIXELS = 4, 128  # of a block of the sum
 WIDTHS = (16, 8, 4, 2)  # filters of a warp: many where there are pixels enough for all processors, else few
 BLOCKS = 768  # of the sum, at least: six a multiprocessor of an H100
-SPREAD_BLOCKS = (
-    132  # of the spread: more, by splitting the columns, load dy more often (512@7x7: 12 us for 10)
-)
+# Of the spread: more, by splitting the columns, load dy more often (512@7x7: 12 us for 10).
+SPREAD_BLOCKS = 132
 MASK = 32  # taps of a word
 TAPS = 64  # of a spread
 SIDE = 1 << 15  # of a map, and of a tap's shift, in either direction

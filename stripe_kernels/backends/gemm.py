@@ -12,8 +12,8 @@ The batch is cut into chunks whose Z or P stays in a cache. On a GPU Z lies stri
 the sum reads neighbouring pixels and a filter of few stripes ends early; P has its columns aligned.
 
 The products are torch.mm and torch.bmm: float32 ones follow torch.backends.cuda.matmul.allow_tf32, not
-cuDNN's switch. The gather is a Triton kernel on CUDA devices where Triton is there ("gather" of the
-registry), and torch's indexing elsewhere.
+cuDNN's switch. The gather is torch's indexing, or on a GPU one that the registry names: Triton's ("gather") or that
+of CUDA C++ ("native gather").
 """
 
 from __future__ import annotations
