@@ -86,6 +86,11 @@ def test_a_missing_record_and_a_dry_run_are_named(tree: Path) -> None:
     stages["layers"]["status"] = "done"
     (tree / "bench/records/broken.json").write_text(json.dumps({**broken, "stages": stages}))
     assert record.stale_quotes("see bench/records/broken.json", tree) == []
+    broken |= {"stages": stages, "correctness": {"done": 0}}
+    (tree / "bench/records/broken.json").write_text(json.dumps(broken))
+    assert "checked nothing" in record.stale_quotes("see bench/records/broken.json", tree)[0]
+    (tree / "bench/records/broken.json").write_text(json.dumps({**broken, "sanitizer": [{"ok": True}] * 2}))
+    assert record.stale_quotes("see bench/records/broken.json", tree) == []
 
 
 @needs_sources
