@@ -28,9 +28,9 @@ SOURCES = (
 # measured again.
 SAME_ON_A_GPU: dict[str, tuple[str, str]] = {
     "473feec11836acbe": (
-        "HASH",
-        "refusals: taps beyond 16 bits and chips before sm_80 in the native gather, a table without stripes; Triton's pool "
-        "and epilogue where Triton does not run: nothing that a row has met",
+        "e85cdb6fd9400dba",
+        "refusals: taps beyond 16 bits and chips before sm_80 in the native gather, a table without stripes; "
+        "Triton's pool and epilogue where Triton does not run: nothing that a row has met",
     ),
 }
 # Stages without which a record says too little to be quoted; rows there was no time for are named in it.
