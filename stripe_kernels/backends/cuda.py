@@ -146,7 +146,8 @@ def _refuse_wgmma_wgrad(problem: Problem) -> str | None:
             f"a patch with the halo of its taps exceeds {cuda_wgrad.PATCH_BYTES} bytes, or there are more than "
             f"{cuda_wgrad.MOST_TAPS} taps or {cuda_tiles.SIDE} pixels a side"
         )
-    return next((reason for layout in layouts if layout and (reason := _too_many_blocks(layout))), None)
+    blocks = max(layout.tiles_out for layout in layouts if layout)  # of all groups
+    return f"{blocks} blocks of stripes exceed {_GRID}" if blocks > _GRID else None
 
 
 def _build_wgmma(problem: Problem, which: Pass, config: Config) -> Any:

@@ -315,9 +315,17 @@ def test_refusals_give_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         (random_problem(ConvShape(1, 8, 9, 9, 8, 7, 7), "bfloat16"), "dgrad", "more than 32 taps"),
     ):
         assert reason in kernel.refuse(wrong, which)
+    assert (
+        kernel.refuse(random_problem(ConvShape(1, 2048, 5, 5, 2048, 1, 1, groups=256), "bfloat16"), "wgrad")
+        is None
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, reason in (((8, 0), "sm_90a alone"), ((10, 0), "10.0")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
         assert reason in kernel.refuse(p, "fprop")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert kernel.refuse(p, "fprop") is None
+    gather = registry.provided("native gather's refusal")
+    assert gather(p, "fprop") is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "sm_80 and newer; this device has compute capability 7.5" in gather(p, "fprop")
