@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from stripe_kernels.backends import cuda_ffma, cuda_mma, cuda_mma_grad, cuda_wgmma
+from stripe_kernels.backends import cuda_ffma, cuda_mma, cuda_mma_grad, cuda_stripe_gemm, cuda_wgmma
 from stripe_kernels.backends.cuda_taps import CONFIGS as TAPS_CONFIGS
 from stripe_kernels.backends.cuda_whole import CONFIGS as WHOLE_CONFIGS
 from stripe_kernels.registry import PASSES
@@ -17,6 +18,8 @@ from tests.cuda.problems import check, problem_of
 from tests.cuda.test_ffma import FAR
 from tests.cuda.test_gather import check_dgrad
 from tests.cuda.test_mma import WIDE
+from tests.cuda.test_stripe_gemm import PROBLEMS as STRIPE_PROBLEMS
+from tests.cuda.test_stripe_gemm import check_stripes
 from tests.cuda.test_taps import PROBLEMS as TAPS_PROBLEMS
 from tests.cuda.test_taps import check_fprop
 from tests.cuda.test_wgmma import EVERYTHING, check_wgmma, refused
@@ -65,11 +68,17 @@ def main(extension: str) -> None:
         if config is not None:
             with emulated.late(native):
                 check_wgrad(native, c, torch.bfloat16, config)
+            count += 1
     for number, c in enumerate(WHOLE_PROBLEMS):
         if taken(c, WHOLE_CONFIGS[number % 2]):
             with emulated.late(native):
                 check_whole(native, c, torch.bfloat16, WHOLE_CONFIGS[number % 2])
             count += 1
+    for c, which in product(STRIPE_PROBLEMS, PASSES):
+        if cuda_stripe_gemm.refuse(problem_of(c, "channels_last", torch.bfloat16), which) is None:
+            check_stripes(native, c, which, torch.bfloat16)
+            check_stripes(native, c, which, torch.bfloat16, 2)
+            count += 2
     print(f"{count} launches within their budgets")
 
 

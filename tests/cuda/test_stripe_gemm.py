@@ -26,6 +26,7 @@ PROBLEMS = (
     case("more taps than a word has bits", N=2, C=8, H=9, W=11, K=40, R=7, S=7, padding=(3, 3), density=0.2),
     case("maps of another size", N=2, C=8, H=9, W=6, K=24, padding=(0, 2)),
     case("groups", N=2, C=32, H=7, W=5, K=48, groups=2),
+    case("no stripe of four phases", N=2, C=8, H=5, W=6, K=16, stride=(2, 2), pattern="empty"),
     case("filters off 16 bytes", N=2, C=8, H=6, W=7, K=19),
 )  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
