@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from stripe_kernels import registry
+from stripe_kernels import backends, plan, registry
 from stripe_kernels.backends import cuda_stripe_gemm, gemm
 from stripe_kernels.registry import PASSES, Pass
 from stripe_kernels.testing import Case, case
@@ -122,3 +123,30 @@ def test_a_table_without_stripes_has_a_map() -> None:
     flat, (_, _, maps), shifts = cuda_stripe_gemm.sum_tables([[], []], single=False, width=2)
     assert flat[maps : maps + 4].tolist() == [0, 0, 0, 0]
     assert shifts == []
+
+
+def test_gathers_that_are_there_are_tried_and_old_choices_hold() -> None:
+    """Triton's alone, the native one alone where it takes the problem, both, or torch's indexing."""
+    backends.load()
+    c = case("any", N=4, C=16, H=9, W=9, K=16)
+    fits = replace(problem_of(c, "channels_last", torch.bfloat16), device="cuda")
+    refused = replace(fits, channels_last=False)
+    triton = {"gather": object}
+    native = {"native gather": object, "native gather's refusal": cuda_stripe_gemm.refuse}
+    for parts, wanted, other in (
+        (triton | native, [1, 2], [1]),
+        (triton, [1], [1]),
+        (native, [2], [0]),
+        ({}, [0], [0]),
+    ):
+        with patch.object(registry, "_parts", parts):
+            assert gemm._gathers(fits, "fprop") == wanted
+            assert gemm._gathers(refused, "fprop") == other
+            # A choice of Triton's gather, of a file from before there was another, where that is there; else dense.
+            plan.forget()
+            plan.record(fits, "fprop", [plan.Candidate("stripe_gemm", (4, 1), measured=1e-5)])
+            chosen = plan.make_plan(fits, "fprop", "auto").chosen
+            assert (chosen.kernel, chosen.config) == (
+                ("stripe_gemm", (4, 1)) if "gather" in parts else ("dense", ())
+            )
+    plan.forget()
