@@ -183,7 +183,7 @@ FAULTS = {
     ),
     "wgrad: one chunk of filters for all": Fault(WGRAD, "{chunk << 16 | chunk,", "{0,"),
     "wgrad: a share without its last tile": Fault(
-        WGRAD, "(blockIdx.z + 1) / l.splits)", "(blockIdx.z + 1) / l.splits - 1)"
+        WGRAD, "end = begin + each + (split < more);", "end = begin + each - 1 + (split < more);"
     ),
     "wgrad: a stripe gathered through another tap": Fault(
         "stripe_kernels/backends/cuda_wgrad.py", "np.stack([at, block.taps, ", "np.stack([at, block.taps[::-1], "
