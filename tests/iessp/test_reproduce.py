@@ -46,7 +46,8 @@ for kill in range(11):
         while os.read(heard, 1):
             pass
     os.close(heard)
-    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    # At once: the next child would say again what is not yet written.
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
