@@ -68,9 +68,6 @@ class CudaRunner:
         device = inp.device
         if not out.numel():
             return out
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.launch(inp, weights, out, strides, epilogue, channels)
         bias, scale, residual, activation = epilogue
         bias, scale = float32(bias), float32(scale)
         # Read in pairs, as `out` is written: a slice may begin between two.
@@ -84,23 +81,24 @@ class CudaRunner:
         partial = (
             torch.empty(self.splits * out.numel(), dtype=torch.float32, device=device) if split else None
         )
-        stream = current_stream(device)
-        self.kernel.run(
-            stream, self.arrays.on(device)["tables"].data_ptr(), inp.data_ptr(), inp.stride(),
-            weights.data_ptr(), out.data_ptr(), strides or out.stride(),
-            0 if partial is None else partial.data_ptr(), out.numel(), *((0, 0, 0, 0) if split else finish),
-        )  # fmt: skip
-        if partial is not None:
-            self.native.reduce(
-                stream,
-                partial.data_ptr(),
-                self.splits,
-                out.data_ptr(),
-                self.code,
-                out.numel(),
-                *channels,
-                *finish,
-            )
+        with on_device(device):
+            stream = current_stream(device)
+            self.kernel.run(
+                stream, self.arrays.on(device)["tables"].data_ptr(), inp.data_ptr(), inp.stride(),
+                weights.data_ptr(), out.data_ptr(), strides or out.stride(),
+                0 if partial is None else partial.data_ptr(), out.numel(), *((0, 0, 0, 0) if split else finish),
+            )  # fmt: skip
+            if partial is not None:
+                self.native.reduce(
+                    stream,
+                    partial.data_ptr(),
+                    self.splits,
+                    out.data_ptr(),
+                    self.code,
+                    out.numel(),
+                    *channels,
+                    *finish,
+                )
         return out
 
     def copy_rows(self, values: Tensor, rows: Tensor) -> Tensor:
@@ -112,11 +110,9 @@ class CudaRunner:
         device = values.device
         if out.numel() == 0:
             return out
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.copy_rows(values, rows)
         bytes_ = values.shape[1] * values.element_size()
-        self.native.copy_rows(
-            current_stream(device), values.data_ptr(), rows.data_ptr(), out.data_ptr(), len(rows), bytes_
-        )
+        with on_device(device):
+            self.native.copy_rows(
+                current_stream(device), values.data_ptr(), rows.data_ptr(), out.data_ptr(), len(rows), bytes_
+            )
         return out

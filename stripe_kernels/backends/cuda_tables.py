@@ -49,6 +49,17 @@ class Layout:
         ]
 
 
+def one_array(*sections: Int32Array) -> tuple[Int32Array, list[int]]:
+    """Flat sections in one array, and where each starts in it: at multiples of four, for vector loads."""
+    starts, parts, at = [], [], 0
+    for section in sections:
+        gap = -at % 4
+        starts.append(at + gap)
+        parts += [np.zeros(gap, np.int32), section]
+        at += gap + len(section)
+    return np.concatenate(parts), starts
+
+
 @dataclass
 class Tables:
     """Five sections, filled by the kernels' own builders: items (begin and end of a block's steps), steps,
@@ -62,14 +73,8 @@ class Tables:
     classes: list[int] = field(default_factory=list)
 
     def flat(self) -> tuple[Int32Array, list[int]]:
-        """One array, and where each section starts in it: at multiples of four, for vector loads."""
-        starts, parts, at = [], [], 0
-        for section in (self.items, self.steps, self.entries, self.lists, self.classes):
-            padding = 0 if section is self.classes else -len(section) % 4
-            starts.append(at)
-            parts.append(np.asarray([*section, *[0] * padding], np.int32))
-            at += len(parts[-1])
-        return np.concatenate(parts), starts
+        sections = (self.items, self.steps, self.entries, self.lists, self.classes)
+        return one_array(*(np.asarray(section, np.int32) for section in sections))
 
     @property
     def step_count(self) -> int:
