@@ -36,7 +36,8 @@ SAME_ON_A_GPU: dict[str, tuple[str, str]] = {
 }
 # Stages without which a record says too little to be quoted; rows there was no time for are named in it.
 NEEDED = ("checks", "layers")
-_QUOTED = re.compile(r"bench/records/([\w.+-]+\.json)")
+_QUOTED = re.compile(r"bench/records/([\w.+-]+\.json)|(?<![\w/])(nvidia-[\w.+-]+\.json)")
+_PARAGRAPHS = re.compile(r"\n\s*\n|\n(?=- |\|)")
 
 
 def source_hash(root: Path = ROOT) -> str:
@@ -56,28 +57,38 @@ def write(record: dict[str, Any], folder: Path, slug: str) -> Path:
     return path
 
 
+def not_quotable(record: dict[str, Any]) -> str:
+    """Why no document may quote a record's figures, or nothing."""
+    if record["dry_run"]:
+        return "is a dry run"
+    stages = record.get("stages", {})
+    if not record["complete"] and any(stages.get(name, {}).get("status") != "done" for name in NEEDED):
+        return "did not finish"
+    # What compute-sanitizer ran gives another status where a result is wrong.
+    small = record.get("sanitizer") or [{"ok": False}]
+    if record.get("correctness", {}).get("done") == 0 and not all(tool["ok"] for tool in small):
+        return "checked nothing"
+    return ""
+
+
 def stale_quotes(text: str, root: Path = ROOT) -> list[str]:
-    """What is wrong with the GPU records a text quotes by their path; empty when each is of this code. Records of
-    CPU times and of learning name a commit instead of a hash, and only have to exist."""
+    """What is wrong with the records a text quotes, with their folder or without; empty when each is of this code or
+    the paragraph that quotes it says "older kernels". Records of CPU times and of learning name a commit instead of
+    a hash, and only have to exist."""
     problems = []
-    for name in dict.fromkeys(_QUOTED.findall(text)):
-        path = root / "bench/records" / name
-        if not path.exists():
-            problems.append(f"bench/records/{name} does not exist")
-            continue
-        record = json.loads(path.read_text())
-        if "sources" not in record:
-            continue
-        if source_hash(root) not in (record["sources"], SAME_ON_A_GPU.get(record["sources"], ("",))[0]):
-            problems.append(
-                f"bench/records/{name} measured sources {record['sources']}, the code is {source_hash(root)}"
-            )
-        stages = record.get("stages", {})
-        over = record["complete"] or all(stages.get(name, {}).get("status") == "done" for name in NEEDED)
-        if record["dry_run"] or not over:
-            problems.append(f"bench/records/{name} is a dry run, or one that did not finish")
-        # What compute-sanitizer ran gives another status where a result is wrong.
-        small = record.get("sanitizer") or [{"ok": False}]
-        if record.get("correctness", {}).get("done") == 0 and not all(tool["ok"] for tool in small):
-            problems.append(f"bench/records/{name} checked nothing")
+    for paragraph in _PARAGRAPHS.split(text):
+        for name in dict.fromkeys(filter(None, sum(_QUOTED.findall(paragraph), ()))):
+            path = root / "bench/records" / name
+            if not path.exists():
+                problems.append(f"bench/records/{name} does not exist")
+                continue
+            record = json.loads(path.read_text())
+            if "sources" not in record:
+                continue
+            now = source_hash(root)
+            same = now in (record["sources"], SAME_ON_A_GPU.get(record["sources"], ("",))[0])
+            if not same and "older kernels" not in " ".join(paragraph.split()):
+                problems.append(f"bench/records/{name} measured sources {record['sources']}, the code is {now}")
+            if "complete" in record and (reason := not_quotable(record)):
+                problems.append(f"bench/records/{name} {reason}")
     return problems

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.gpu_check.record import not_quotable
 from bench.gpu_check.rows import best
 
 SLOWER = 1.02  # times cuDNN's: what auto may take before it counts as slower
@@ -175,7 +176,9 @@ def report(found: dict[str, Any]) -> str:
         network_table(found["networks"]),
     ]
     if not found["complete"]:
-        parts.append("A PARTIAL record: stages above did not finish, and documents may not quote it.")
+        parts.append("A PARTIAL record: stages above did not finish.")
+    if reason := not_quotable(found):
+        parts.append(f"Documents may not quote this record: it {reason}.")
     if found["dry_run"]:
         parts.append("A dry run on the CPU: it tests this program; no figure above means anything.")
     return "\n\n".join(parts)
