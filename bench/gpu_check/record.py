@@ -88,7 +88,9 @@ def stale_quotes(text: str, root: Path = ROOT) -> list[str]:
             now = source_hash(root)
             same = now in (record["sources"], SAME_ON_A_GPU.get(record["sources"], ("",))[0])
             if not same and "older kernels" not in " ".join(paragraph.split()):
-                problems.append(f"bench/records/{name} measured sources {record['sources']}, the code is {now}")
+                problems.append(
+                    f"bench/records/{name} measured sources {record['sources']}, the code is {now}"
+                )
             if "complete" in record and (reason := not_quotable(record)):
                 problems.append(f"bench/records/{name} {reason}")
     return problems
