@@ -1,4 +1,4 @@
-"""Tables of a document from the records of `iessp reproduce`:  python -m iessp.records docs/learning.md
+"""Tables of a document from the records of `iessp reproduce`:  python -m iessp.records docs/learning-results.md
 
 A block between `<!-- record: PATH -->` and `<!-- end -->` is written anew from that record, PATH being relative
 to the document's folder. --check changes nothing and fails where a block is not what its record says.

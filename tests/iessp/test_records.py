@@ -16,7 +16,7 @@ from iessp.recipe import UNPRUNED, bundled, read
 from iessp.records import differences, rewritten, table, trials
 from iessp.reproduce import cell_of
 
-LEARNING = Path(__file__).parents[2] / "docs/learning.md"
+LEARNING = Path(__file__).parents[2] / "docs/learning-results.md"
 RECORDS = [
     path
     for path in sorted(LEARNING.parents[1].glob("bench/records/learning-*.json"))
@@ -27,7 +27,34 @@ RECORDS = [
 def test_the_document_says_what_the_records_say() -> None:
     text = LEARNING.read_text()
     assert "<!-- record: " in text
-    assert rewritten(text, LEARNING.parent) == text, "run python -m iessp.records docs/learning.md"
+    assert rewritten(text, LEARNING.parent) == text, "run python -m iessp.records docs/learning-results.md"
+
+
+SUMMARY = {  # rows of the table in docs/learning.md
+    "VGG, a quarter of its width, few images (5 seeds)": "few",
+    "VGG, half of its width (3)": "half",
+    "ResNet-20 (3)": "resnet20",
+    "VGG, a quarter, few images (3)": "few-6",
+    "VGG, a quarter, nothing to spare, 200 steps (3)": "small",
+}
+
+
+@pytest.mark.parametrize("row", SUMMARY)
+def test_the_summary_says_what_the_records_say(row: str) -> None:
+    (line,) = [
+        line for line in LEARNING.with_name("learning.md").read_text().splitlines() if f"| {row} |" in line
+    ]
+    record = json.loads(
+        (LEARNING.parents[1] / f"bench/records/learning-cifar10-{SUMMARY[row]}.json").read_text()
+    )
+    found = {}
+    for text in differences(record, "iem"):
+        method, values = re.fullmatch(r"iem over (.*), \d seeds: test (\S+ ± \S+), .*", text).groups()  # type: ignore[union-attr]
+        found[method] = re.sub(r"\b0\.", ".", values)
+    follows = "filter-skeleton(exact=true)" if SUMMARY[row] == "small" else "filter-skeleton"
+    names = ("dense", "magnitude", follows, "l1-filter", "slim", "random")
+    shown = [re.sub(r" \(.*", "", cell.strip()) for cell in line.split("|")[3:9]]
+    assert shown == [found[name] for name in names]
 
 
 def test_a_block_is_written_anew_and_the_rest_is_left(tmp_path: Path) -> None:
