@@ -23,6 +23,9 @@ from bench.gpu_check.device import Device
 from bench.gpu_check.report import probe_text
 from bench.gpu_check.rows import _auto, crossovers, settings
 from bench.timing import Sample
+from stripe_kernels import backends, registry
+from stripe_kernels.backends import cuda_stripe_gemm
+from stripe_kernels.registry import Problem
 from stripe_kernels.testing import CASES, Prepared
 from tests.tree import ROOT, needs_sources
 
@@ -149,6 +152,22 @@ def test_a_kernel_that_hangs_or_crashes_is_lost_and_a_wrong_one_is_not(
     assert set(lost) == {"lost its device", "crashes", "hangs"}
     assert "an illegal access" in lost["lost its device"]
     assert lost["hangs"].startswith("hangs")
+
+
+def test_the_small_set_runs_both_gathers_and_the_stem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compute-sanitizer runs of kernels that refuse most problems: every launch of the native gather."""
+    native = {"native gather": object, "native gather's refusal": cuda_stripe_gemm.refuse, "gather": object}
+    backends.load()
+    monkeypatch.setattr(registry, "_parts", native)
+    reached = set()
+    for case, dtype, layout in checks.cases(checks.SMALL):
+        for which in registry.PASSES:
+            problem = Problem(case.shape, case.skeleton, str(dtype)[6:], "cuda", layout == "channels_last", 1)
+            candidates = registry.find("stripe_gemm").candidates(problem, which)
+            best = sorted(candidates, key=candidates.__getitem__)[: checks.CONFIGS]
+            reached |= {(which, config[1]) for config in best}
+    assert reached == {(which, gather) for which in registry.PASSES for gather in (1, 2)}
+    assert all(checks.aligned(CASES[name]).shape.group_c <= 15 for name in checks.SMALL), "triton_stem's most"
 
 
 def test_checks_only_tries_the_kernels_it_is_given() -> None:

@@ -47,6 +47,24 @@ time.sleep(600)
         time.sleep(0.01)
 
 
+def test_what_one_set_of_kernels_does_under_the_sanitizer_says_nothing_of_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\ncase "$*" in *stripe_gemm*) exit 9;; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = tools.sanitize((["cuda_ffma:dgrad"], ["stripe_gemm", "triton_stem"], []), 60.0)
+    wanted = [
+        (tool, kernels, code)
+        for kernels, code in (("cuda_ffma:dgrad", 0), ("stripe_gemm triton_stem", 9))
+        for tool in ("memcheck", "racecheck")
+    ]
+    assert [
+        (r["command"].split()[2], r["command"].partition("--kernels ")[2], r["code"]) for r in found
+    ] == wanted
+
+
 class Times:
     """A clock, and programs that take as long as `wanted` says of their stage, or as they may."""
 
@@ -56,7 +74,7 @@ class Times:
         monkeypatch.setattr(stages, "wait_for", lambda parts, end: self.stage("compile", end - self.now))
         monkeypatch.setattr(tools, "build", lambda seconds: {"ok": True})
         monkeypatch.setattr(tools, "first_tries", self.first_tries)
-        monkeypatch.setattr(tools, "sanitize", lambda kernels, seconds: [self.stage("sanitizer", seconds)])
+        monkeypatch.setattr(tools, "sanitize", lambda sets, seconds: [self.stage("sanitizer", seconds)])
         monkeypatch.setattr(probes, "probe", lambda seconds: self.stage("probes", seconds))
         monkeypatch.setattr(stages, "run_stage", lambda name, j, end, o: self.stage(name, end - self.now))
 
@@ -206,13 +224,11 @@ def test_the_stages_of_a_gpu_in_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(
         tools, "first_tries", lambda kernels, seconds: {"cuda_ffma:dgrad": "hangs: "} if kernels else {}
     )
-    sanitized: list[str] = []
+    sanitized: list[list[str]] = []
     monkeypatch.setattr(
         tools,
         "sanitize",
-        lambda kernels, seconds: (
-            sanitized.extend(kernels) or [{"command": "memcheck", "ok": True, "output": ""}]
-        ),
+        lambda sets, seconds: sanitized.extend(sets) or [{"command": "memcheck", "ok": True, "output": ""}],
     )
     monkeypatch.setattr(probes, "probe", lambda seconds: {"left_out": "no GPU"})
     tiny = rows.settings(dry_run=True)[:1]
@@ -250,7 +266,7 @@ def test_the_stages_of_a_gpu_in_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert found["layers_left_out"] == []
     assert "no time" not in found["promises"].values()
     assert withdrawn == ["cuda_ffma:dgrad"] * 4, "a lost pass is not there for later stages"
-    assert sanitized == ["cuda_ffma:fprop", "cuda_ffma:wgrad"]
+    assert sanitized == [["cuda_ffma:fprop", "cuda_ffma:wgrad"], ["stripe_gemm"]]
     assert "no GPU" in report.report(found)
 
 

@@ -158,8 +158,9 @@ class Check:
             self.save(self.found)
 
     def _sanitize(self) -> None:
+        beside = [name for name in tools.BESIDE_OWN if name in self.found["kernels"]]
         with self._timed("sanitizer") as end:
-            ran = self.found["sanitizer"] = tools.sanitize(self._native, end - self.clock())
+            ran = self.found["sanitizer"] = tools.sanitize((self._native, beside), end - self.clock())
             stopped = any(tool.get("code", 0) is None for tool in ran)
             self.found["stages"]["sanitizer"] = {"status": "stopped at its deadline" if stopped else "done"}
         self._say("sanitizer: " + ", ".join(f"{r['command'][:60]} {r['ok']}" for r in ran))

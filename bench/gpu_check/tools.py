@@ -12,6 +12,8 @@ from bench.gpu_check.programs import Ended, together
 
 _ENOUGH = 4000  # characters of output kept
 WRONG = 1  # status of --checks-only when results are wrong, and nothing worse
+# Own kernels that come with others' parts: stripe_gemm with its native gather, and the one that reads x value by value.
+BESIDE_OWN = ("stripe_gemm", "triton_stem")
 
 
 def run(command: Sequence[str], seconds: float, keep: bool = False) -> dict[str, Any]:
@@ -68,13 +70,19 @@ def first_tries(kernels: list[str], seconds: float) -> dict[str, str]:
     return reasons
 
 
-def sanitize(kernels: list[str], seconds: float) -> list[dict[str, Any]]:
-    """memcheck and racecheck over few cases of these kernels."""
+def sanitize(sets: Sequence[list[str]], seconds: float) -> list[dict[str, Any]]:
+    """memcheck and racecheck over few cases of each set of kernels, in a process each: what one set does not reach in
+    its time, or others' kernels in it do wrong, says nothing of another."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if shutil.which(tool) is None:
         return [{"command": "compute-sanitizer", "ok": None, "output": "not installed"}]
     # Every tensor an allocation of its own: inside the allocator's large ones memcheck sees no end of a tensor.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     options = ["--error-exitcode", "9", "--print-limit", "20"]
-    commands = [[tool, "--tool", name, *options, *_alone(kernels)] for name in ("memcheck", "racecheck")]
+    commands = [
+        [tool, "--tool", name, *options, *_alone(kernels)]
+        for kernels in sets
+        if kernels
+        for name in ("memcheck", "racecheck")
+    ]
     return run_together(commands, seconds, environment=alone)
