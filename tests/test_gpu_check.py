@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -168,6 +169,24 @@ def test_the_small_set_runs_both_gathers_and_the_stem(monkeypatch: pytest.Monkey
             reached |= {(which, config[1]) for config in best}
     assert reached == {(which, gather) for which in registry.PASSES for gather in (1, 2)}
     assert all(checks.aligned(CASES[name]).shape.group_c <= 15 for name in checks.SMALL), "triton_stem's most"
+
+
+def test_what_a_gpu_promises_of_training() -> None:
+    """Of every kernel that has all passes, in a graph and on a stream; torch.compile by the operators alone."""
+    names = ["cuda_wgmma", "cuda_mma_tf32", "triton_stem"]
+    with (
+        patch.object(checks, "kernels", lambda device, without: names),
+        patch.object(torch.cuda, "device_count", lambda: 1),
+    ):
+        promised = list(checks.promised(Device("cuda", "", 0)))
+    assert len(promised) == len(set(promised))
+    for name in ("CUDA graph of training", "stream of training"):
+        assert [p.rpartition(", ")[2] for p in promised if p.startswith(f"{name}, ")] == [
+            "auto",
+            "cuda_wgmma",
+        ]
+    assert {p.rpartition(", ")[2] for p in promised if "compile" in p} == {"auto", "triton_stem"}
+    assert {"CUDA graph, cuda_wgmma", "two streams, triton_stem"} <= set(promised)
 
 
 def test_checks_only_tries_the_kernels_it_is_given() -> None:

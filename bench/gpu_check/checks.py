@@ -36,7 +36,7 @@ SMALL = (
     "grouped lopsided",
 )  # for a first try, and for the sanitizer, which slows kernels by tens
 CONFIGS = 4  # of one kernel that are checked; of Triton's, which have to be compiled first, one
-_NOT_ALL_PASSES = {"cuda_wgmma", "triton_stem"}
+_NOT_ALL_PASSES = {"cuda_mma_tf32": "no wgrad", "triton_stem": "fprop alone"}
 _STRAND = 50  # microseconds of other work that a promise about streams is tested behind
 
 
@@ -292,6 +292,28 @@ def _stream(device: Device, kernel: str) -> str | None:
     return None if torch.equal(y, expected) else "did not wait for its stream"
 
 
+def _training_stream(device: Device, kernel: str) -> str | None:
+    """The same in a step forward and back, whose gradients come on the stream that the layer ran on."""
+    layer, x = _layer(device, kernel)
+
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
+
+    torch.backends.cudnn.deterministic = kernel == "auto"
+    expected = step(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.full_like(x, torch.nan)
+        torch.cuda._sleep(_STRAND * 2000)
+        late.copy_(x)
+        found = step(late)
+    stream.synchronize()
+    same = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    return None if same else "did not wait for its stream"
+
+
 def _second_device(device: Device, kernel: str) -> str | None:
     layer, x = _layer(device, kernel)
     with torch.no_grad():
@@ -374,6 +396,7 @@ def _promises(device: Device) -> dict[str, Callable[[str], str | None]]:
         "CUDA graph outlives its plan": on(_graph_outlives_its_plan),
         "CUDA graph of training": on(_training_graph),
         "stream": on(_stream),
+        "stream of training": on(_training_stream),
         "two streams": on(_two_streams),
     }
     if torch.cuda.device_count() > 1:
