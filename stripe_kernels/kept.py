@@ -17,7 +17,8 @@ Reading costs two queries of the stream, and no synchronisation.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,17 +45,19 @@ def hold_for_graphs(owner: Any) -> None:
 
 class Kept:
     """What `make` returns, a tree of tensors on one device, made once. Not for use under capture: `make`
-    may copy from the host."""
+    may copy from the host. elsewhere: see the module; without, it is made by this thread on its current stream."""
 
-    def __init__(self, make: Callable[[], Any], device: torch.device) -> None:
+    def __init__(self, make: Callable[[], Any], device: torch.device, elsewhere: bool = True) -> None:
         self.device = device
         self._streams: set[int] = set()
         self._value: Any
         self._ready: Any = None
-        if device.type == "cuda":
+        if device.type == "cuda" and elsewhere:
             self._value, self._ready = _made_elsewhere(make, device)
         else:
             self._value = make()
+            if device.type == "cuda":
+                self._ready = torch.cuda.current_stream(device).record_event()
 
     def value(self) -> Any:
         """The tensors, ready for the current stream."""
@@ -72,6 +75,16 @@ class Kept:
             for t in _tensors(self._value):
                 t.record_stream(stream)
             self._streams.add(stream.cuda_stream)
+
+
+def kept_here(tensors: Iterable[Tensor]) -> tuple[Kept, ...]:
+    """What this thread has made, on current streams, for many calls: one for each GPU, none for the CPU. A call asks
+    each for its `value()` before it reads. Not for what torch.compile's warm-up makes: that is the graph's memory."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for t in tensors:
+        if t.device.type == "cuda":
+            by_device.setdefault(t.device, []).append(t)
+    return tuple(Kept(partial(list, here), device, elsewhere=False) for device, here in by_device.items())
 
 
 def _made_elsewhere(make: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:

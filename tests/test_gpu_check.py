@@ -3,7 +3,6 @@ records."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -13,20 +12,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
-from bench.gpu_check import networks, record, tools
-from bench.gpu_check.__main__ import gathered_rows
+from bench.gpu_check import ahead, checks, networks, record, tools
 from bench.gpu_check.checks import aligned
 from bench.gpu_check.device import Device
-from bench.gpu_check.journal import Journal
 from bench.gpu_check.report import probe_text
-from bench.gpu_check.rows import DTYPES, _auto, crossovers, layer_rows, settings
-from bench.gpu_check.stages import run_stage
+from bench.gpu_check.rows import _auto, crossovers, settings
 from bench.timing import Sample
+from stripe_kernels import backends, registry
+from stripe_kernels.backends import cuda_stripe_gemm
+from stripe_kernels.registry import Problem
 from stripe_kernels.testing import CASES, Prepared
 from tests.tree import ROOT, needs_sources
 
@@ -166,54 +166,38 @@ def test_a_kernel_that_hangs_or_crashes_is_lost_and_a_wrong_one_is_not(
     assert lost["hangs"].startswith("hangs")
 
 
-def test_the_stages_of_a_gpu_in_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a dry run leaves out: every stage in the order and with the deadlines of a GPU, programs replaced."""
-    from bench.gpu_check import __main__ as program
-    from bench.gpu_check import checks, networks, probes, report, rows
+def test_the_small_set_runs_both_gathers_and_the_stem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compute-sanitizer runs of kernels that refuse most problems: every launch of the native gather."""
+    native = {"native gather": object, "native gather's refusal": cuda_stripe_gemm.refuse, "gather": object}
+    backends.load()
+    monkeypatch.setattr(registry, "_parts", native)
+    reached = set()
+    for case, dtype, layout in checks.cases(checks.SMALL):
+        for which in registry.PASSES:
+            problem = Problem(case.shape, case.skeleton, str(dtype)[6:], "cuda", layout == "channels_last", 1)
+            candidates = registry.find("stripe_gemm").candidates(problem, which)
+            best = sorted(candidates, key=candidates.__getitem__)[: checks.CONFIGS]
+            reached |= {(which, config[1]) for config in best}
+    assert reached == {(which, gather) for which in registry.PASSES for gather in (1, 2)}
+    assert all(checks.aligned(CASES[name]).shape.group_c <= 15 for name in checks.SMALL), "triton_stem's most"
 
-    few = {name: CASES[name] for name in checks.SMALL}
-    withdrawn: list[str] = []
-    monkeypatch.setattr("stripe_kernels.testing.CASES", few)
-    monkeypatch.setattr(
-        tools, "first_tries", lambda kernels, seconds: {"cuda_ffma:dgrad": "hangs: "} if kernels else {}
-    )
-    monkeypatch.setattr(
-        tools, "sanitize", lambda kernels, seconds: [{"command": "memcheck", "ok": True, "output": ""}]
-    )
-    monkeypatch.setattr(probes, "probe", lambda seconds: {"left_out": "no GPU"})
-    tiny = rows.settings(dry_run=True)[:1]
-    monkeypatch.setattr(rows, "settings", lambda dry_run: tiny)
-    monkeypatch.setattr(rows, "ROUNDS", 3)
-    monkeypatch.setattr(networks, "NETWORKS", ())
-    for module in (checks, rows):  # Triton's interpreter would take minutes
-        monkeypatch.setattr(
-            module,
-            "kernels",
-            lambda device, without=(): [n for n in ("dense", "stripe_gemm", "cuda_ffma") if n not in without],
-        )
-    monkeypatch.setattr(program, "_START", time.perf_counter())
-    device = Device("cpu", "a CPU in a GPU's place", 0)
-    monkeypatch.setattr(program.Device, "find", lambda dry_run: device)
-    monkeypatch.setattr(program, "start_parts", lambda *arguments: [])
-    monkeypatch.setattr("stripe_kernels.testing.withdraw", withdrawn.append)
 
-    def in_this_process(name: str, journal: Journal, end: float, options: list[str]) -> dict[str, Any]:
-        given = argparse.Namespace(
-            stage=name, journal=journal.path, seconds=600.0, dry_run=False, without=options[1:], ends=None
-        )
-        assert program.child(given) == 0
-        return {"status": "done", "seconds": 0.0, "crashes": []}
-
-    monkeypatch.setattr(program, "run_stage", in_this_process)
-    saved: list[int] = []
-    options = argparse.Namespace(dry_run=False, no_build=True, ends=None)
-    found = program.check(device, options, lambda record: saved.append(len(record)) or tmp_path)
-    assert found["complete"]
-    assert len(saved) == 7, "the record is saved after every stage"
-    assert found["correctness"]["failures"] == []
-    assert found["correctness"]["skipped_for_time"] == 0
-    assert withdrawn == ["cuda_ffma:dgrad"] * 3, "a lost pass is not there for later stages"
-    assert "no GPU" in report.report(found)
+def test_what_a_gpu_promises_of_training() -> None:
+    """Of every kernel that has all passes, in a graph and on a stream; torch.compile by the operators alone."""
+    names = ["cuda_wgmma", "cuda_mma_tf32", "triton_stem"]
+    with (
+        patch.object(checks, "kernels", lambda device, without: names),
+        patch.object(torch.cuda, "device_count", lambda: 1),
+    ):
+        promised = list(checks.promised(Device("cuda", "", 0)))
+    assert len(promised) == len(set(promised))
+    for name in ("CUDA graph of training", "stream of training"):
+        assert [p.rpartition(", ")[2] for p in promised if p.startswith(f"{name}, ")] == [
+            "auto",
+            "cuda_wgmma",
+        ]
+    assert {p.rpartition(", ")[2] for p in promised if "compile" in p} == {"auto", "triton_stem"}
+    assert {"CUDA graph, cuda_wgmma", "two streams, triton_stem"} <= set(promised)
 
 
 def test_checks_only_tries_the_kernels_it_is_given() -> None:
@@ -223,6 +207,12 @@ def test_checks_only_tries_the_kernels_it_is_given() -> None:
     command = [*tools._alone(["stripe_gemm"]), "--dry-run"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_what_checks_launch_is_compiled_before_what_rows_launch() -> None:
+    whats = [what for _, what, _ in ahead.calls(checks.SMALL)]
+    first = min(whats.index(setting.what) for setting in settings(dry_run=False))
+    assert first == 2 * 2 * 3 * 3 + 1, "all checks, and the first layer of a network"
 
 
 def test_aligned_cases_have_channels_that_tensor_cores_take() -> None:
@@ -259,7 +249,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert found["complete"]
     assert found["sources"] == record.source_hash()
     assert {name: stage["status"] for name, stage in found["stages"].items()} == dict.fromkeys(
-        ("compile", "checks", "layers", "networks"), "done"
+        ("compile", "promises", "checks", "networks", "layers"), "done"
     )
     assert found["correctness"]["done"] > 0
     assert found["correctness"]["failures"] == []
@@ -280,80 +270,6 @@ def test_dry_run(tmp_path: Path) -> None:
     assert "measured / predicted" in result.stdout
     assert found["layers_left_out"] == found["networks_left_out"] == []
     assert "no figure above means anything" in result.stdout
-
-
-class Launches:
-    """Stands for subprocess.run: each call plays the next part, on a clock of its own."""
-
-    def __init__(self, *parts: Any) -> None:
-        self.parts, self.now, self.commands = list(parts), 0.0, []  # type: ignore[var-annotated]
-
-    def clock(self) -> float:
-        return self.now
-
-    def __call__(self, command: list[str], **options: Any) -> Any:
-        self.commands.append(command)
-        seconds, status = self.parts.pop(0)
-        self.now += seconds
-        if status is None:
-            raise subprocess.TimeoutExpired(command, options["timeout"])
-        return subprocess.CompletedProcess(command, status, "", "an illegal memory access")
-
-
-def staged(launches: Launches, path: Path, end: float = 100.0) -> dict[str, Any]:
-    return run_stage("layers", Journal(path), end, ["--dry-run"], launches, launches.clock)
-
-
-def test_a_stage_that_crashes_starts_again(tmp_path: Path) -> None:
-    launches = Launches((10, 70), (20, 0))
-    stage = staged(launches, tmp_path / "journal")
-    assert (stage["status"], len(stage["crashes"])) == ("done", 1)
-    assert "illegal" in stage["crashes"][0]["output"]
-    seconds = [command[command.index("--seconds") + 1] for command in launches.commands]
-    assert seconds == ["100.0", "90.0"], "the second start has what the first left"
-
-
-def test_a_stage_that_hangs_or_always_crashes_ends(tmp_path: Path) -> None:
-    assert staged(Launches((115, None)), tmp_path / "a")["status"] == "stopped at its deadline"
-    assert staged(Launches(*[(1, -11)] * 9), tmp_path / "b")["status"] == "given up after crashes"
-    assert staged(Launches(), tmp_path / "c", end=0.5)["status"] == "no time"
-
-
-def test_what_a_process_died_of_is_told_and_left_out(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal")
-    journal.note("trying", what="fprop, triton[1]")
-    journal.note("tried", what="fprop, triton[1]")
-    journal.note("trying", what="fprop, triton[2]")
-    with journal.path.open("a") as file:  # type: ignore[union-attr]
-        file.write('{"kind": "tri')  # killed while writing
-    assert journal.unfinished("trying", "tried") == ["fprop, triton[2]"]
-    rows = gathered_rows(journal, "layers")
-    assert rows["layers_left_out"] == ["fprop, triton[2]: the process did not survive it"]
-
-
-def test_a_restarted_stage_goes_on_where_it_was(tmp_path: Path) -> None:
-    """The first contestant is lost to a crash, the first setting is there already, the second is timed."""
-    device, journal = Device("cpu", "dry run", 0), Journal(tmp_path / "journal")
-    first, second, third = settings(dry_run=True)
-    journal.note("ceilings", copy_bytes_per_second=1e9, gemm_flops=dict.fromkeys(DTYPES, 1e9))
-    journal.note("finished", what=first.what)
-    journal.note("started", what=second.what)
-    journal.note("trying", what=f"{second.what}, cudnn")
-    journal.note("started", what=third.what)
-    layer_rows(device, float("inf"), True, 3, journal)
-    (row,) = [line["row"] for line in journal.lines("row")]
-    assert row["which"] == second.which
-    assert "cudnn" not in row["contestants"]
-    assert "did not survive" in row["wrong"]["cudnn"]
-    (left,) = journal.lines("left")
-    assert left["what"].startswith(third.what)
-
-
-def test_no_time_is_told(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal")
-    journal.note("ceilings", copy_bytes_per_second=1e9, gemm_flops=dict.fromkeys(DTYPES, 1e9))
-    layer_rows(Device("cpu", "dry run", 0), 0.0, True, 3, journal)
-    assert [line["what"] for line in journal.lines("left")] == [s.what for s in settings(dry_run=True)]
 
 
 def test_auto_stays_with_cudnn_where_the_gain_is_within_luck() -> None:

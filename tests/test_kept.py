@@ -38,8 +38,8 @@ class Stream:
 class Memory:
     """A tensor, as far as its memory's owner is asked."""
 
-    def __init__(self, log: list[Any]) -> None:
-        self.log = log
+    def __init__(self, log: list[Any], device: torch.device = GPU) -> None:
+        self.log, self.device = log, device
 
     def record_stream(self, stream: Stream) -> None:
         self.log.append(("read by", stream.cuda_stream))
@@ -85,7 +85,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch):
     fake = FakeCuda()
     fake.use(7)
     monkeypatch.setattr(torch, "cuda", fake)
-    monkeypatch.setattr(kept, "_tensors", lambda tree: iter([tree]))
+    monkeypatch.setattr(kept, "_tensors", lambda tree: iter(tree if isinstance(tree, list) else [tree]))
     monkeypatch.setattr(kept, "_in_graphs", set())
     return fake
 
@@ -117,6 +117,24 @@ def test_every_stream_waits_once_and_is_known_to_the_allocator(cuda) -> None:
     assert cuda.log == [
         ("waits for event", 7, "event of 101"), ("read by", 7),
         ("waits for event", 8, "event of 101"), ("read by", 8),
+    ]  # fmt: skip
+
+
+def test_what_a_caller_made_is_met_by_the_streams_of_later_calls(cuda) -> None:
+    """A network's converted biases and packed weights: freed while another stream reads them, they would be handed out
+    again."""
+    other = torch.device("cuda", 1)
+    made = [Memory(cuda.log), Memory(cuda.log, other), Memory(cuda.log), Memory([], torch.device("cpu"))]
+    first, second = kept.kept_here(made)  # type: ignore[arg-type]
+    assert (first.device, second.device) == (GPU, other)
+    assert cuda.log == []
+    cuda.use(8)
+    for _ in range(2):
+        assert first.value() == [made[0], made[2]]
+        assert second.value() == [made[1]]
+    assert cuda.log == [
+        ("waits for event", 8, "event of 7"), ("read by", 8), ("read by", 8),
+        ("waits for event", 8, "event of 7"), ("read by", 8),
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,13 +29,14 @@ from stripe_kernels.testing import (
     prepared,
 )
 
-PASSES = ("fprop", "dgrad", "wgrad")
+PASSES: tuple[Pass, ...] = ("fprop", "dgrad", "wgrad")
 RESULT = {"fprop": "y", "dgrad": "dx", "wgrad": "dw"}
 SMALL = (
     "lopsided",
     "grouped lopsided",
 )  # for a first try, and for the sanitizer, which slows kernels by tens
 CONFIGS = 4  # of one kernel that are checked; of Triton's, which have to be compiled first, one
+_NOT_ALL_PASSES = {"cuda_mma_tf32": "no wgrad", "triton_stem": "fprop alone"}
 _STRAND = 50  # microseconds of other work that a promise about streams is tested behind
 
 
@@ -147,41 +148,58 @@ def small_set(device: Device, names: list[str]) -> int:
     return WRONG if correctness(device, SMALL, float("inf"), tried, Journal(None)) else 0
 
 
+def names_of(dry_run: bool) -> tuple[str, ...]:
+    """The cases that are checked."""
+    return SMALL[:1] if dry_run else tuple(CASES)
+
+
+def beside(dry_run: bool) -> set[str]:
+    """torch's own are no kernels of ours: they are timed, not checked."""
+    return set() if dry_run else {"dense"}
+
+
+def planned(names: tuple[str, ...], tried: Collection[str]) -> Iterator[tuple[str, str, int, Pass]]:
+    """(what, kernel, number of the case, pass) of all checks of the kernels `tried`, or of passes of them
+    ("cuda_wgmma:wgrad"), in their order."""
+    listed = list(cases(names))
+    for name in tried:
+        kernel, _, only = name.partition(":")
+        for number, (case, dtype, _) in enumerate(listed):
+            if "tf32" in kernel and dtype != torch.float32:
+                continue
+            for which in PASSES:
+                if only in ("", which):
+                    yield f"{kernel} {which} of {case.name}, {str(dtype)[6:]}", kernel, number, which
+
+
 def correctness(
     device: Device, names: tuple[str, ...], deadline: float, tried: Collection[str], journal: Journal
 ) -> list[str]:
-    """Kernel x case x dtype x pass, twice each, for the kernels `tried` or passes of them ("cuda_wgmma:wgrad"), into
-    the journal; what is wrong. float32 is strict. What the journal has already, and what a process died of, is left
-    out."""
+    """Every check `planned`, twice each, into the journal, as far as there is time; what is wrong. float32 is strict.
+    What the journal has already, and what a process died of, is left out."""
     before = {line["what"] for line in journal.lines("check")} | set(journal.unfinished("begun", "check"))
-    skipped = 0
     found: list[str] = []
     set_precision("float32")
     every = list(_prepared(names, device))
-    for name in tried:
-        kernel, _, only = name.partition(":")
-        for case, operands, rounded, budget in every:
-            if "tf32" in kernel:  # its results are those of the rounded operands
-                if operands.x.dtype != torch.float32:
-                    continue
-                operands, budget = rounded, _tf32_budgets(case, rounded)
-            for which in PASSES:
-                if only not in ("", which):
-                    continue
-                what = f"{kernel} {which} of {case.name}, {str(operands.x.dtype)[6:]}"
-                if what in before:
-                    continue
-                if time.perf_counter() > deadline:
-                    skipped += 1
-                    continue
-                journal.note("begun", what=what)
-                result, text = _checked(case, operands, which, kernel, budget)
-                device.leave_if_lost()
-                journal.note("check", what=what, result=result, text=text)
-                if result == "wrong":
-                    print(text, flush=True)
-                    found.append(text)
-    journal.note("skipped", count=skipped)
+    of_tf32: dict[int, Budgets] = {}  # by the number of the case
+    for what, kernel, number, which in planned(names, tried):
+        if what in before:
+            continue
+        if time.perf_counter() > deadline:
+            break
+        case, operands, rounded, budget = every[number]
+        if "tf32" in kernel:  # its results are those of the rounded operands
+            operands = rounded
+            if number not in of_tf32:
+                of_tf32[number] = _tf32_budgets(case, rounded)
+            budget = of_tf32[number]
+        journal.note("begun", what=what)
+        result, text = _checked(case, operands, which, kernel, budget)
+        device.leave_if_lost()
+        journal.note("check", what=what, result=result, text=text)
+        if result == "wrong":
+            print(text, flush=True)
+            found.append(text)
     return found
 
 
@@ -274,6 +292,28 @@ def _stream(device: Device, kernel: str) -> str | None:
     return None if torch.equal(y, expected) else "did not wait for its stream"
 
 
+def _training_stream(device: Device, kernel: str) -> str | None:
+    """The same in a step forward and back, whose gradients come on the stream that the layer ran on."""
+    layer, x = _layer(device, kernel)
+
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
+
+    torch.backends.cudnn.deterministic = kernel == "auto"
+    expected = step(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.full_like(x, torch.nan)
+        torch.cuda._sleep(_STRAND * 2000)
+        late.copy_(x)
+        found = step(late)
+    stream.synchronize()
+    same = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    return None if same else "did not wait for its stream"
+
+
 def _second_device(device: Device, kernel: str) -> str | None:
     layer, x = _layer(device, kernel)
     with torch.no_grad():
@@ -342,46 +382,64 @@ def _odd_address(device: Device, kernel: str) -> str | None:
         return None if torch.equal(layer(odd), layer(x)) else "differs from an aligned input"
 
 
-def promises(device: Device, deadline: float, journal: Journal) -> None:
-    """Graph capture, streams, devices, torch.compile (slow, so last): "ok" or what went wrong, by kernel, into the
-    journal. The CUDA kernels reach torch.compile and training by the operators that "auto" tries; not all
-    have a backward pass."""
-    tests: dict[str, Any] = {"odd address": lambda k: _odd_address(device, k)}
+def _promises(device: Device) -> dict[str, Callable[[str], str | None]]:
+    """By name, torch.compile, which is slow, last."""
+
+    def on(test: Callable[..., str | None], *options: Any) -> Callable[[str], str | None]:
+        return lambda kernel: test(device, kernel, *options)
+
+    found = {"odd address": on(_odd_address)}
+    if device.type != "cuda":
+        return found | {"torch.compile": on(_compiled, None)}
+    found |= {
+        "CUDA graph": on(_graph),
+        "CUDA graph outlives its plan": on(_graph_outlives_its_plan),
+        "CUDA graph of training": on(_training_graph),
+        "stream": on(_stream),
+        "stream of training": on(_training_stream),
+        "two streams": on(_two_streams),
+    }
+    if torch.cuda.device_count() > 1:
+        found["second device"] = on(_second_device)
+    return found | {
+        "torch.compile": on(_compiled, None),
+        "torch.compile, first call in a graph's memory": on(_first_call_in_a_graph_pool),
+        "torch.compile reduce-overhead": on(_compiled, "reduce-overhead"),
+    }
+
+
+def _is_promised(name: str, kernel: str) -> bool:
+    """The CUDA kernels reach torch.compile by the operators that "auto" tries, and not all have every pass."""
+    if "compile" in name:
+        return not kernel.startswith("cuda_")
+    return "training" not in name or kernel not in _NOT_ALL_PASSES
+
+
+def promised(device: Device) -> dict[str, tuple[Callable[[str], str | None], str]]:
+    """Test and kernel of everything that is promised of graphs, streams, devices and compilation, by what it is."""
     names = ["auto", *kernels(device, {"dense"})] if device.type == "cuda" else ["stripe_gemm"]
-    if device.type == "cuda":
-        tests |= {
-            "CUDA graph": lambda k: _graph(device, k),
-            "CUDA graph outlives its plan": lambda k: _graph_outlives_its_plan(device, k),
-            "CUDA graph of training": lambda k: _training_graph(device, k),
-            "stream": lambda k: _stream(device, k),
-            "two streams": lambda k: _two_streams(device, k),
-        }
-        if torch.cuda.device_count() > 1:
-            tests["second device"] = lambda k: _second_device(device, k)
-    tests["torch.compile"] = lambda k: _compiled(device, k, None)
-    if device.type == "cuda":
-        tests |= {
-            "torch.compile, first call in a graph's memory": lambda k: _first_call_in_a_graph_pool(device, k),
-            "torch.compile reduce-overhead": lambda k: _compiled(device, k, "reduce-overhead"),
-        }
+    return {
+        f"{name}, {kernel}": (test, kernel)
+        for name, test in _promises(device).items()
+        for kernel in names
+        if _is_promised(name, kernel)
+    }
+
+
+def promises(device: Device, deadline: float, journal: Journal) -> None:
+    """ "ok" or what went wrong, by what is promised, into the journal, as far as there is time."""
     over = {line["what"] for line in journal.lines("promise")} | set(
         journal.unfinished("promised", "promise")
     )
-    for name, test in tests.items():
-        for kernel in names:
-            what = f"{name}, {kernel}"
-            skipped = (kernel.startswith("cuda_") and "compile" in name) or (
-                kernel in {"cuda_wgmma", "triton_stem"} and "training" in name
-            )
-            if what in over or skipped:
-                continue
-            if time.perf_counter() > deadline:
-                journal.note("promise", what=what, result="no time")
-                continue
-            journal.note("promised", what=what)
-            try:
-                result = test(kernel) or "ok"
-            except FAILURES as error:
-                result = f"{type(error).__name__}: {str(error)[:300]}"
-            device.leave_if_lost()
-            journal.note("promise", what=what, result=result)
+    for what, (test, kernel) in promised(device).items():
+        if what in over:
+            continue
+        if time.perf_counter() > deadline:
+            break
+        journal.note("promised", what=what)
+        try:
+            result = test(kernel) or "ok"
+        except FAILURES as error:
+            result = f"{type(error).__name__}: {str(error)[:300]}"
+        device.leave_if_lost()
+        journal.note("promise", what=what, result=result)

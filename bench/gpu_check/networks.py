@@ -40,6 +40,15 @@ _CHECKED = 64  # images of a batch whose result is compared with float64 on the 
 DRY = (("resnet20", 10, 8, (2,)),)
 
 
+def settings(dry_run: bool) -> dict[str, tuple[str, int, int, int]]:
+    """Name, classes, side and batch of every row, by what the row is called, in the order of their worth."""
+    return {
+        f"{name} N={batch}": (name, classes, side, batch)
+        for name, classes, side, batches in (DRY if dry_run else NETWORKS)
+        for batch in batches
+    }
+
+
 def _masked(name: str, classes: int) -> tuple[nn.Module, dict[str, Tensor]]:
     """A network with random weights, zeros in the dead stripes of its 3x3 convolutions, and those
     skeletons."""
@@ -150,21 +159,18 @@ def _ratio(ratio: Ratio) -> dict[str, float]:
 
 
 def network_rows(device: Device, deadline: float, dry_run: bool, rounds: int, journal: Journal) -> None:
-    """Rows, and the networks there was no time for or that raised, with the reason, into the journal."""
+    """Rows, and the networks that raised, with the reason, into the journal, as far as there is time."""
     over = {line["what"] for line in journal.lines("tried")} | set(journal.unfinished("trying", "tried"))
-    for name, classes, side, batches in DRY if dry_run else NETWORKS:
-        for batch in batches:
-            what = f"{name} N={batch}"
-            if what in over:
-                continue
-            if time.perf_counter() > deadline:
-                journal.note("left", what=f"{what}: no time")
-                continue
-            dtype = torch.float32 if dry_run else torch.bfloat16
-            journal.note("trying", what=what)
-            try:
-                journal.note("row", row=network_row(device, name, classes, side, batch, dtype, rounds))
-            except FAILURES as error:
-                journal.note("left", what=f"{what}: {str(error)[:500]}")
-            device.leave_if_lost()
-            journal.note("tried", what=what)
+    for what, (name, classes, side, batch) in settings(dry_run).items():
+        if what in over:
+            continue
+        if time.perf_counter() > deadline:
+            break
+        dtype = torch.float32 if dry_run else torch.bfloat16
+        journal.note("trying", what=what)
+        try:
+            journal.note("row", row=network_row(device, name, classes, side, batch, dtype, rounds))
+        except FAILURES as error:
+            journal.note("left", what=what, reason=str(error)[:500])
+        device.leave_if_lost()
+        journal.note("tried", what=what)

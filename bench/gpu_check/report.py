@@ -112,7 +112,8 @@ def _troubles(found: dict[str, Any]) -> list[str]:
         lines.append(f"no CUDA kernel was built: {found.get('build', {}).get('output', 'not tried')[-1500:]}")
     lines += [f"WRONG {text}" for text in checks["failures"]]
     if checks["skipped_for_time"]:
-        lines.append(f"{checks['skipped_for_time']} correctness checks: no time")
+        by_kernel = ", ".join(f"{n} of {name}" for name, n in checks.get("skipped", {}).items())
+        lines.append(f"{checks['skipped_for_time']} correctness checks: no time: {by_kernel}")
     lines += [f"{what}: {result}" for what, result in found["promises"].items() if result != "ok"]
     lines += [
         f"{row['command'][:60]}: {row['output'][-300:]}"

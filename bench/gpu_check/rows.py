@@ -270,7 +270,8 @@ def _auto(samples: dict[str, Sample], calls: dict[str, Prepared]) -> dict[str, A
 
 
 def layer_rows(device: Device, deadline: float, dry_run: bool, rounds: int, journal: Journal) -> None:
-    """Ceilings, rows, and the settings there was no time for, into the journal; what is there already is kept."""
+    """Ceilings, rows, and the settings that came to nothing, with the reason, into the journal, as far as there is
+    time; what is there already is kept."""
     if not journal.lines("ceilings"):
         ceilings = Ceilings.probe(device)
         journal.note("ceilings", copy_bytes_per_second=ceilings.copy, gemm_flops=ceilings.gemm)
@@ -285,16 +286,16 @@ def layer_rows(device: Device, deadline: float, dry_run: bool, rounds: int, jour
         if setting.what in over:
             continue
         if setting.what in crashed:
-            journal.note("left", what=f"{setting.what}: a process did not survive its timing")
+            journal.note("left", what=setting.what, reason="a process did not survive its timing")
         elif time.perf_counter() > deadline:
-            journal.note("left", what=setting.what)
+            break
         else:
             journal.note("started", what=setting.what)
             try:
                 journal.note("row", row=layer_row(device, setting, ceilings, rounds, journal, lost))
             except FAILURES as error:
                 device.leave_if_lost()
-                journal.note("left", what=f"{setting.what}: {type(error).__name__}: {str(error)[:300]}")
+                journal.note("left", what=setting.what, reason=f"{type(error).__name__}: {str(error)[:300]}")
             journal.note("finished", what=setting.what)
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
-from bench.gpu_check.record import ROOT
+from bench.gpu_check.programs import Ended, together
 
 _ENOUGH = 4000  # characters of output kept
 WRONG = 1  # status of --checks-only when results are wrong, and nothing worse
+# Own kernels that come with others' parts: stripe_gemm with its native gather, and the one that reads x value by value.
+BESIDE_OWN = ("stripe_gemm", "triton_stem")
 
 
-def run(
-    command: list[str], seconds: float, keep: bool = False, environment: dict[str, str] | None = None
-) -> dict[str, Any]:
+def run(command: Sequence[str], seconds: float, keep: bool = False) -> dict[str, Any]:
     """What became of a program: its output where it failed, or where it is to be kept."""
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **(environment or {})},
-            capture_output=True,
-            text=True,
-            timeout=max(1.0, seconds),
-        )
-        code, output = done.returncode, done.stdout + ("" if keep and done.returncode == 0 else done.stderr)
-    except subprocess.TimeoutExpired as stopped:
-        code, output = None, f"stopped after {stopped.timeout:.0f} s"
+    return run_together([command], seconds, keep)[0]
+
+
+def run_together(
+    commands: Sequence[Sequence[str]],
+    seconds: float,
+    keep: bool = False,
+    environment: dict[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """The same of several, all at once and all within these seconds."""
+    end = time.perf_counter() + max(1.0, seconds)
+    with together(commands, environment) as programs:
+        return [_told(c, p.wait(end), keep) for c, p in zip(commands, programs, strict=True)]
+
+
+def _told(command: Sequence[str], ended: Ended, keep: bool) -> dict[str, Any]:
+    output = (ended.stdout + ("" if keep and ended.code == 0 else ended.stderr))[-_ENOUGH:]
+    if ended.code is None:
+        output = f"stopped after {ended.seconds:.0f} s: {output}"
     return {
         "command": " ".join(command),
-        "ok": code == 0,
-        "code": code,
-        "seconds": round(time.perf_counter() - start, 1),
-        "output": output[-_ENOUGH:] if keep or code != 0 else "",
+        "ok": ended.code == 0,
+        "code": ended.code,
+        "seconds": round(ended.seconds, 1),
+        "output": output if keep or ended.code != 0 else "",
     }
 
 
@@ -57,8 +61,7 @@ def _alone(kernels: list[str]) -> list[str]:
 def first_tries(kernels: list[str], seconds: float) -> dict[str, str]:
     """Each kernel, or pass of one, over few cases in a process of its own, all at once: name -> why it may not run in
     this one. A kernel that hangs or leaves its memory takes its process along; wrong results do not."""
-    with ThreadPoolExecutor(max(1, len(kernels))) as pool:
-        found = list(pool.map(lambda name: run(_alone([name]), seconds, keep=True), kernels))
+    found = run_together([_alone([name]) for name in kernels], seconds, keep=True)
     reasons = {}
     for name, result in zip(kernels, found, strict=True):
         if result["code"] not in (0, WRONG):
@@ -67,17 +70,19 @@ def first_tries(kernels: list[str], seconds: float) -> dict[str, str]:
     return reasons
 
 
-def sanitize(kernels: list[str], seconds: float) -> list[dict[str, Any]]:
-    """memcheck and racecheck over few cases of these kernels."""
+def sanitize(sets: Sequence[list[str]], seconds: float) -> list[dict[str, Any]]:
+    """memcheck and racecheck over few cases of each set of kernels, in a process each: what one set does not reach in
+    its time, or others' kernels in it do wrong, says nothing of another."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if shutil.which(tool) is None:
         return [{"command": "compute-sanitizer", "ok": None, "output": "not installed"}]
     # Every tensor an allocation of its own: inside the allocator's large ones memcheck sees no end of a tensor.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     options = ["--error-exitcode", "9", "--print-limit", "20"]
-
-    def check(name: str) -> dict[str, Any]:
-        return run([tool, "--tool", name, *options, *_alone(kernels)], seconds, environment=alone)
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(check, ("memcheck", "racecheck")))
+    commands = [
+        [tool, "--tool", name, *options, *_alone(kernels)]
+        for kernels in sets
+        if kernels
+        for name in ("memcheck", "racecheck")
+    ]
+    return run_together(commands, seconds, environment=alone)

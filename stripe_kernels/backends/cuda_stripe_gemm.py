@@ -128,6 +128,8 @@ class Spread:
 class CudaGather:
     """The part named "native gather"; `layout` (backends/gemm.py) says where each phase's product lies."""
 
+    bias_dtype = torch.float32  # of the sum: a bias of another type is converted in every call
+
     def __init__(self, native: Any, layout: Any) -> None:
         self.native, self.layout = native, layout
         s = layout.shape

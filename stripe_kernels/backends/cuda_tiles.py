@@ -25,13 +25,27 @@ def patches_of(
     tiles = -(-images * area // pixels)
     low = np.full(tiles, images * read_area, np.int64)
     high = np.full(tiles, -1, np.int64)
-    n, i, j = (a.astype(np.int32) for a in np.unravel_index(np.arange(images * area), written))
-    starts = np.arange(0, images * area, pixels)
+    # Only where a tile begins and ends is looked at: what a tap reads rises from pixel to pixel.
+    n, rest = np.divmod(np.minimum(np.arange(tiles + 1) * pixels, images * area), max(1, area))
+    i, j = np.divmod(rest, max(1, columns))
     for tap in taps:
-        p, q = i - tap[0], j - tap[1]
-        inside = (p >= 0) & (p < read[0]) & (q >= 0) & (q < read[1])
-        pixel = (n * read[0] + p) * read[1] + q
-        low = np.minimum(low, np.minimum.reduceat(np.where(inside, pixel, images * read_area), starts))
-        high = np.maximum(high, np.maximum.reduceat(np.where(inside, pixel, -1), starts))
+        top, left = max(0, tap[0]), max(0, tap[1])  # the first pixel that the tap meets, of those it meets
+        tall, wide = max(0, min(rows, read[0] + tap[0]) - top), max(0, min(columns, read[1] + tap[1]) - left)
+        if not tall * wide:
+            continue
+        inside = (i >= top) & (i < top + tall)
+        before = n * tall * wide + np.clip(i - top, 0, tall) * wide + inside * np.clip(j - left, 0, wide)
+        first, last = (_nth(at, tap, (top, left), (tall, wide), read) for at in (before[:-1], before[1:] - 1))
+        some = last >= first
+        low = np.where(some, np.minimum(low, first), low)
+        high = np.where(some, np.maximum(high, last), high)
     count = np.maximum(high - low + 1, 0)
     return np.where(count > 0, low, 0), count
+
+
+def _nth(at: np.ndarray, tap: IntPair, corner: IntPair, size: IntPair, read: IntPair) -> np.ndarray:
+    """The pixel read by the pixel number `at` of those that a tap meets: `size` of each image, from `corner` on."""
+    n, rest = np.divmod(at, size[0] * size[1])
+    i, j = np.divmod(rest, size[1])
+    found: np.ndarray = (n * read[0] + i + corner[0] - tap[0]) * read[1] + j + corner[1] - tap[1]
+    return found

@@ -266,6 +266,7 @@ class _Gemm:
 class GemmFprop(_Gemm):
     def __init__(self, problem: Problem, config: Config) -> None:
         super().__init__(problem, config, "pixel" if problem.channels_last else "image", "stripe")
+        self.bias_dtype = getattr(self.gather, "bias_dtype", None)  # as its gather reads one
 
     def __call__(
         self,

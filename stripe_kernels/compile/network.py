@@ -96,6 +96,8 @@ class Network(nn.Module):
         bound.front = program.front
         if inputs and capturing(inputs[0].device):
             hold_for_graphs(program)
+        for kept in program.kept:  # this call may be of another stream than the one that packed the weights
+            kept.value()
         # Since the last call the kernels have pushed all of this out of the caches: a step of Python is dear here.
         if not torch.is_grad_enabled():
             return program(*inputs)
@@ -118,9 +120,6 @@ class Network(nn.Module):
                     program = self._resident(inputs) or write_program(
                         self.body, inputs, _conditions(), self.threads(inputs)
                     )
-                if inputs and inputs[0].is_cuda:
-                    # The next call may come on another stream, and the packed weights have to be there.
-                    torch.cuda.current_stream(inputs[0].device).synchronize()
                 if len(programs) >= _PROGRAMS_KEPT:
                     programs.pop(next(iter(programs)))
                 programs[key] = program

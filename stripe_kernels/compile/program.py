@@ -22,6 +22,7 @@ from stripe_kernels.checks import check
 from stripe_kernels.compile.graph import OneLineInterpreter, averages_pixels, calls, is_hooked
 from stripe_kernels.compile.layers import FusedConv2d
 from stripe_kernels.geometry import IntPair, pair
+from stripe_kernels.kept import Kept, kept_here
 from stripe_kernels.modules import StripeConv2d
 from stripe_kernels.snapshots import kept_bias, packed_weight
 
@@ -33,6 +34,7 @@ class Program(Protocol):
 
     activations: int  # bytes, as Network.memory says
     packed: int | None  # bytes of the kernels' own copies of weights; None: as many as the weights have
+    kept: tuple[Kept, ...]  # those copies on GPUs, to be met by the stream of every call
     # Another way to call it, where there is one: it sees by itself whether more than the kernels is needed, and returns
     # NotImplemented then.
     front: Callable[..., Any] | None
@@ -109,7 +111,7 @@ class _Writer(OneLineInterpreter):
         self.lines: list[str] = []
         self.names: dict[fx.Node, str] = {}
         self.pending: list[_Call] = []
-        self.packed: dict[int, int] = {}  # id -> bytes of the kernels' own copies of weights
+        self.packed: dict[int, Tensor] = {}  # by id: the kernels' own copies of weights
         self.front: Callable[..., Any] | None = None  # where one list is the whole network
         self.peak = 0  # bytes of activations at once, inputs not counted
         self.held: dict[fx.Node, set[_Storage]] = {}
@@ -132,7 +134,9 @@ class _Writer(OneLineInterpreter):
         source = "\n    ".join([f"def program({parameters}):", *self.lines])
         exec(compile(source, "<network>", "exec"), self.bound)
         facts: Any = self.bound["program"]
-        facts.activations, facts.packed = self.peak, sum(self.packed.values())
+        # oneDNN's own have no address, but a size.
+        facts.packed = sum(t.numel() * t.element_size() for t in self.packed.values())
+        facts.activations, facts.kept = self.peak, kept_here(self.packed.values())
         facts.front = self.front
         program: Program = facts
         return program
@@ -336,7 +340,7 @@ class _Writer(OneLineInterpreter):
         packed, bias = packed_weight(runner, layer.weight), kept_bias(runner, layer.bias)
         for t in tree_leaves(packed if bias is layer.bias else (packed, bias)):
             if isinstance(t, Tensor):
-                self.packed[id(t)] = t.numel() * t.element_size()  # oneDNN's own have no address
+                self.packed[id(t)] = t
         activation = layer.activation if isinstance(layer, FusedConv2d) else "none"
         return runner, packed, bias, activation
 

@@ -83,7 +83,7 @@ class _Translator:
         facts: Any = program
         facts.activations = network.threads * network.bytes_per_thread + 4 * y_floats
         facts.packed = None  # as large as the weights
-        facts.front = None
+        facts.kept, facts.front = (), None
         written: Program = facts
         return written
 

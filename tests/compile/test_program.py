@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from stripe_kernels import StripeConv2d, backends, freeze
 from stripe_kernels.backends.dense import DenseFprop
+from stripe_kernels.compile import program
 from stripe_kernels.compile.network import Network
 from stripe_kernels.compile.optimize import compact, in_channels_last
 from tests.compile.zoo import NETS, masked
@@ -370,3 +373,38 @@ def test_a_bias_is_converted_when_the_program_is_written(monkeypatch: pytest.Mon
     network(x)
     assert torch.equal(seen[-1], layer.bias.float())
     assert not torch.equal(seen[-1], seen[0])
+
+
+def test_every_call_meets_what_its_program_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the call's stream waits for the packed weights and converted biases, and the allocator is told."""
+    given: list[list[Tensor]] = []
+    read: list[Tensor] = []
+    met: list[str] = []
+
+    def kept_here(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+        given.append(list(tensors))
+        return (SimpleNamespace(value=lambda: met.append("met")),)
+
+    monkeypatch.setattr(program, "kept_here", kept_here)
+    monkeypatch.setattr(DenseFprop, "bias_dtype", torch.float32, raising=False)
+    call = DenseFprop.__call__
+
+    def noting(runner: DenseFprop, x: Tensor, packed: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+        met.append("called")
+        read[:] = packed, bias
+        return call(runner, x, packed, bias.to(x.dtype), *rest)
+
+    monkeypatch.setattr(DenseFprop, "__call__", noting)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval().bfloat16()
+    x = torch.randn(2, 3, 6, 7, dtype=torch.bfloat16)
+    network = compact(model, (x,))
+    next(m for m in network.modules() if isinstance(m, StripeConv2d)).kernel = "dense"
+    network.forget()
+    given.clear()
+    met.clear()
+    network(x)
+    network(x)
+    assert len(given) == 1
+    assert met[-4:] == ["met", "called", "met", "called"]
+    assert all(any(t is one for one in given[0]) for t in read)
+    assert [t.dtype for t in read] == [torch.bfloat16, torch.float32]

@@ -4,6 +4,9 @@
 
 Without a fault the same problems have to agree with the oracle; with one, some result has to be wrong, two runs have to
 differ, or the emulation has to stop: a wait that never ends, memory out of bounds, products nobody waited for.
+
+The record has what noticed each fault, and the hash of the sources (bench/gpu_check/record.py) that it was planted in,
+null where it was planted before the record said so. A run of some faults leaves the others' entries as they are.
 """
 
 from __future__ import annotations
@@ -392,19 +395,30 @@ def verdict(tree: Path, extension: Path, part: str) -> str | None:
     return lines[-1][:200] if lines else f"exit status {done.returncode}"
 
 
+def merge(path: Path, caught: dict[str, str | None], sources: str) -> None:
+    """Into the record: what was planted now over what was before, in the order of FAULTS, those alone."""
+    record = json.loads(path.read_text()) if path.exists() else {}
+    record |= {name: {"noticed by": text, "sources": sources} for name, text in caught.items()}
+    kept = {name: record[name] for name in FAULTS if name in record}
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("fault", nargs="*", choices=[[], *FAULTS], help="all without a name")
-    parser.add_argument("--record", type=Path, help="write what noticed each fault here as JSON")
+    parser.add_argument("--record", type=Path, help="merge what noticed each fault into this JSON")
     parser.add_argument("--check", metavar="SO", help=argparse.SUPPRESS)
     parser.add_argument("--part", default="all", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.check:
         check(arguments.check, arguments.part)
         return 0
+    from bench.gpu_check.record import source_hash  # the copy has no bench
+
     caught: dict[str, str | None] = {}
+    sources = source_hash()
     with tempfile.TemporaryDirectory() as temporary:
         builder, tree = Builder(Path(temporary)), Path(temporary) / "tree"
         for part in ("csrc", "stripe_kernels", "python", "tests"):
@@ -423,7 +437,7 @@ def main() -> int:
             path.write_text(text)
             print(f"{name:40s} {caught[name] or 'NOT NOTICED'}", flush=True)
     if arguments.record:
-        arguments.record.write_text(json.dumps(caught, indent=1) + "\n")
+        merge(arguments.record, caught, sources)
     return 0 if all(caught.values()) else 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +14,7 @@ import torch
 from stripe_kernels import backends, plan, registry
 from stripe_kernels.backends import cuda_stripe_gemm, gemm
 from stripe_kernels.registry import PASSES, Pass
+from stripe_kernels.snapshots import kept_bias
 from stripe_kernels.testing import Case, case
 from tests.cuda import emulated
 from tests.cuda.problems import check, check_epilogue, problem_of
@@ -80,6 +81,27 @@ def test_epilogue(native: ModuleType, name: str) -> None:
     c = next(c for c in PROBLEMS if c.name == name)
     runner = runner_of(native, c, "fprop", torch.bfloat16)
     check_epilogue(runner, c, c.operands(torch.bfloat16, "channels_last"))
+
+
+def test_a_bias_kept_for_many_calls_is_read_where_it_lies(native: ModuleType) -> None:
+    """A network converts a 16-bit one once; the other gathers take it as it is."""
+    c = PROBLEMS[len(WIDE)]
+    read: list[int] = []
+
+    def stripe_sum(*arguments: Any) -> None:
+        read.append(arguments[-3])
+        native.stripe_sum(*arguments)
+
+    noting = SimpleNamespace(stripe_sum=stripe_sum)
+    runner = runner_of(noting, c, "fprop", torch.bfloat16, 2)  # type: ignore[arg-type]
+    o = c.operands(torch.bfloat16, "channels_last")
+    packed, bias = runner.pack(o.weight), kept_bias(runner, o.bias)
+    assert bias is not None
+    y = runner(o.x, packed, bias, None, None, "relu")
+    assert read == [bias.data_ptr()] * 3, "chunks of two of five images"
+    assert torch.equal(runner(o.x, packed, o.bias, None, None, "relu"), y)
+    plain = gemm.GemmFprop(problem_of(c, "channels_last", torch.bfloat16), gemm.GemmConfig(c.shape.N, 0))
+    assert kept_bias(plain, o.bias) is o.bias
 
 
 def test_many_taps_and_odd_tiles_are_refused(native: ModuleType) -> None:
