@@ -21,8 +21,8 @@ import torch
 from bench.gpu_check import ahead, checks, networks, record, tools
 from bench.gpu_check.checks import aligned
 from bench.gpu_check.device import Device
-from bench.gpu_check.report import probe_text
-from bench.gpu_check.rows import _auto, crossovers, settings
+from bench.gpu_check.report import layer_table, probe_text
+from bench.gpu_check.rows import Ceilings, Setting, _auto, crossovers, settings
 from bench.timing import Sample
 from stripe_kernels import backends, registry
 from stripe_kernels.backends import cuda_stripe_gemm
@@ -129,6 +129,21 @@ def row(density: float, ratio: float) -> dict[str, Any]:
             "triton[2]": {**numbers, "seconds": 9.0},
         },
     }
+
+
+def test_a_row_states_both_roofs_and_what_holds_a_kernel() -> None:
+    ceilings = Ceilings(copy=1e9, gemm={"float32": 1e12})
+    setting = Setting(16, 5, 2, 0.24, "float32", "fprop")
+    case = setting.case()
+    values = 2 * 2 * 16 * 25 + case.skeleton.stripes * 16
+    roofs = ceilings.roofs(setting, case)
+    assert roofs["memory"] == pytest.approx(4 * values / 1e9)
+    assert roofs["math"] == pytest.approx(2 * case.shape.macs(case.skeleton.stripes) / 1e12)
+    assert max(roofs, key=roofs.__getitem__) == "memory"
+    line = {**row(0.24, 2.0), "roof": "memory"}
+    for share, held in ((0.8, "memory"), (0.5, "own work")):
+        line["contestants"]["triton[1]"] |= {"low": 1.9, "high": 2.1, "share_of_roof": share}
+        assert layer_table([line]).splitlines()[1].split("  ")[-2].strip() == held
 
 
 def test_crossover_lies_where_the_ratio_passes_one() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bench.gpu_check.record import not_quotable
-from bench.gpu_check.rows import best
+from bench.gpu_check.rows import best, limit
 
 SLOWER = 1.02  # times cuDNN's: what auto may take before it counts as slower
 
@@ -28,7 +28,7 @@ def _layer(row: dict[str, Any]) -> list[str]:
     dense, chosen = row["contestants"].get("cudnn"), best(row)
     head = [f"{row['which']} {row['dtype']} {row['layer']}", str(row["batch"]), f"{row['density']:.2f}"]
     if chosen is None:
-        return [*head, *["-"] * 7]
+        return [*head, *["-"] * 8]
     name, numbers = chosen
     ratio = [f"{numbers[k]:.2f}" if k in numbers else "-" for k in ("over_cudnn", "low", "high")]
     return [
@@ -37,12 +37,13 @@ def _layer(row: dict[str, Any]) -> list[str]:
         f"{numbers['seconds'] * 1e6:.1f}",
         *ratio,
         f"{numbers['share_of_roof']:.0%} {row['roof']}",
+        limit(row, numbers),
         name,
     ]
 
 
 def layer_table(rows: list[dict[str, Any]]) -> str:
-    head = ["layer", "N", "d", "cudnn us", "best us", "x", "low", "high", "of roof", "kernel"]
+    head = ["layer", "N", "d", "cudnn us", "best us", "x", "low", "high", "of roof", "limit", "kernel"]
     return table([head, *(_layer(row) for row in rows)])
 
 
