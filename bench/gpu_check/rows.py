@@ -312,8 +312,8 @@ def best(row: dict[str, Any], kernel: str | None = None) -> tuple[str, dict[str,
 
 
 def limit(row: dict[str, Any], numbers: dict[str, Any]) -> str:
-    """What holds a contestant: the roof that it is near, or what it does beside the live work: dead stripes, products on
-    their way through the caches, launches, waits."""
+    """What holds a contestant: the roof that it is near, or what it does beside the live work: dead stripes,
+    products on their way through the caches, launches, waits."""
     return str(row["roof"]) if numbers["share_of_roof"] >= NEAR else "own work"
 
 
