@@ -33,6 +33,11 @@ def plain(*tensors: Tensor | None) -> bool:
             continue
         if type(t) not in PLAIN_TYPES or not (t.is_cpu or t.is_cuda) or t.is_neg():
             return False
-        if not t.data_ptr() and t.numel():  # zero tensors and functionalized ones have no memory of their own
+        try:
+            if (
+                not t.data_ptr() and t.numel()
+            ):  # zero tensors and functionalized ones have no memory of their own
+                return False
+        except RuntimeError:  # of a transform that has ended, and sparse ones
             return False
     return True

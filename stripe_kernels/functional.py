@@ -34,6 +34,11 @@ def as_skeleton(skeleton: Tensor | FilterSkeleton) -> FilterSkeleton:
         )
     if skeleton.dtype != torch.bool:
         raise TypeError(f"skeleton must be bool [K, R, S], got {skeleton.dtype} {list(skeleton.shape)}")
+    if skeleton.is_meta:
+        raise ValueError(
+            f"skeleton {list(skeleton.shape)} is on meta and has no values: make it on the CPU, "
+            'with device="cpu", where torch.device("meta") is the default'
+        )
     if skeleton.is_cpu or skeleton.is_inference():
         values = skeleton.cpu().numpy()
         return FilterSkeleton(values) if is_compiling() else _of_values(values.tobytes(), values.shape)
@@ -108,6 +113,11 @@ def convolve(
     """fprop with torch's manners: [C, H, W] inputs, and autocast as F.conv2d does it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor [N, C, H, W] or [C, H, W], got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else str(x.layout)
+        raise TypeError(
+            f"x must be dense and strided, got {kind}: convert it with to_dense() or to_padded_tensor()"
+        )
     if _autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         bias, scale, residual = (None if t is None else t.to(dtype) for t in (bias, scale, residual))

@@ -271,6 +271,13 @@ class StripeConv2d(nn.Module):
         own.setdefault("kernel", own.pop("_kernel", "auto"))  # of layers pickled when kernel was a property
         self._bind(self.filter_skeleton)
 
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks for; its own words would be about an annotation."""
+        raise TypeError(
+            "TorchScript's compiler cannot read a StripeConv2d: use torch.export or torch.jit.trace, or script "
+            "stripe_kernels.to_dense(model)"
+        )
+
     def extra_repr(self) -> str:
         text = (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

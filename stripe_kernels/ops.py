@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from stripe_kernels.checks import check, check_alike, check_grad, check_weight
 from stripe_kernels.eager import nobody_listens, plain
@@ -222,6 +223,28 @@ torch.library.register_autograd(
 )
 
 
+def _transformable(operator: Any, setup: Any, backward: Any) -> Callable[..., Tensor]:
+    """The operator for torch.func's transforms, which refuse what register_autograd made of the same derivatives."""
+    members = {"forward": operator, "setup_context": setup, "backward": backward}
+    statics = {name: staticmethod(function) for name, function in members.items()}
+    kind: Any = type("Transformed", (torch.autograd.Function,), {"generate_vmap_rule": True, **statics})
+    return kind.apply  # type: ignore[no-any-return]
+
+
+_operators = torch.ops.stripe_kernels
+_transformed = {
+    "fprop": _transformable(_operators.fprop, _fprop_setup, _fprop_backward),
+    "dgrad": _transformable(_operators.dgrad, _dgrad_setup, _dgrad_backward),
+    "wgrad": _transformable(_operators.wgrad, _wgrad_setup, _wgrad_backward),
+}
+
+
+def _operator(name: str) -> Callable[..., Tensor]:
+    """fprop, dgrad or wgrad by way of torch's dispatcher."""
+    transforming = not is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return _transformed[name] if transforming else getattr(_operators, name)
+
+
 def _refuse_forward_mode(*tensors: Tensor | None) -> None:
     """The dispatcher would drop the tangents of an operator without a forward-mode formula, silently."""
     for t in tensors:
@@ -242,10 +265,7 @@ def fprop(
     if forward_ad._current_level >= 0:
         _refuse_forward_mode(x, weight, bias, scale, residual)
     if not (nobody_listens() and plain(x, weight, bias, scale, residual)):
-        y: Tensor = torch.ops.stripe_kernels.fprop(
-            x, weight, bias, scale, residual, activation, *op.arguments
-        )
-        return y
+        return _operator("fprop")(x, weight, bias, scale, residual, activation, *op.arguments)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad
@@ -315,18 +335,13 @@ record = super(torch.autograd.Function, _Fprop).apply
 def dgrad(op: StripeOp, grad: Tensor, weight: Tensor, input_size: Any) -> Tensor:
     """The gradient of fprop's x, [N, C, *input_size], from grad [N, K, P, Q]; differentiable."""
     if _needs_operator(grad, weight):
-        dx: Tensor = torch.ops.stripe_kernels.dgrad(grad, weight, input_size, *op.arguments)
-        return dx
+        return _operator("dgrad")(grad, weight, input_size, *op.arguments)
     return _dgrad_of(op, grad, weight, input_size)
 
 
 def wgrad(op: StripeOp, grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of fprop's weight, [A, C/groups], from grad [N, K, P, Q]; differentiable."""
-    return (
-        torch.ops.stripe_kernels.wgrad(grad, x, *op.arguments)
-        if _needs_operator(grad, x)
-        else _wgrad_of(op, grad, x)
-    )
+    return _operator("wgrad")(grad, x, *op.arguments) if _needs_operator(grad, x) else _wgrad_of(op, grad, x)
 
 
 def _needs_operator(a: Tensor, b: Tensor) -> bool:

@@ -258,10 +258,12 @@ def test_other_parameters(layer: StripeConv2d, x: Tensor) -> None:
     close(found, in_float64(other, x))
 
 
-def test_what_torch_refuses_is_refused(layer: StripeConv2d, x: Tensor) -> None:
-    """functorch's gradients of operators that are differentiated in Python (test_ops.py)."""
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda x: layer(x).sum())(x.detach())
+def test_functional_gradients_between_steps(layer: StripeConv2d, x: Tensor) -> None:
+    x, dense = x.detach(), layer.to_conv2d()
+    for _ in range(5):
+        layer(x.clone().requires_grad_()).sum().backward()  # the short way
+        actual = torch.func.grad(lambda x: layer(x).square().sum())(x)
+        torch.testing.assert_close(actual, torch.func.grad(lambda x: dense(x).square().sum())(x))
 
 
 def test_gradients_of_gradients(layer: StripeConv2d, x: Tensor) -> None:

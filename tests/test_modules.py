@@ -391,6 +391,17 @@ def test_a_layer_made_without_memory_knows_its_skeleton() -> None:
     torch.testing.assert_close(empty(x), empty.to_conv2d()(x))
 
 
+def test_a_skeleton_without_values_is_refused() -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match=r"skeleton \[4, 3, 3\] is on meta"):
+        StripeConv2d(C, 4, 3, skeleton=torch.ones(4, 3, 3, dtype=torch.bool))
+
+
+def test_torchscripts_compiler_is_refused_with_the_ways_there_are() -> None:
+    layer = nn.Sequential(StripeConv2d(C, K, 3, skeleton=live_stripes("random", (K, 3, 3), 0.4, 0)))
+    with pytest.raises(TypeError, match=r"torch\.export .*to_dense"):
+        torch.jit.script(layer)
+
+
 def test_data_parallel_training_takes_the_same_steps() -> None:
     """Two replicas with averaged gradients, as DDP has them, against one layer with the whole batch."""
     conv = pruned(nn.Conv2d(C, K, 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from stripe_kernels import StripeConv2d, ops, stripe_conv2d
+from stripe_kernels.epilogue import ACTIVATIONS
 from stripe_kernels.reference import scatter_stripes
 from stripe_kernels.stripe_op import StripeOp
 from stripe_kernels.testing import CASES, Case
@@ -194,16 +197,70 @@ def test_vmap_is_torchs_answer_or_a_clear_refusal() -> None:
     torch.testing.assert_close(actual, expected)
 
 
-def test_functional_gradients_agree_or_are_refused() -> None:
-    case = CASES["lopsided"]
-    op = StripeOp.of(*case.arguments, "auto")
-    operands = case.operands()
+def dense_and_stripes() -> tuple[nn.Conv2d, StripeConv2d]:
+    torch.manual_seed(0)
+    layer = (
+        StripeConv2d(4, 6, 3, padding=1, skeleton=torch.rand(6, 3, 3) < 0.4).double().requires_grad_(False)
+    )
+    return layer.to_conv2d(), layer
 
-    def loss(x: Tensor, weight: Tensor) -> Tensor:
-        return ops.fprop(op, x, weight).square().sum()
 
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(loss, argnums=(0, 1))(operands.x, operands.weight)
+TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(lambda x: f(x).square().sum()),
+    "grad of grad": lambda f: torch.func.grad(
+        lambda x: torch.func.grad(lambda z: f(z).pow(3).sum())(x).sum()
+    ),
+    "vjp, called when the transform is over": lambda f: lambda x: torch.func.vjp(f, x)[1](f(x))[0],
+    "jacrev": torch.func.jacrev,
+    "vmap of grad": lambda f: torch.vmap(torch.func.grad(lambda x: f(x).square().sum())),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_functional_transforms_of_x(transform: Any) -> None:
+    dense, stripes = dense_and_stripes()
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(transform(stripes)(x), transform(dense)(x))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_the_weights_gradients_image_by_image() -> None:
+    dense, stripes = dense_and_stripes()
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
+
+    def gradients(layer: nn.Module) -> dict[str, Tensor]:
+        def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+            return torch.func.functional_call(layer, parameters, (image,)).square().sum()
+
+        return torch.vmap(torch.func.grad(loss), (None, 0))(dict(layer.named_parameters()), x)
+
+    expected, actual = gradients(dense), gradients(stripes)
+    torch.testing.assert_close(actual["bias"], expected["bias"])
+    live = expected["weight"].permute(0, 1, 3, 4, 2)[:, stripes.skeleton]  # [N, A, C]
+    torch.testing.assert_close(actual["weight"], live)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_functional_gradients_of_the_whole_epilogue(activation: str) -> None:
+    _, layer = dense_and_stripes()
+    shapes = (2, 4, 5, 6), layer.weight.shape, (6,), (6,), (2, 6, 5, 6)
+    operands = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+
+    def loss(*operands: Tensor) -> Tensor:
+        return ops.fprop(layer._op, *operands, activation).square().sum()
+
+    actual = torch.func.grad(loss, argnums=tuple(range(5)))(*operands)
+    leaves = [t.clone().requires_grad_() for t in operands]
+    for found, expected in zip(actual, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("make", [Tensor.to_sparse, Tensor.to_mkldnn], ids=["sparse", "mkldnn"])
+def test_what_is_not_strided_is_named(make: Any) -> None:
+    layer = StripeConv2d(4, 6, 3, skeleton=torch.ones(6, 3, 3).triu().bool())
+    with pytest.raises(TypeError, match=r"dense and strided, got torch\."):
+        layer(make(torch.randn(2, 4, 5, 6)))
 
 
 def test_inference_mode_and_inference_tensors() -> None:

@@ -115,10 +115,14 @@ def check_options(method: str, options: dict[str, Any]) -> None:
 def _probed(
     model: nn.Module, convs: dict[str, nn.Conv2d], example: Tensor | tuple[Tensor, ...] | None
 ) -> Network:
+    if not convs:
+        import stripe_kernels
+
+        stripes = any(isinstance(m, stripe_kernels.StripeConv2d) for m in model.modules())
+        hint = ": its stripes are frozen, stripe_kernels.to_dense(model) has convolutions" if stripes else ""
+        raise ValueError(f"{type(model).__name__} has no nn.Conv2d{hint}")
     if example is not None:
         return probe(model, example)
-    if not convs:
-        raise ValueError(f"{type(model).__name__} has no nn.Conv2d")
     first = next(iter(convs.values()))
     try:
         return probe(model, first.weight.new_zeros(1, first.in_channels, 32, 32))

@@ -135,7 +135,7 @@ def _ending(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, Interrupted):
         return 130, f"{error}. Run the same command again."
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        _drop_output()
         return 1, "the reader of the output has gone"
     if isinstance(error, Failure):
         return 1, str(error)
@@ -158,4 +158,12 @@ def _say(message: str, as_json: bool) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(f"[bold red]error:[/] {escape(line)}")
     if as_json:
-        print(json.dumps({"error": line}))
+        try:
+            print(json.dumps({"error": line}), flush=True)
+        except OSError:  # the output may be what failed, as on a full disk
+            _drop_output()
+
+
+def _drop_output() -> None:
+    """The interpreter flushes stdout once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

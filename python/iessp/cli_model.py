@@ -149,8 +149,11 @@ def _load(model: nn.Module, path: Path) -> None:
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         reason = textwrap.shorten(first[0], 120, placeholder=" ...")
-        if any(".parametrizations." in name for name in _state_dict(path, state)):
+        names = [str(name) for name in _state_dict(path, state)]
+        if any(".parametrizations." in name for name in names):
             reason = "its model had gates or other parametrizations: save what iessp.freeze gives"
+        elif any(name.rpartition(".")[2] == "skeleton" for name in names):
+            reason = "it is of a frozen network: stripe_kernels.save writes a file that is a MODEL by itself"
         raise Failure(f"{path} does not fit {type(model).__name__}: {reason}") from error
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import stripe_kernels
-from iessp import latency, runs
+from iessp import checkpoint, latency, runs
 from iessp.attach import METHODS, attach, freeze, gates, nearest, settle
 from iessp.budget import compacted_macs_kept, macs_kept
 from iessp.cli_frame import Failure
@@ -205,8 +205,9 @@ def _explained(given: Given, batch: int, measure: bool) -> Any:
 
 def _write_page(path: Path, page: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    console.print(f"wrote {path}, {len(page.encode()) / 1e3:.0f} kB; open it in a browser")
+    written = page.encode()
+    checkpoint.write_atomically(path, lambda file: file.write(written))
+    console.print(f"wrote {path}, {len(written) / 1e3:.0f} kB; open it in a browser")
 
 
 @contextmanager

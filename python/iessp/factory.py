@@ -77,6 +77,8 @@ def absent(path: Path) -> OSError:
     """The error for a file that is not there, or is a folder, with the one beside it that comes nearest."""
     if path.is_dir():
         return IsADirectoryError(f"{path} is a folder: a file is needed")
+    if path.exists():  # a device or a pipe
+        return FileNotFoundError(f"{path} is no regular file")
     siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(str(path), siblings, n=1)
     return FileNotFoundError(f"{path} does not exist{f'; did you mean {close[0]}?' if close else ''}")

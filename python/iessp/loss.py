@@ -52,7 +52,10 @@ def wanted_share(model: nn.Module) -> Tensor:
 def _share(model: nn.Module, kept: list[Tensor]) -> Tensor:
     network, found = network_of(model), gates(model)
     fixed = sum(site.cost for site in network.sites if site.name not in found) / network.cost
-    parts = [n * (gate.site.stripe_cost / network.cost) for n, gate in zip(kept, found.values(), strict=True)]
+    parts = [
+        n.float() * (gate.site.stripe_cost / network.cost)
+        for n, gate in zip(kept, found.values(), strict=True)
+    ]
     return torch.stack(parts).sum() + fixed
 
 
@@ -68,6 +71,11 @@ def check_schedule(warmup: float, meet: float, settle: float) -> None:
     """Raises ValueError unless these shares of a schedule follow each other."""
     if not 0 <= warmup < meet <= settle <= 1:
         raise ValueError(f"need 0 <= warmup < meet <= settle <= 1, got {warmup}, {meet}, {settle}")
+
+
+def _is_number(value: Any) -> bool:
+    """Of Python, numpy or torch; a bool is none."""
+    return not isinstance(value, (bool, str)) and hasattr(value, "__float__")
 
 
 class LiveEnergy(torch.autograd.Function):
@@ -95,8 +103,8 @@ class StripeLoss(nn.Module):
     are fixed exactly.
     kappa: strength of the link to the output loss. adaptive=False: lambda stays at `pressure` (no dual step).
     weight_decay: of the gated weights' live stripes. tau_end: temperature of the gates when they settle,
-    from 1. Raises ValueError for a budget that no cut of the gated convolutions can meet, and in a call where an
-    earlier schedule has settled the skeletons.
+    from 1. Raises ValueError for a budget that no cut of the gated convolutions can meet, and in a call on more than
+    one number or where an earlier schedule has settled the skeletons.
 
     Its state_dict holds the whole controller; to go on from one, load the model's state and the optimiser's too, in any
     order. With torch.distributed every rank computes the same lambda.
@@ -138,9 +146,9 @@ class StripeLoss(nn.Module):
                 f"need a share as the budget, got {budget!r}: a time is for recipes and the command line; in a loop of "
                 f"one's own attach(..., prices=...) lets the share be one of milliseconds (iessp.latency)"
             )
-        if not 0 < budget <= 1 or steps < 1 or steps % 1:
+        if not _is_number(budget) or not _is_number(steps) or not 0 < budget <= 1 or steps < 1 or steps % 1:
             raise ValueError(
-                f"need 0 < budget <= 1 and a whole number of steps >= 1, got {budget} and {steps}"
+                f"need 0 < budget <= 1 and a whole number of steps >= 1, got {budget!r} and {steps!r}"
             )
         found = gates(model)
         # Whole filters are given their budget after compaction, of which the cut alone can tell.
@@ -152,12 +160,13 @@ class StripeLoss(nn.Module):
         self.warmup, self.meet, self.settle = (round(share * steps) for share in (warmup, meet, settle))
         self.tolerance, self.weight_decay, self.tau_end = tolerance, weight_decay, tau_end
         self.remask_every = max(1, (self.meet - self.warmup) // remasks)
-        device = next(model.parameters()).device
+        # float32 whatever torch's default is: bfloat16 rounds the dual step's factors to 1.
+        kind: Any = {"dtype": torch.float32, "device": next(model.parameters()).device}
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self.register_buffer("pressure", torch.tensor(float(pressure), device=device))
+        self.register_buffer("pressure", torch.tensor(float(pressure), **kind))
         for name in ("output_loss", "reference", "lambda_now", "aimed", "share_soft", "share_hard"):
-            self.register_buffer(name, torch.zeros((), device=device))
-        self.register_buffer("density", torch.ones((), device=device))
+            self.register_buffer(name, torch.zeros((), **kind))
+        self.register_buffer("density", torch.ones((), **kind))
         self.share_hard.fill_(1.0)
         self.aimed.fill_(1.0)
         self._untrained = _mark(model)
@@ -183,6 +192,9 @@ class StripeLoss(nn.Module):
     def forward(self, task_loss: Tensor) -> Tensor:
         if not self.training:
             return task_loss
+        if not isinstance(task_loss, Tensor) or task_loss.dim():
+            got = list(task_loss.shape) if isinstance(task_loss, Tensor) else type(task_loss).__name__
+            raise ValueError(f"StripeLoss takes the task's loss as one number, a tensor [], got {got}")
         if int(self.step) == self.steps:
             warnings.warn(
                 f"StripeLoss was to be called {self.steps} times in training, and its schedule ended with them: count "

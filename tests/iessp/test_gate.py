@@ -12,6 +12,7 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import iessp
+import stripe_kernels
 from iessp.attach import METHODS
 from iessp.gate import StripeGate
 from iessp.iem import IEMGate, straight_through
@@ -329,6 +330,16 @@ def test_a_model_that_the_stand_in_image_does_not_fit_asks_for_an_example() -> N
     ):
         iessp.attach(model)
     assert iessp.gates(iessp.attach(model, example_input=(torch.zeros(1, 3, 8, 8),))).keys() == {"0"}
+
+
+@pytest.mark.parametrize("example", [None, torch.zeros(1, 3, 8, 8)], ids=["no example", "example"])
+def test_a_frozen_network_has_nothing_to_gate_and_says_so(example: Tensor | None) -> None:
+    frozen = stripe_kernels.freeze(
+        nn.Sequential(nn.Conv2d(3, 4, 3)), {"0": torch.ones(4, 3, 3).triu().bool()}
+    )
+    with pytest.raises(ValueError, match=r"no nn\.Conv2d: its stripes are frozen, stripe_kernels\.to_dense"):
+        iessp.attach(frozen, example_input=example)
+    assert iessp.gates(iessp.attach(stripe_kernels.to_dense(frozen), example_input=example))
 
 
 def test_pointwise_and_excluded_convolutions() -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +29,16 @@ def toy(width: int = 16) -> nn.Sequential:
         *(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)),
     )
+
+
+@contextmanager
+def defaulting(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def patterns(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -311,6 +325,42 @@ def test_a_pass_that_overflows_is_passed_over() -> None:
     history = train(model, loss, 24)
     assert history[-1]["lambda"] > 0
     assert history[-1]["hard"] == pytest.approx(0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("call", [torch.float64, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("construction", [torch.bfloat16, torch.float32], ids=str)
+def test_the_schedule_is_in_float32_whatever_torchs_default_is(
+    construction: torch.dtype, call: torch.dtype
+) -> None:
+    def pressures(construction: torch.dtype, call: torch.dtype) -> list[float]:
+        model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+        with defaulting(construction):
+            loss = iessp.StripeLoss(model, budget=0.4, steps=30)
+        assert all(b.dtype in (torch.float32, torch.int64) for b in loss.buffers())
+        with defaulting(call):
+            return [float(loss(torch.tensor(1.0)).detach()) for _ in range(20)]
+
+    assert pressures(construction, call) == pytest.approx(pressures(torch.float32, torch.float32))
+
+
+@pytest.mark.parametrize("given", [torch.ones(8), torch.ones(1), 1.0], ids=["[8]", "[1]", "float"])
+def test_the_loss_of_a_task_is_one_number(given: Any) -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    loss = iessp.StripeLoss(model, budget=0.4, steps=30)
+    got = re.escape(str(list(given.shape)) if isinstance(given, Tensor) else "float")
+    with pytest.raises(ValueError, match=f"as one number.*got {got}"):
+        loss(given)
+    assert int(loss.step) == 0
+    assert loss.eval()(given) is given
+
+
+@pytest.mark.parametrize(
+    "options", [{"budget": None}, {"budget": True}, {"steps": "10"}, {"steps": None}], ids=str
+)
+def test_what_is_no_number_is_shown(options: dict[str, Any]) -> None:
+    model = iessp.attach(toy(), example_input=torch.zeros(1, 2, 8, 8))
+    with pytest.raises(ValueError, match=re.escape(repr(next(iter(options.values()))))):
+        iessp.StripeLoss(model, **{"budget": 0.4, "steps": 30, **options})
 
 
 def test_settled_skeletons_are_not_cut_again_in_silence() -> None:

@@ -124,6 +124,15 @@ def test_gates_sit_out_a_step_that_overflowed(tmp_path: Path) -> None:
     assert 0.35 < float(callback.loss.share_hard) <= 0.4 + 1e-6
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_other_precisions_than_float32(tmp_path: Path, precision: str) -> None:
+    """Within a step they are torch's default, too."""
+    module, callback = Classifier(), pruning()
+    fit(tmp_path, module, callback, 4, precision=precision)
+    assert 0.35 < float(callback.loss.share_hard) <= 0.4 + 1e-6
+    assert callback.frozen is not None
+
+
 def test_refusals_name_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="by hand"):
         fit(tmp_path, Classifier(by_hand=True), pruning(), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -177,6 +178,10 @@ def test_mistakes_end_with_one_line(
             "gated.pt does not fit Sequential: its model had gates or other parametrizations",
         ),
         (
+            ("freeze", "factories_of_a_user:make", "--weights", "frozen.pt"),
+            "frozen.pt does not fit Sequential: it is of a frozen network: stripe_kernels.save writes",
+        ),
+        (
             ("bench", "factories_of_a_user:make", "--weights", "several.pt"),
             "several.pt holds several state_dicts: ema, net; save the one to take",
         ),
@@ -199,6 +204,8 @@ def test_failures_end_with_one_line_and_status_1(
     (here / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     torch.save({"3.bias": torch.zeros(16)}, here / "other.pt")
     torch.save(iessp.attach(factories()["make"]()).state_dict(), here / "gated.pt")
+    live = {"0": torch.ones(12, 3, 3).triu().bool()}
+    torch.save(stripe_kernels.freeze(factories()["make"](), live).state_dict(), here / "frozen.pt")
     torch.save({name: {"0.bias": torch.zeros(1)} for name in ("ema", "net")}, here / "several.pt")
     torch.save([torch.zeros(1)], here / "list.pt")
     torch.save(nn.Conv2d(1, 1, 1), here / "whole.pt")
@@ -207,6 +214,30 @@ def test_failures_end_with_one_line_and_status_1(
     captured = capsys.readouterr()
     assert message in captured.err.splitlines()[-1]
     assert message in json.loads(captured.out)["error"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", [["explain", "nowhere", "--json"], ["--version"]], ids=" ".join)
+def test_a_full_disk_under_the_output_ends_with_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        program = [sys.executable, "-m", "iessp", *arguments]
+        ran = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == (2 if "nowhere" in arguments else 1)
+    assert ran.stderr.startswith("error: ")
+    assert len(ran.stderr.splitlines()) == 1
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_before_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (here / "page.html").write_text("of yesterday")
+    monkeypatch.setattr(os, "fsync", full)
+    assert call(monkeypatch, "explain", "factories_of_a_user:make", "--html", "page.html") == 1
+    assert "No space left on device: 'page.html'" in words(capsys)
+    assert (here / "page.html").read_text() == "of yesterday"
 
 
 def test_a_defect_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
