@@ -34,10 +34,9 @@ def plain(*tensors: Tensor | None) -> bool:
         if type(t) not in PLAIN_TYPES or not (t.is_cpu or t.is_cuda) or t.is_neg():
             return False
         try:
-            if (
-                not t.data_ptr() and t.numel()
-            ):  # zero tensors and functionalized ones have no memory of their own
-                return False
+            memory = t.data_ptr()
         except RuntimeError:  # of a transform that has ended, and sparse ones
+            return False
+        if not memory and t.numel():  # zero tensors and functionalized ones have no memory of their own
             return False
     return True
