@@ -7,7 +7,8 @@
 #include <cstdio>
 #include <vector>
 
-#include "cuda/fprop_sm90.h"
+#include "cuda/swizzle.h"
+#include "cuda/warpgroup.h"
 #include "cuda/wgmma.h"
 
 using namespace sk;
@@ -61,7 +62,7 @@ __device__ long long multiply(unsigned char* shared, float& keep) {
 template <int Tiles, int N, int Groups>
 __global__ void __launch_bounds__(2 * kWarpgroup, 1) probe(long long* cycles, float* out) {
   unsigned char* base = shared_memory();
-  base += -shared_address(base) & 1023;
+  base += swizzle_padding(base);
   const int operands = (Tiles * 64 + N) * kRowBytes;
   fill(base, operands);
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what ordinary stores wrote

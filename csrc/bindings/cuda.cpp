@@ -59,25 +59,21 @@ struct Spec {
   const char* name;
   Launcher launch;
   int (*bytes)(const Layout&);
-  void (*check)(const TableCheck&, const Layout&);
+  void (TableCheck::*check)() const;
 };
 
 const Spec kSpecs[] = {
-    {"fprop_ffma", fprop_ffma, fprop_ffma_bytes, [](const TableCheck& t, const Layout&) { t.fprop_ffma(); }},
-    {"dgrad_ffma", dgrad_ffma, dgrad_ffma_bytes, [](const TableCheck& t, const Layout&) { t.dgrad_ffma(); }},
-    {"wgrad_ffma", wgrad_ffma, wgrad_ffma_bytes,
-     [](const TableCheck& t, const Layout& l) { t.wgrad(8, 1, 8, l.groups * l.group_out); }},
-    {"fprop_mma", fprop_mma, fprop_mma_bytes, [](const TableCheck& t, const Layout&) { t.fprop_mma(); }},
-    {"dgrad_mma", dgrad_mma, dgrad_mma_bytes, [](const TableCheck& t, const Layout&) { t.dgrad_mma(); }},
-    {"wgrad_mma", wgrad_mma, wgrad_mma_bytes,
-     [](const TableCheck& t, const Layout& l) { t.wgrad(4, 8, 8, l.slab); }},
-    {"fprop_sm90", fprop_sm90, fprop_sm90_bytes, [](const TableCheck& t, const Layout&) { t.fprop_sm90(); }},
-    {"fprop_taps_sm90", fprop_taps_sm90, fprop_taps_sm90_bytes,
-     [](const TableCheck& t, const Layout&) { t.fprop_taps_sm90(); }},
-    {"fprop_whole_sm90", fprop_whole_sm90, fprop_whole_sm90_bytes,
-     [](const TableCheck& t, const Layout&) { t.fprop_whole_sm90(); }},
-    {"dgrad_sm90", dgrad_sm90, dgrad_sm90_bytes, [](const TableCheck& t, const Layout&) { t.dgrad_sm90(); }},
-    {"wgrad_sm90", wgrad_sm90, wgrad_sm90_bytes, [](const TableCheck& t, const Layout&) { t.wgrad_sm90(); }},
+    {"fprop_ffma", fprop_ffma, fprop_ffma_bytes, &TableCheck::fprop_ffma},
+    {"dgrad_ffma", dgrad_ffma, dgrad_ffma_bytes, &TableCheck::dgrad_ffma},
+    {"wgrad_ffma", wgrad_ffma, wgrad_ffma_bytes, &TableCheck::wgrad_ffma},
+    {"fprop_mma", fprop_mma, fprop_mma_bytes, &TableCheck::fprop_mma},
+    {"dgrad_mma", dgrad_mma, dgrad_mma_bytes, &TableCheck::dgrad_mma},
+    {"wgrad_mma", wgrad_mma, wgrad_mma_bytes, &TableCheck::wgrad_mma},
+    {"fprop_sm90", fprop_sm90, fprop_sm90_bytes, &TableCheck::fprop_sm90},
+    {"fprop_taps_sm90", fprop_taps_sm90, fprop_taps_sm90_bytes, &TableCheck::fprop_taps_sm90},
+    {"fprop_whole_sm90", fprop_whole_sm90, fprop_whole_sm90_bytes, &TableCheck::fprop_whole_sm90},
+    {"dgrad_sm90", dgrad_sm90, dgrad_sm90_bytes, &TableCheck::dgrad_sm90},
+    {"wgrad_sm90", wgrad_sm90, wgrad_sm90_bytes, &TableCheck::wgrad_sm90},
 };
 
 const Spec& spec_of(const std::string& name) {
@@ -104,7 +100,7 @@ struct Kernel {
   Kernel(const std::string& name, int dtype, const Ints& layout, const Ints& tables) : spec(spec_of(name)) {
     params.layout = layout_of(layout);
     params.layout.dtype = dtype_of(dtype);
-    spec.check(TableCheck(params.layout, tables), params.layout);
+    (TableCheck(params.layout, tables).*spec.check)();
   }
 
   void run(std::uintptr_t stream, std::uintptr_t tables, std::uintptr_t in, const Offsets& in_strides,

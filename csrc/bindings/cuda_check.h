@@ -100,20 +100,11 @@ class TableCheck {
     });
   }
 
-  void wgrad(int warps, int per_warp, int stripes, int filters) const {
-    const int blocks = (l_.steps - l_.items) / 4;  // none where no stripe lives: nothing is launched then
-    require(blocks == 0 || blocks == l_.tiles_out, "a block has four integers");
-    for (int block = 0; block < blocks; ++block) {
-      const int group = t_[l_.items + 4 * block], filter = t_[l_.items + 4 * block + 3];
-      require(0 <= group && group < l_.groups && 0 <= filter && filter < l_.group_out, "a group exists");
-      for (int i = 0; i < warps * per_warp; ++i) {
-        if (entry(block * warps * per_warp + i) >= 0) row(entry(block * warps * per_warp + i));
-        for (int j = 0; j < stripes; ++j) {
-          const int k = list(2 * ((block * warps * per_warp + i) * stripes + j) + 1);
-          require(0 <= k && k < filters, "a stripe's filter exists");
-        }
-      }
-    }
+  void wgrad_ffma() const { wgrad(8, 1, 8, l_.groups * l_.group_out); }
+
+  void wgrad_mma() const {
+    require(l_.width == 2 || l_.width == 4, "width is 2 or 4 tiles of channels");
+    wgrad(4, 8, 8, l_.slab);
   }
 
   // A tile of filters: segments, their end, group; a segment: origin, phase, blocks, their end, taps, their count; a block:
@@ -431,6 +422,23 @@ class TableCheck {
   }
 
  private:
+  // Blocks of `warps` warps with `per_warp` runs of so many stripes each.
+  void wgrad(int warps, int per_warp, int stripes, int filters) const {
+    const int blocks = (l_.steps - l_.items) / 4;  // none where no stripe lives: nothing is launched then
+    require(blocks == 0 || blocks == l_.tiles_out, "a block has four integers");
+    for (int block = 0; block < blocks; ++block) {
+      const int group = t_[l_.items + 4 * block], filter = t_[l_.items + 4 * block + 3];
+      require(0 <= group && group < l_.groups && 0 <= filter && filter < l_.group_out, "a group exists");
+      for (int i = 0; i < warps * per_warp; ++i) {
+        if (entry(block * warps * per_warp + i) >= 0) row(entry(block * warps * per_warp + i));
+        for (int j = 0; j < stripes; ++j) {
+          const int k = list(2 * ((block * warps * per_warp + i) * stripes + j) + 1);
+          require(0 <= k && k < filters, "a stripe's filter exists");
+        }
+      }
+    }
+  }
+
   // Along one axis: whatever pixel of the image a tap reads lies in its tile's patch; the kernel does not look.
   static void stays(int tap, int origin, int in, int step, int phase, int out, int tile, int patch) {
     const int size = (in - phase + step - 1) / step;

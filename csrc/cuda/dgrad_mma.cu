@@ -7,6 +7,7 @@
 //
 // A warp owns 64 pixels and all channels of the tile, in registers from the first stripe to the last. The
 // order of the list is chosen so that the four stripes of a gather lie in different banks.
+#include "cuda/instances.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/pipeline.h"
@@ -150,31 +151,22 @@ __global__ void __launch_bounds__(kThreads, 2) dgrad_mma_kernel(Params params) {
                           nullptr);
 }
 
-template <class T>
-int launch_width(const Params& p, void* stream) {
-  const dim3 grid = grid_of(p.layout);
-  if (p.layout.width == 2)
-    return launch(dgrad_mma_kernel<T, 2>, grid, kThreads, memory_of<2>(p.layout).end, stream, p);
-  if (p.layout.width == 4)
-    return launch(dgrad_mma_kernel<T, 4>, grid, kThreads, memory_of<4>(p.layout).end, stream, p);
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
-int dgrad_mma_bytes(const Layout& l) { return l.width == 2 ? memory_of<2>(l).end : memory_of<4>(l).end; }
+int dgrad_mma_bytes(const Layout& l) {
+  return with_constant<2, 4>(l.width, [&](auto width) { return memory_of<decltype(width)::value>(l).end; });
+}
 
 // width: tiles of 16 channels, 2 or 4.
 int dgrad_mma(const Params& p, void* stream) {
-  switch (p.layout.dtype) {
-    case DType::f32:
-      return launch_width<float>(p, stream);
-    case DType::bf16:
-      return launch_width<bf16>(p, stream);
-    case DType::f16:
-      return launch_width<f16>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  const Layout& l = p.layout;
+  return with_type(l.dtype, [&](auto type) {
+    return with_constant<2, 4>(l.width, [&](auto width) {
+      constexpr int kWidth = decltype(width)::value;
+      return launch(dgrad_mma_kernel<decltype(type), kWidth>, grid_of(l), kThreads, memory_of<kWidth>(l).end,
+                    stream, p);
+    });
+  });
 }
 
 }  // namespace sk::cuda

@@ -6,6 +6,7 @@
 // in shared memory: filters cannot keep registers of their own, since which of them live changes with every
 // tap.
 #include "cuda/epilogue.h"
+#include "cuda/instances.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/pipeline.h"

@@ -7,6 +7,7 @@
 // backends/cuda_columns.py cuts the columns and says what it gains.
 //
 // A warp owns 32 pixels and all columns of the tile: its A fragments then serve every live block of a tap.
+#include "cuda/instances.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/pipeline.h"
@@ -156,31 +157,22 @@ __global__ void __launch_bounds__(kThreads, 2) fprop_mma_kernel(Params params) {
                           columns);
 }
 
-template <class T>
-int launch_width(const Params& p, void* stream) {
-  const dim3 grid = grid_of(p.layout);
-  if (p.layout.width == 8)
-    return launch(fprop_mma_kernel<T, 8>, grid, kThreads, memory_of<8>(p.layout).end, stream, p);
-  if (p.layout.width == 16)
-    return launch(fprop_mma_kernel<T, 16>, grid, kThreads, memory_of<16>(p.layout).end, stream, p);
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
-int fprop_mma_bytes(const Layout& l) { return l.width == 8 ? memory_of<8>(l).end : memory_of<16>(l).end; }
+int fprop_mma_bytes(const Layout& l) {
+  return with_constant<8, 16>(l.width, [&](auto width) { return memory_of<decltype(width)::value>(l).end; });
+}
 
 // width: blocks of eight columns, 8 or 16.
 int fprop_mma(const Params& p, void* stream) {
-  switch (p.layout.dtype) {
-    case DType::f32:
-      return launch_width<float>(p, stream);
-    case DType::bf16:
-      return launch_width<bf16>(p, stream);
-    case DType::f16:
-      return launch_width<f16>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  const Layout& l = p.layout;
+  return with_type(l.dtype, [&](auto type) {
+    return with_constant<8, 16>(l.width, [&](auto width) {
+      constexpr int kWidth = decltype(width)::value;
+      return launch(fprop_mma_kernel<decltype(type), kWidth>, grid_of(l), kThreads, memory_of<kWidth>(l).end,
+                    stream, p);
+    });
+  });
 }
 
 }  // namespace sk::cuda

@@ -11,112 +11,24 @@
 // compute, half of the pixels each. While the first product of a block is under way the second one of the block before is
 // prepared, and follows it. Sums of y stay in registers from a bundle's first block to its last, in one order, so bits
 // repeat. backends/cuda_stripes.py lays out patch and columns.
-#include "cuda/fprop_sm90.h"
+#include "cuda/fprop_stripes/load.h"
+#include "cuda/fprop_stripes/multiply.h"
+#include "cuda/fprop_stripes/scatter.h"
+#include "cuda/fprop_stripes/shared.h"
+#include "cuda/fprop_stripes/store.h"
+#include "cuda/fprop_stripes/stream.h"
+#include "cuda/instances.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/scatter_sm90.h"
 #include "cuda/tensor_map.h"
-#include "cuda/tma.h"
 
 namespace sk::cuda {
 namespace {
 
+using namespace fprop_stripes;
+
 constexpr int kLoader = 40, kComputer = 232;  // registers a thread; (40 + 2 * 232) * 128 of 65536
 static_assert(kLoader + kComputers * kComputer <= kTradedRegisters);
-
-struct Launch {
-  CUtensorMap phase[kMaxPhases];
-  Params params;
-};
-
-// One thread loads everything, in the order in which it is multiplied: a block's weights, then what the columns of the block
-// before add to.
-template <int Tiles, int N>
-__device__ inline void load(const Launch& launch, const Shared<N>& s, const Tables& tables) {
-  const Layout& l = launch.params.layout;
-  const Call& call = launch.params.call;
-  const auto* records = reinterpret_cast<const Record<N>*>(call.tables + l.entries);
-  const auto* weights = static_cast<const unsigned char*>(call.weights);
-  constexpr int kBytes = kStageBytes<N>, kRecord = sizeof(Record<N>);
-  const int chunks = chunks_of(l), patch_bytes = patch_rows(l.walk) * kRowBytes;
-  Cursor ring, patch;
-  const auto load_piece = [&](int block, int piece) {
-    const bool last = piece == chunks;
-    Mbarrier* full = s.full + ring.stage;
-    mbarrier_wait(s.empty + ring.stage, ring.parity ^ 1);
-    mbarrier_expect(full, kBytes + (last ? kRecord : 0));
-    copy_bulk(s.ring + ring.stage * kBytes,
-              weights + (static_cast<long long>(block) * (chunks + 1) + piece) * kBytes, kBytes, full);
-    if (last) copy_bulk(s.records + ring.stage, records + block, kRecord, full);
-    ring.advance(l.slab);
-  };
-  int before = -1;
-  for (Stream at(l, tables); at.more(); at.next()) {
-    for (int c = 0; c < chunks; ++c) {
-      if (at.fresh) {
-        const int chunk = patch.stage * chunks + c;
-        mbarrier_wait(s.x_empty + chunk, patch.parity ^ 1);
-        mbarrier_expect(s.x_full + chunk, patch_bytes);
-        copy_box(s.x + chunk * kRows<Tiles> * kRowBytes, &launch.phase[at.segment.phase],
-                 {{c * kChunk, at.group, at.tile.j + at.segment.origin_w, at.tile.i + at.segment.origin_h,
-                   at.tile.n}},
-                 s.x_full + chunk);
-      }
-      load_piece(at.block, c);
-    }
-    if (at.last()) patch.advance(patches_of(l));
-    if (before >= 0) load_piece(before, chunks);
-    before = at.block;
-  }
-  if (before >= 0) load_piece(before, chunks);
-}
-
-// acc = the patch times one block of columns; `chunks` is 0 where there is none. A stage is given back when the products that
-// read it are done, and so is x where this is the last that is wanted of it; the last chunk stays under way, its stage is
-// `ring` afterwards.
-// Always whole chunks: behind the last channel both operands are zeros, and a branch between these instructions has the
-// assembler run them one by one (its remark C7520, which a test looks for).
-template <class T, int Tiles, int N>
-__device__ __forceinline__ void multiply(const Layout& l, const Shared<N>& s, int chunks, const Cursor& patch,
-                                         bool last, Cursor& ring, float (&acc)[Tiles][N / 2]) {
-  // Between a chunk's products rather than behind them: 7 to 11 % of the time with two tiles; with one it loses as much.
-  constexpr bool kAhead = Tiles > 1;
-  const int lane = threadIdx.x % 32;
-  const unsigned char* rows = s.x + uniform(threadIdx.x / kWarpgroup) * Tiles * 64 * kRowBytes;
-#pragma unroll
-  for (int t = 0; t < Tiles; ++t) wgmma_keep(acc[t]);
-  const auto arrived = [&](int chunk) {
-    mbarrier_wait(s.x_full + chunk, patch.parity);
-    mbarrier_wait(s.full + ring.stage, ring.parity);
-  };
-  if (chunks > 0) arrived(patch.stage * chunks);
-  for (int c = 0; c < chunks; ++c) {
-    const int chunk = patch.stage * chunks + c, stage = ring.stage;
-    const std::uint64_t x = matrix_descriptor(shared_address(rows + chunk * kRows<Tiles> * kRowBytes));
-    const std::uint64_t w = matrix_descriptor(shared_address(s.ring + stage * kStageBytes<N>));
-    const auto start = [&](int k) {
-#pragma unroll
-      for (int t = 0; t < Tiles; ++t)  // 64 rows, or 16 channels, further in units of 16 bytes
-        wgmma<T, N>(acc[t], x + t * (64 * kRowBytes / 16) + 2 * k, w + 2 * k, c + k);
-    };
-    // Gives the last chunk back and awaits the next one.
-    const auto turn = [&] {
-      if (c > 0) {
-        wgmma_wait<1>();
-        if (lane == 0) mbarrier_arrive(s.empty + (stage > 0 ? stage : l.slab) - 1);
-        if (lane == 0 && last) mbarrier_arrive(s.x_empty + chunk - 1);
-      }
-      if (c + 1 < chunks) ring.advance(l.slab);
-      arrived(patch.stage * chunks + min(c + 1, chunks - 1));
-    };
-    wgmma_fence();
-    start(0), start(1), start(2);
-    if constexpr (kAhead) wgmma_commit(), turn(), wgmma_fence();
-    start(3);
-    wgmma_commit();
-    if constexpr (!kAhead) turn();
-  }
-}
 
 // A block's first product, then the second one of the block before. There is none of it at first: then it
 // is one of zeros and of what lies in the ring, whose y nobody uses, since a branch around these instructions would have the
@@ -126,9 +38,7 @@ __device__ inline void compute(const Launch& launch, const Shared<N>& s, const T
   const Layout& l = launch.params.layout;
   const Call& call = launch.params.call;
   const int chunks = chunks_of(l), lane = threadIdx.x % 32;
-  const Strides& strides = call.out_strides;
-  const bool aligned = reinterpret_cast<std::uintptr_t>(call.out) % 16 == 0 &&
-                       (strides.n | strides.h | strides.w | l.group_out) % 8 == 0;
+  const bool aligned = moves_eights(l, call);
   Cursor ring, patch;
   Pixels<Tiles> pixels(l.walk);
   float acc[Tiles][N / 2], y[Tiles][32];
@@ -175,7 +85,7 @@ __device__ inline void compute(const Launch& launch, const Shared<N>& s, const T
     }
     if (at.fresh)
       pixels.meet(l.walk, at.tile, at.segment, reinterpret_cast<const int2*>(tables.lists + at.segment.taps));
-    if (listed != at.item) pixels.list(l.walk, at.tile, strides, s.offsets);
+    if (listed != at.item) pixels.list(l.walk, at.tile, call.out_strides, s.offsets);
     listed = at.item, any = true;
     if (last) patch.advance(patches_of(l));
     computers_barrier();  // all rows of the products are there
@@ -219,43 +129,11 @@ __global__ void __launch_bounds__(kThreads, 1) fprop_sm90_kernel(const __grid_co
   }
 }
 
-template <class T, int Tiles, int N>
-cudaError_t launch_one(const Launch& launch_, void* stream) {
-  const Layout& l = launch_.params.layout;
-  int processors = 0;
-  const cudaError_t e = multiprocessors(&processors);
-  if (e != cudaSuccess) return e;
-  const long long items = static_cast<long long>(l.groups) * l.tiles_out * tiles(l.walk);
-  if (items >= 1LL << 30) return cudaErrorInvalidValue;
-  const dim3 grid(static_cast<unsigned>(items < processors ? items : processors));
-  return launch(fprop_sm90_kernel<T, Tiles, N>, grid, kThreads, memory_of<Tiles, N>(l).end, stream, launch_);
-}
-
-// Calls with<Tiles, N>() of the layout: 128 rows a tile, and columns of a block.
+// Calls with(Constant<Tiles>(), Constant<N>()) of the layout: 64s of rows of a warpgroup, and columns of a block.
 template <class With>
 int with_instance(const Layout& l, const With& with) {
-  if (l.width == 64)
-    return l.pitch == 256 ? with(Constant<2>(), Constant<64>()) : with(Constant<1>(), Constant<64>());
-  if (l.width == 96) return with(Constant<1>(), Constant<96>());
-  if (l.width == 128) return with(Constant<1>(), Constant<128>());
-  return with(Constant<1>(), Constant<192>());
-}
-
-template <class T>
-int launch_type(const Params& p, void* stream) {
-  Launch launch_ = {};
-  launch_.params = p;
-  const Walk& w = p.layout.walk;
-  decltype(&cuTensorMapEncodeTiled) encode = nullptr;
-  cudaError_t e = tensor_map_encoder(&encode);
-  for (int h = 0; h < w.in_step_h && h < w.in_h; ++h)
-    for (int v = 0; v < w.in_step_w && v < w.in_w; ++v)
-      if (e == cudaSuccess)
-        e = encode_phase(encode, p.layout, p.call, h, v, &launch_.phase[h * w.in_step_w + v]);
-  if (e != cudaSuccess) return e;
-  return with_instance(p.layout, [&](auto t, auto n) {
-    return launch_one<T, decltype(t)::value, decltype(n)::value>(launch_, stream);
-  });
+  if (l.width == 64 && l.pitch == 256) return with(Constant<2>(), Constant<64>());
+  return with_constant<64, 96, 128, 192>(l.width, [&](auto n) { return with(Constant<1>(), n); });
 }
 
 }  // namespace
@@ -268,9 +146,24 @@ int fprop_sm90_bytes(const Layout& l) {
 // width: columns of a block, 64, 96, 128 or 192; pitch: rows of a patch, 256 (of 64 columns) or 128; slab: stages of the
 // ring; chunk: patches of x at once.
 int fprop_sm90(const Params& p, void* stream) {
-  if (p.layout.dtype == DType::bf16) return launch_type<bf16>(p, stream);
-  if (p.layout.dtype == DType::f16) return launch_type<f16>(p, stream);
-  return cudaErrorInvalidValue;
+  const Layout& l = p.layout;
+  const Walk& w = l.walk;
+  Launch launch = {};
+  launch.params = p;
+  TensorMaps maps;
+  for (int h = 0; h < w.in_step_h && h < w.in_h; ++h)
+    for (int v = 0; v < w.in_step_w && v < w.in_w; ++v)
+      maps.phase(l, p.call, h, v, &launch.phase[h * w.in_step_w + v]);
+  if (maps.error() != cudaSuccess) return maps.error();
+  const long long items = static_cast<long long>(l.groups) * l.tiles_out * tiles(w);
+  if (items >= 1LL << 30) return cudaErrorInvalidValue;
+  return with_type_of_16_bits(l.dtype, [&](auto type) {
+    return with_instance(l, [&](auto t, auto n) {
+      constexpr int kTiles = decltype(t)::value, N = decltype(n)::value;
+      return launch_persistent(fprop_sm90_kernel<decltype(type), kTiles, N>, items, kThreads,
+                               memory_of<kTiles, N>(l).end, stream, launch);
+    });
+  });
 }
 
 }  // namespace sk::cuda

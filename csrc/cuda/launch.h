@@ -33,4 +33,15 @@ inline cudaError_t multiprocessors(int* count) {
   return e != cudaSuccess ? e : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
+// Of a kernel whose blocks go from item to item: as many as there are multiprocessors, at most one an item.
+template <class Params>
+cudaError_t launch_persistent(void (*kernel)(Params), long long items, int threads, int shared_bytes,
+                              void* stream, const Params& params) {
+  int processors = 0;
+  const cudaError_t e = multiprocessors(&processors);
+  if (e != cudaSuccess) return e;
+  const dim3 grid(static_cast<unsigned>(items < processors ? items : processors));
+  return launch(kernel, grid, threads, shared_bytes, stream, params);
+}
+
 }  // namespace sk::cuda

@@ -1,5 +1,6 @@
 // out[i] = finish(partial[0][i] + partial[1][i] + ... + partial[splits - 1][i]), always in this order.
 #include "cuda/epilogue.h"
+#include "cuda/instances.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 
@@ -24,15 +25,9 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Reduction r) {
 int reduce(const Reduction& r, void* stream) {
   const long long blocks = (r.count + kThreads - 1) / kThreads;
   const dim3 grid(static_cast<unsigned>(blocks < 65535 ? blocks : 65535));
-  switch (r.dtype) {
-    case DType::f32:
-      return launch(reduce_kernel<float>, grid, kThreads, 0, stream, r);
-    case DType::bf16:
-      return launch(reduce_kernel<bf16>, grid, kThreads, 0, stream, r);
-    case DType::f16:
-      return launch(reduce_kernel<f16>, grid, kThreads, 0, stream, r);
-  }
-  return cudaErrorInvalidValue;
+  return with_type(r.dtype, [&](auto type) {
+    return launch(reduce_kernel<decltype(type)>, grid, kThreads, 0, stream, r);
+  });
 }
 
 }  // namespace sk::cuda

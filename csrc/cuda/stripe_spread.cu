@@ -5,6 +5,7 @@
 // reads in shared memory, so that a filter is gathered from there in nine taps and read from global memory once; a row of
 // zeros stands for the pixels beside the image, and a zero behind every row for the missing stripe. Four lanes write 64
 // bytes of a row of p and eight of them eight rows: with 16 bytes between the rows of dy those lie in different banks.
+#include "cuda/instances.h"
 #include "cuda/instructions.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
@@ -124,25 +125,14 @@ __global__ void __launch_bounds__(kThreads) stripe_spread_kernel(const __grid_co
   }
 }
 
-template <class T>
-int launch_type(const StripeSpread& t, void* stream) {
-  const long long pixels = static_cast<long long>(t.images) * t.rows * t.columns;
-  const dim3 grid(static_cast<unsigned>((pixels + t.tile - 1) / t.tile), static_cast<unsigned>(t.splits));
-  return launch(stripe_spread_kernel<T>, grid, kThreads, bytes_of(t), stream, t);
-}
-
 }  // namespace
 
 int stripe_spread(const StripeSpread& t, void* stream) {
-  switch (t.dtype) {
-    case DType::f32:
-      return launch_type<float>(t, stream);
-    case DType::bf16:
-      return launch_type<bf16>(t, stream);
-    case DType::f16:
-      return launch_type<f16>(t, stream);
-  }
-  return cudaErrorInvalidValue;
+  const long long pixels = static_cast<long long>(t.images) * t.rows * t.columns;
+  const dim3 grid(static_cast<unsigned>((pixels + t.tile - 1) / t.tile), static_cast<unsigned>(t.splits));
+  return with_type(t.dtype, [&](auto type) {
+    return launch(stripe_spread_kernel<decltype(type)>, grid, kThreads, bytes_of(t), stream, t);
+  });
 }
 
 }  // namespace sk::cuda

@@ -6,6 +6,7 @@
 // one after the other would wait for a cache each time. Sums wait in shared memory for their neighbours in y; a sum has
 // one order, so bits repeat. backends/cuda_stripe_gemm.py lists the rows.
 #include "cuda/epilogue.h"
+#include "cuda/instances.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/walk.h"
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 6) stripe_sum_kernel(const __grid_co
 }
 
 template <class T>
-int launch_type(const StripeSum& t, void* stream) {
+cudaError_t launch_type(const StripeSum& t, void* stream) {
   const long long pixels = static_cast<long long>(t.images) * t.out_h * t.out_w;
   const dim3 grid(static_cast<unsigned>((pixels + kPixels - 1) / kPixels),
                   static_cast<unsigned>((t.filters + kWarps * t.width - 1) / (kWarps * t.width)));
@@ -216,15 +217,7 @@ int launch_type(const StripeSum& t, void* stream) {
 }  // namespace
 
 int stripe_sum(const StripeSum& t, void* stream) {
-  switch (t.dtype) {
-    case DType::f32:
-      return launch_type<float>(t, stream);
-    case DType::bf16:
-      return launch_type<bf16>(t, stream);
-    case DType::f16:
-      return launch_type<f16>(t, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_type(t.dtype, [&](auto type) { return launch_type<decltype(type)>(t, stream); });
 }
 
 }  // namespace sk::cuda

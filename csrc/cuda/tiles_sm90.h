@@ -4,15 +4,14 @@
 // dx. backends/cuda_tiles.py lays them out.
 #pragma once
 #include "cuda/mbarrier.h"
+#include "cuda/swizzle.h"
 #include "cuda/tma.h"
 #include "cuda/walk.h"
 #include "cuda/warpgroup.h"
 
 namespace sk::cuda {
 
-constexpr int kFetchers = 96;   // threads that load patches
-constexpr int kRowBytes = 128;  // of shared memory: 64 channels of a pixel
-constexpr int kRowChannels = 64;
+constexpr int kFetchers = 96;  // threads that load patches
 
 struct PixelTile {
   int phase;

@@ -5,11 +5,6 @@
 
 namespace sk::cuda {
 
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
 struct Tile {
   int n, i, j;
 };

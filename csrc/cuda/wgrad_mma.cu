@@ -5,8 +5,10 @@
 // warp owns up to eight such columns and all channels of the tile, in registers over all pixel tiles of its
 // split; reduce() adds the splits in a fixed order.
 #include "cuda/epilogue.h"
+#include "cuda/instances.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/pairs.h"
 #include "cuda/rows.h"
 
 namespace sk::cuda {
@@ -52,9 +54,7 @@ __device__ inline void gather(const unsigned char* dy, int pitch, std::uint32_t 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const unsigned char* pixel = dy + (2 * t + 8 * half) * pitch;
-    const std::uint32_t low = *reinterpret_cast<const std::uint16_t*>(pixel);
-    const std::uint32_t high = *reinterpret_cast<const std::uint16_t*>(pixel + pitch);
-    b[half] = low | high << 16;
+    b[half] = load_pair(pixel, pixel + pitch);
   }
 }
 
@@ -171,31 +171,21 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_mma_kernel(Params params) {
     }
 }
 
-template <class T>
-int launch_width(const Params& p, void* stream) {
-  const int channels = 16 * p.layout.width;
-  const dim3 grid((p.layout.group_in + channels - 1) / channels, p.layout.tiles_out, p.layout.splits);
-  const int bytes = memory_of(p.layout).end;
-  if (p.layout.width == 2) return launch(wgrad_mma_kernel<T, 2>, grid, kThreads, bytes, stream, p);
-  if (p.layout.width == 4) return launch(wgrad_mma_kernel<T, 4>, grid, kThreads, bytes, stream, p);
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 int wgrad_mma_bytes(const Layout& l) { return memory_of(l).end; }
 
-// width: tiles of 16 channels, 2 or 4. tiles_out: blocks of stripes, over all groups.
+// width: tiles of 16 channels, 2 or 4. tiles_out: blocks of stripes, over all groups. Not float32: the tensor cores cut sums
+// off, and results were up to 2.3 times what float32 may be off.
 int wgrad_mma(const Params& p, void* stream) {
-  switch (p.layout.dtype) {
-    case DType::f32:  // tensor cores cut sums off: up to 2.3 times what float32 may be off
-      break;
-    case DType::bf16:
-      return launch_width<bf16>(p, stream);
-    case DType::f16:
-      return launch_width<f16>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  const Layout& l = p.layout;
+  return with_type_of_16_bits(l.dtype, [&](auto type) {
+    return with_constant<2, 4>(l.width, [&](auto width) {
+      constexpr int kTiles = decltype(width)::value, kChannels = 16 * kTiles;
+      const dim3 grid((l.group_in + kChannels - 1) / kChannels, l.tiles_out, l.splits);
+      return launch(wgrad_mma_kernel<decltype(type), kTiles>, grid, kThreads, memory_of(l).end, stream, p);
+    });
+  });
 }
 
 }  // namespace sk::cuda

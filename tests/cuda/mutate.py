@@ -40,7 +40,24 @@ KERNEL, DGRAD = "csrc/cuda/fprop_sm90.cu", "csrc/cuda/dgrad_sm90.cu"
 TAPS, TILES = "csrc/cuda/fprop_taps_sm90.cu", "csrc/cuda/tiles_sm90.h"
 WGRAD = "csrc/cuda/wgrad_sm90.cu"
 WHOLE = "csrc/cuda/fprop_whole_sm90.cu"
-SCATTER, WGMMA = "csrc/cuda/scatter_sm90.h", "stripe_kernels/backends/cuda_wgmma.py"
+# The folders of their parts: a fault in one has that kernel compiled again.
+PARTS = {
+    "fprop_stripes": KERNEL,
+    "fprop_taps": TAPS,
+    "fprop_whole": WHOLE,
+    "dgrad_gather": DGRAD,
+    "wgrad_gather": WGRAD,
+}
+STRIPES_LOAD, STRIPES_MULTIPLY, STRIPES_PIXELS = (
+    f"csrc/cuda/fprop_stripes/{part}.h" for part in ("load", "multiply", "pixels")
+)
+TAPS_LOAD, TAPS_SHARED = "csrc/cuda/fprop_taps/load.h", "csrc/cuda/fprop_taps/shared.h"
+WHOLE_LOAD, WHOLE_STORE = "csrc/cuda/fprop_whole/load.h", "csrc/cuda/fprop_whole/store.h"
+DGRAD_LOAD = "csrc/cuda/dgrad_gather/load.h"
+WGRAD_LOAD, WGRAD_MULTIPLY, WGRAD_SHARED = (
+    f"csrc/cuda/wgrad_gather/{part}.h" for part in ("load", "multiply", "shared")
+)
+WGMMA = "stripe_kernels/backends/cuda_wgmma.py"
 _ENDED = "    wgmma_wait<0>();\n#pragma unroll\n    for (int t = 0; t < Tiles; ++t) "
 FAULTS = {
     "stripes: a sum goes on where one begins": Fault(SUM, "(begins ? 0.f : sum[i])", "sum[i]"),
@@ -56,7 +73,7 @@ FAULTS = {
         "csrc/cuda/matrix_descriptor.h", "kSwizzle128 = 1;", "kSwizzle128 = 0;"
     ),
     "eight rows in half their distance": Fault("csrc/cuda/matrix_descriptor.h", "1024 >> 4", "512 >> 4"),
-    "every other step of channels": Fault(KERNEL, "w + 2 * k, c + k", "w + 4 * k, c + k"),
+    "every other step of channels": Fault(STRIPES_MULTIPLY, "w + 2 * k, c + k", "w + 4 * k, c + k"),
     "weights and ones swizzled for other rows": Fault(
         WGMMA, "pieces[..., column, place ^ column % 8, :]", "pieces[..., column, place ^ column % 4, :]"
     ),
@@ -64,31 +81,33 @@ FAULTS = {
         WGMMA, "[k - bundle.first for k, _", "[max(0, k - bundle.first - 1) for k, _"
     ),
     "the patch begins one pixel further": Fault(
-        KERNEL, "at.tile.j + at.segment.origin_w", "at.tile.j + at.segment.origin_w + 1"
+        STRIPES_LOAD, "at.tile.j + at.segment.origin_w", "at.tile.j + at.segment.origin_w + 1"
     ),
     "a tap meets one row beside the image": Fault(
-        SCATTER, "static_cast<unsigned>(rows) &&", "static_cast<unsigned>(rows + 1) &&"
+        STRIPES_PIXELS, "static_cast<unsigned>(rows) &&", "static_cast<unsigned>(rows + 1) &&"
     ),
     "no row of zeros": Fault(KERNEL, "i % 8 * 16) = {0, 0, 0, 0};", "i % 8 * 16);"),
     "x awaited in the wrong phase": Fault(
-        KERNEL,
+        STRIPES_LOAD,
         "mbarrier_wait(s.x_empty + chunk, patch.parity ^ 1);",
         "mbarrier_wait(s.x_empty + chunk, patch.parity);",
     ),
-    "x not awaited": Fault(KERNEL, "    mbarrier_wait(s.x_full + chunk, patch.parity);\n", ""),
-    "weights not awaited": Fault(KERNEL, "    mbarrier_wait(s.full + ring.stage, ring.parity);\n  };", "  };"),
+    "x not awaited": Fault(STRIPES_MULTIPLY, "    mbarrier_wait(s.x_full + chunk, patch.parity);\n", ""),
+    "weights not awaited": Fault(
+        STRIPES_MULTIPLY, "    mbarrier_wait(s.full + ring.stage, ring.parity);\n  };", "  };"
+    ),
     "what columns add to not awaited": Fault(
         KERNEL, "    mbarrier_wait(s.full + ring.stage, ring.parity);\n    const Record", "    const Record"
     ),
     "a full stage overwritten": Fault(
-        KERNEL,
+        STRIPES_LOAD,
         "    mbarrier_wait(s.empty + ring.stage, ring.parity ^ 1);\n",
         "",
     ),
     "more bytes announced than come": Fault(
-        KERNEL, "kBytes + (last ? kRecord : 0));", "kBytes + (last ? kRecord : 0) + 16);"
+        STRIPES_LOAD, "kBytes + (last ? kRecord : 0));", "kBytes + (last ? kRecord : 0) + 16);"
     ),
-    "a stage given back while it is read": Fault(KERNEL, "        wgmma_wait<1>();\n", ""),
+    "a stage given back while it is read": Fault(STRIPES_MULTIPLY, "        wgmma_wait<1>();\n", ""),
     "products put away before they end": Fault(KERNEL, _ENDED + "wgmma_keep(acc[t]);\n    scatter", "    scatter"),
     "registers filled while wgmma reads them": Fault(
         KERNEL, "acc, s.products);\n    wgmma_wait<0>();\n", "acc, s.products);\n"
@@ -104,7 +123,7 @@ FAULTS = {
     "stored where the last tile was": Fault(KERNEL, "    if (listed != at.item) pixels", "    if (listed < 0) pixels"),
     "dgrad: dy not awaited": Fault(DGRAD, "    mbarrier_wait(s.ready, parity);\n", ""),
     "dgrad: a patch overwritten while it is read": Fault(
-        DGRAD, "        mbarrier_wait(s.read, parity ^ 1);\n", ""
+        DGRAD_LOAD, "        mbarrier_wait(s.read, parity ^ 1);\n", ""
     ),
     "dgrad: registers filled while wgmma reads them": Fault(
         DGRAD, "gather(s, pixels, s.steps[i + 1], odd);", "gather(s, pixels, s.steps[i + 1], even);"
@@ -117,9 +136,9 @@ FAULTS = {
     ),
     "dgrad: weights not awaited": Fault(
         DGRAD,
-        "      mbarrier_wait(s.full + stage, ring);\n"
-        "      multiply<T, N>(s.weights + stage * kStripes * N * 2, 1, odd",
-        "      multiply<T, N>(s.weights + stage * kStripes * N * 2, 1, odd",
+        "      mbarrier_wait(s.full + ring.stage, ring.parity);\n"
+        "      multiply<T, N>(s.weights + ring.stage * kStripes * N * 2, 1, odd",
+        "      multiply<T, N>(s.weights + ring.stage * kStripes * N * 2, 1, odd",
     ),
     "dgrad: an eight read through the tap before": Fault(
         "stripe_kernels/backends/cuda_gather.py", "taps.append(np.full(len(f), number, np.int32))",
@@ -127,13 +146,13 @@ FAULTS = {
     ),
     "taps: x not awaited": Fault(TAPS, "    mbarrier_wait(s.ready, parity);\n", ""),
     "taps: a patch overwritten while it is read": Fault(
-        TAPS, "mbarrier_wait(s.read, parity ^ 1);", ";"
+        TAPS_LOAD, "mbarrier_wait(s.read, parity ^ 1);", ";"
     ),
     "taps: weights not awaited": Fault(
         TAPS, "if (waits) mbarrier_wait(s.full + ring.stage, ring.parity);", ""
     ),
     "taps: a full stage overwritten": Fault(
-        TAPS, "        mbarrier_wait(s.empty + ring.stage, ring.parity ^ 1);\n", ""
+        TAPS_LOAD, "        mbarrier_wait(s.empty + ring.stage, ring.parity ^ 1);\n", ""
     ),
     "taps: a stage given back while it is read": Fault(
         TAPS, "            wgmma_wait<1>();\n            if (p == 0)", "            if (p == 0)"
@@ -148,45 +167,45 @@ FAULTS = {
         TAPS, "    wgmma_wait<0>();\n    if (S::Overlaps)", "    if (S::Overlaps)"
     ),
     "taps: a tap meets what is beside the image": Fault(
-        TAPS, "meets(w, p.i + tap.x, p.j + tap.y)", "meets(w, p.i + tap.x, p.j)"
+        TAPS_LOAD, "meets(w, p.i + tap.x, p.j + tap.y)", "meets(w, p.i + tap.x, p.j)"
     ),
     "taps: a step reads the pixels of the one before": Fault(
         TAPS, "s.rows[min(step, count - 1) * kPixels", "s.rows[max(0, min(step, count) - 1) * kPixels"
     ),
     "taps: weights kept that another tile of filters needs": Fault(
-        TAPS, "  if (l.groups * l.tiles_out > 1) return 0;\n", ""
+        TAPS_SHARED, "  if (l.groups * l.tiles_out > 1) return 0;\n", ""
     ),
     "taps: what is left over added to a bundle's own": Fault(
         "stripe_kernels/backends/cuda_taps.py", "2 * bundle + (place // SIXTEEN == bundles)", "2 * bundle"
     ),
     "wgrad: x and dy not awaited": Fault(WGRAD, "      mbarrier_wait(s.ready, ring.parity);\n", ""),
-    "wgrad: a stage overwritten while it is read": Fault(WGRAD, "mbarrier_wait(s.read, ring.parity ^ 1);", ";"),
+    "wgrad: a stage overwritten while it is read": Fault(WGRAD_LOAD, "mbarrier_wait(s.read, ring.parity ^ 1);", ";"),
     "wgrad: a stage given back while it is read": Fault(
         WGRAD, "    wgmma_wait<0>();\n    if (kLast && leader)", "    if (kLast && leader)"
     ),
     "wgrad: registers filled while wgmma reads them": Fault(
-        WGRAD, "kStep * 2), near, far, next);", "kStep * 2), near, far, current);"
+        WGRAD, "kGathered * 2), near, far, next);", "kGathered * 2), near, far, current);"
     ),
     "wgrad: a warpgroup without stripes awaited": Fault(
         WGRAD, "mbarrier_init(s.read, 4 * groups);", "mbarrier_init(s.read, 4 * kGroups);"
     ),
     "wgrad: x's bytes not announced": Fault(
-        WGRAD, "mbarrier_expect(s.ready, S::Pixels * S::N * 2 + ", "mbarrier_expect(s.ready, "
+        WGRAD_LOAD, "mbarrier_expect(s.ready, S::Pixels * S::N * 2 + ", "mbarrier_expect(s.ready, "
     ),
     "wgrad: a tap meets what is beside the image": Fault(
-        WGRAD, "meets(w, i - tap.i, j - tap.j)", "meets(w, i - tap.i, j)"
+        WGRAD_LOAD, "meets(w, i - tap.i, j - tap.j)", "meets(w, i - tap.i, j)"
     ),
-    "wgrad: pixels that do not exist meet dy": Fault(WGRAD, "p.n < w.images ? p.i : -(1 << 30)", "p.i"),
+    "wgrad: pixels that do not exist meet dy": Fault(WGRAD_LOAD, "p.n < w.images ? p.i : -(1 << 30)", "p.i"),
     "wgrad: neighbours in each other's place": Fault(
-        WGRAD, "first(l.walk, tile, phase, 2 * pair), second(l.walk, tile, phase, 2 * pair + 1)",
+        WGRAD_LOAD, "first(l.walk, tile, phase, 2 * pair), second(l.walk, tile, phase, 2 * pair + 1)",
         "second(l.walk, tile, phase, 2 * pair), first(l.walk, tile, phase, 2 * pair + 1)",
     ),
     "wgrad: no zeros behind the patch": Fault(
         WGRAD, "kRowBytes + i % 64 * 16) = {0, 0, 0, 0};", "kRowBytes + i % 64 * 16);"
     ),
-    "wgrad: one chunk of filters for all": Fault(WGRAD, "{chunk << 16 | chunk,", "{0,"),
+    "wgrad: one chunk of filters for all": Fault(WGRAD_MULTIPLY, "{chunk << 16 | chunk,", "{0,"),
     "wgrad: a share without its last tile": Fault(
-        WGRAD, "end = begin + each + (split < more);", "end = begin + each - 1 + (split < more);"
+        WGRAD_SHARED, "end = begin + each + (split < more);", "end = begin + each - 1 + (split < more);"
     ),
     "wgrad: a stripe gathered through another tap": Fault(
         "stripe_kernels/backends/cuda_wgrad.py", "np.stack([at, block.taps, ", "np.stack([at, block.taps[::-1], "
@@ -195,7 +214,7 @@ FAULTS = {
         WHOLE, "      if (c > 0) mbarrier_wait(s.ready + ring.stage, ring.parity);\n", ""
     ),
     "whole: a patch overwritten while it is read": Fault(
-        WHOLE, "      mbarrier_wait(s.read + ring.stage, ring.parity ^ 1);\n", ""
+        WHOLE_LOAD, "      mbarrier_wait(s.read + ring.stage, ring.parity ^ 1);\n", ""
     ),
     "whole: a patch given back before it is there": Fault(
         WHOLE, "        mbarrier_wait(s.ready + ring.stage, ring.parity);\n        release", "        release"
@@ -208,7 +227,7 @@ FAULTS = {
         WHOLE, "if (tap + 1 == taps && c + 1 == chunks) pass();", ""
     ),
     "whole: the next row's first positions stored": Fault(
-        WHOLE, "across < w.tile_w && tile.column", "tile.column"
+        WHOLE_STORE, "across < w.tile_w && tile.column", "tile.column"
     ),
     "whole: a tap reads beside its own": Fault(
         "stripe_kernels/backends/cuda_whole.py", "+ tap.j - origin[1])", "+ max(0, tap.j - origin[1] - 1))"
@@ -355,8 +374,9 @@ class Builder:
     def link(self, tree: Path, changed: str = "") -> Path:
         """The extension with the kernels that a changed file is part of compiled anew, from the tree."""
         own = (KERNEL, DGRAD, TAPS, WGRAD, WHOLE, SUM, SPREAD)
-        sources = {file: (file,) for file in own} | {SCATTER: (KERNEL,), TILES: (TAPS, DGRAD, WGRAD)}
-        anew = sources.get(changed, own[:5])
+        sources = {file: (file,) for file in own} | {TILES: (TAPS, DGRAD, WGRAD)}
+        kernel = PARTS.get(Path(changed).parent.name)
+        anew = (kernel,) if kernel else sources.get(changed, own[:5])
         anew = anew if changed.startswith("csrc") else ()
         target, objects = tree / "_cuda.so", []
         for source in self.sources:
