@@ -74,8 +74,8 @@ def call_of(runner: Any, which: str, o: Operands) -> Callable[[], Any]:
     return lambda: runner(o.dy, packed) if which == "dgrad" else runner(o.x, packed, None, None, None, "none")
 
 
-def launch_of(native: ModuleType, name: str) -> Callable[[], Any]:
-    """A call of this launcher, and of no other before it."""
+def launch_of(native: ModuleType, name: str, packs: bool = True) -> Callable[[], Any]:
+    """A call of this launcher, and of no other before it but for what packs the weight, which may be one too."""
     values, rows = torch.ones(4, 8), torch.zeros(4, dtype=torch.int32)
     out = torch.empty_like(values)
     if name == "reduce":
@@ -87,6 +87,8 @@ def launch_of(native: ModuleType, name: str) -> Callable[[], Any]:
         runner = gemm_runner(native, SMALL, which, torch.bfloat16)
     else:
         which, runner = name.split("_")[0], runner_of_kernel(native, name, SMALL)
+        if not packs:
+            runner.pack = lambda weight: weight
     return call_of(runner, which, operands_of(SMALL, dtype_of(name), "channels_last"))
 
 
