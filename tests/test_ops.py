@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -103,8 +104,11 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch) -> None:
         assert ran == expected
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("kernel", "dynamic"),
+    [*product(("auto", "reference", "stripe_gemm"), (False, True)), ("triton", False)],  # interpreted: slow
+)
 def test_compiles_into_one_graph(kernel: str, dynamic: bool) -> None:
     torch._dynamo.reset()
     case = CASES["lopsided"]

@@ -2,7 +2,7 @@
 
 A file appears whole (written aside, then renamed), so processes need no lock: the later writer wins, and both
 are right. A file that cannot be read counts as absent. Its name is a digest of all the measurement depends
-on, the candidates included, so a new kernel or library version asks anew.
+on, the candidates included, so a new kernel, build or version of a library asks anew.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import secrets
 import sys
 from collections.abc import Iterable
 from functools import lru_cache
+from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from stripe_kernels.plan import Candidate
 from stripe_kernels.registry import Pass, Problem
 from stripe_kernels.version import __version__
 
+PACKAGE = Path(__file__).parents[1]
+DRIVER = Path("/proc/driver/nvidia/version")
 KEPT = 4096  # files; the least recently used go first
 
 
@@ -40,12 +44,13 @@ def default_folder() -> Path:
 
 
 def key(problem: Problem, which: Pass, epilogue: str, candidates: Iterable[Candidate]) -> str:
-    """Names one measurement: processor, library, problem, epilogue, and who was in the race."""
+    """Names one measurement: processor, build, libraries, problem, epilogue, and who was in the race."""
     s = problem.shape
     contents = {
         "processor": processor(problem.device),
-        "library": __version__,
+        "library": [__version__, build_of(PACKAGE)],
         "torch": torch.__version__,
+        "gpu": gpu_libraries() if problem.device == "cuda" else None,
         "problem": choices.entry(problem, which, ()),
         "geometry": [s.stride, s.padding, s.dilation, s.groups],
         "epilogue": epilogue,
@@ -87,6 +92,32 @@ def prune(folder: Path, kept: int = KEPT) -> None:
             continue
     for _, path in sorted(ages)[: max(0, len(ages) - kept)]:
         path.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=8)
+def build_of(package: Path) -> str:
+    """A digest of the package's sources and native extensions: within one version kernels change as they are worked on.
+    Some 12 MB, once a process."""
+    found = (p for p in package.rglob("*") if p.name.endswith((".py", *EXTENSION_SUFFIXES)))
+    digest = hashlib.sha256()
+    for path in sorted(found):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def gpu_libraries() -> dict[str, Any]:
+    """Versions of what kernels on a GPU are compiled by, or run against; None where there is no such thing."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton,
+        "driver": DRIVER.read_text() if DRIVER.exists() else None,
+    }
 
 
 @lru_cache(maxsize=8)

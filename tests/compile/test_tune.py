@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,66 @@ def test_a_broken_cache_file_counts_as_absent(content: bytes, own_tune_cache: Pa
     assert all(p.chosen.measured for p in tune(model, x, seconds=0.01).values())
     for path in own_tune_cache.glob("*.json"):
         assert json.loads(path.read_bytes())["candidates"]
+
+
+def test_another_build_measures_again_beside_older_files(
+    own_tune_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = small()
+    tune(model, x, seconds=0.01)
+    older = {path.name: path.read_bytes() for path in own_tune_cache.glob("*.json")}
+    plan.forget()
+    monkeypatch.setattr(cache, "build_of", lambda package: "another")
+    assert all(p.chosen.measured for p in tune(model, x, seconds=0.01).values())
+    now = {path.name: path.read_bytes() for path in own_tune_cache.glob("*.json")}
+    assert len(now) == 2 * len(older) == 4
+    assert now.items() > older.items()
+
+
+def test_a_build_is_its_sources_and_extensions(tmp_path: Path) -> None:
+    def build() -> str:
+        cache.build_of.cache_clear()
+        return cache.build_of(tmp_path)
+
+    (tmp_path / "backends").mkdir()
+    source, extension = tmp_path / "backends/a.py", tmp_path / f"_b{EXTENSION_SUFFIXES[0]}"
+    source.write_text("a = 1")
+    extension.write_bytes(b"code")
+    builds = [build()]
+    for path, content in ((source, b"a = 2"), (extension, b"edoc")):
+        path.write_bytes(content)
+        builds.append(build())
+    source.rename(tmp_path / "backends/b.py")
+    builds.append(build())
+    assert len(set(builds)) == 4
+    (tmp_path / "py.typed").touch()
+    (tmp_path / "backends/__pycache__").mkdir()
+    (tmp_path / "backends/__pycache__/b.pyc").touch()
+    assert build() == builds[-1]
+    cache.build_of.cache_clear()
+
+
+def test_on_a_gpu_its_libraries_are_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small()
+    site = sites(model, x)[0]
+    candidates = site.op.plan("fprop", site.problem).candidates
+    monkeypatch.setattr(cache, "processor", lambda device: "one of this kind")
+
+    def key(device: str) -> str:
+        return cache.key(replace(site.problem, device=device), "fprop", "none", candidates)
+
+    cpu, keys = key("cpu"), [key("cuda")]
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 99999)
+    keys.append(key("cuda"))
+    monkeypatch.setattr(torch.version, "cuda", "99.9")
+    keys.append(key("cuda"))
+    driver = tmp_path / "version"
+    monkeypatch.setattr(cache, "DRIVER", driver)
+    keys.append(key("cuda"))
+    driver.write_text("NVRM version: 999")
+    keys.append(key("cuda"))
+    assert len(set(keys)) == (5 if Path("/proc/driver/nvidia/version").exists() else 4)
+    assert key("cpu") == cpu
 
 
 def test_other_problems_have_other_keys() -> None:

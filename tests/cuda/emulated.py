@@ -91,13 +91,13 @@ def load(path: Path) -> ModuleType:
 
 
 @contextmanager
-def _switched(native: ModuleType, name: str) -> Iterator[None]:
+def _switched(native: ModuleType, name: str, on: bool | bytes = True) -> Iterator[None]:
     switch = ctypes.CDLL(native.__file__)[name]
-    switch(True)
+    switch(on)
     try:
         yield
     finally:
-        switch(False)
+        switch(type(on)())
 
 
 def backwards(native: ModuleType) -> AbstractContextManager[None]:
@@ -113,3 +113,13 @@ def late(native: ModuleType) -> AbstractContextManager[None]:
 def greedy(native: ModuleType) -> AbstractContextManager[None]:
     """A warp runs as long as it can before the next one."""
     return _switched(native, "emulate_greedy")
+
+
+def failing(native: ModuleType, call: str) -> AbstractContextManager[None]:
+    """The call of the runtime or driver of this name fails."""
+    return _switched(native, "emulate_failing", call.encode())
+
+
+def last_block(native: ModuleType) -> AbstractContextManager[None]:
+    """Of every grid the block of the highest numbers alone runs; a persistent grid has one for every item."""
+    return _switched(native, "emulate_last_block")

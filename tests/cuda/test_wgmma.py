@@ -19,6 +19,7 @@ from stripe_kernels.backends.cuda_stripes import (
     StripeTile,
     bundles_of,
     patch_of,
+    stripe_tiles,
 )
 from stripe_kernels.backends.cuda_wgmma import (
     CONFIGS,
@@ -118,6 +119,18 @@ def test_a_tile_has_several_bundles() -> None:
     problem = problem_of(DEEP, "channels_last", torch.bfloat16)
     layouts = [tiles_of(problem, config)[2] for config in CONFIGS if room(problem, config)]
     assert any(layout.slab < chunks_of(problem) for layout in layouts)
+
+
+def test_the_tiles_of_most_blocks_are_first() -> None:
+    """Filters live ever longer from group to group, and in the last third of a group."""
+    shape = ConvShape(8, 32, 16, 16, 768, 3, 3, padding=(1, 1, 1, 1), groups=2)
+    live = np.random.default_rng(0).random((768, 3, 3)) < np.linspace(0.05, 0.9, 768)[:, None, None]
+    for width, rows in CONFIGS:
+        tiles = stripe_tiles(FilterSkeleton(live), shape, rows, width, 132, 0.2)
+        blocks = [tile.blocks for tile in tiles]
+        assert blocks == sorted(blocks, reverse=True)
+        assert len(set(blocks)) > 2
+        assert {tile.group for tile in tiles} == {0, 1}
 
 
 def test_no_wait_is_missing(native: ModuleType) -> None:

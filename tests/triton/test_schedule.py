@@ -124,6 +124,25 @@ def test_clustering_finds_filters_that_share_their_taps() -> None:
     assert [int(live[tile].any(0).sum()) for tile in tiles] == [2, 2, 2, 2]
 
 
+@EVERY
+@pytest.mark.parametrize("width", [16, 4])
+@pytest.mark.parametrize("split", [False, True])
+def test_the_longest_tile_of_a_group_is_first(case: Case, width: int, split: bool) -> None:
+    plan = FpropSchedule.of(case.skeleton, case.shape, width, split)
+    entries = np.diff(plan.entry_ptr)
+    for group in range(case.shape.groups):
+        own = entries[plan.group == group].tolist()
+        assert own == sorted(own, reverse=True)
+
+
+def test_lengths_of_tiles_differ() -> None:
+    """So that the order above is one: filters of seven lengths, the longest in the middle."""
+    live = np.zeros((28, 9), np.bool_)
+    for k, taps in enumerate(np.repeat([2, 5, 7, 9, 8, 3, 1], 4)):
+        live[k, :taps] = True
+    assert [int(live[tile].any(0).sum()) for tile in cluster(live, 4)] == [9, 8, 7, 5, 3, 2, 1]
+
+
 def test_clustering_executes_less_than_filters_in_their_order() -> None:
     live = np.random.default_rng(1).random((128, 9)) < 0.1
     clustered = sum(int(live[tile].any(0).sum()) for tile in cluster(live, 16))

@@ -28,7 +28,7 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
   for (int d = 0; d < 5; ++d)
     ok = ok && extent[d] >= 1 && extent[d] <= 1ull << 32 && box[d] >= 1 && box[d] <= 256 && every[d] == 1;
   for (int d = 0; d < 4; ++d) ok = ok && stride[d] % 16 == 0 && stride[d] < 1ull << 40;
-  if (!ok) return CUDA_ERROR_INVALID_VALUE;
+  if (!ok || emulate::failing == "cuTensorMapEncodeTiled") return CUDA_ERROR_INVALID_VALUE;
   map->base = static_cast<const unsigned char*>(base);
   for (int d = 0; d < 5; ++d) map->extent[d] = extent[d], map->box[d] = box[d];
   for (int d = 0; d < 4; ++d) map->stride[d] = stride[d];
@@ -40,5 +40,5 @@ enum { cudaEnableDefault };
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** found, unsigned, unsigned long long,
                                                     cudaDriverEntryPointQueryResult* status) {
   *found = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
-  return *status = cudaDriverEntryPointSuccess, cudaSuccess;
+  return *status = cudaDriverEntryPointSuccess, emulate::outcome("cudaGetDriverEntryPointByVersion");
 }

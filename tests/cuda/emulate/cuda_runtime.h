@@ -18,6 +18,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #define __global__
@@ -51,7 +52,12 @@ struct alignas(16) uint4 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorLaunchOutOfResources = 701,
+  cudaErrorNotSupported = 801
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaLaunchConfig_t {
@@ -59,13 +65,46 @@ struct cudaLaunchConfig_t {
   std::size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+
+namespace emulate {
+
+inline std::string failing;  // the call of the runtime that fails, as calls do that ask for too much
+
+inline cudaError_t outcome(const char* call) {
+  return failing == call ? cudaErrorLaunchOutOfResources : cudaSuccess;
+}
+
+// Of every grid only the block of the highest numbers runs, and a persistent grid has a block for every item: tensors of
+// more than 2^31 values are read and written at their end alone.
+inline bool last_block = false;
+
+}  // namespace emulate
+
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+  return emulate::outcome("cudaFuncSetAttribute");
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, emulate::outcome("cudaGetDevice"); }
 // Few, so that a block of a persistent grid has several items.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 2, cudaSuccess; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t e) { return e ? "invalid value" : "no error"; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = emulate::last_block ? 1 << 30 : 2, emulate::outcome("cudaDeviceGetAttribute");
+}
+inline cudaError_t cudaGetLastError() { return emulate::outcome("cudaGetLastError"); }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  return *count = 1, emulate::outcome("cudaGetDeviceCount");
+}
+inline const char* cudaGetErrorString(cudaError_t e) {
+  switch (e) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorLaunchOutOfResources:
+      return "too many resources requested for launch";
+    case cudaErrorNotSupported:
+      return "operation not supported";
+  }
+  return "unrecognized error code";
+}
 
 inline dim3 threadIdx, blockIdx, gridDim, blockDim;
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -238,11 +277,13 @@ inline void run_block(int threads, std::size_t shared_bytes) {
 
 template <class Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Params), const Params& params) {
+  if (const cudaError_t e = emulate::outcome("cudaLaunchKernelEx")) return e;
   gridDim = c->gridDim, blockDim = c->blockDim;
   emulate::block.kernel = [=] { kernel(params); };
-  for (unsigned z = 0; z < gridDim.z; ++z)
-    for (unsigned y = 0; y < gridDim.y; ++y)
-      for (unsigned x = 0; x < gridDim.x; ++x) {
+  const dim3 first = emulate::last_block ? dim3(gridDim.x - 1, gridDim.y - 1, gridDim.z - 1) : dim3(0, 0, 0);
+  for (unsigned z = first.z; z < gridDim.z; ++z)
+    for (unsigned y = first.y; y < gridDim.y; ++y)
+      for (unsigned x = first.x; x < gridDim.x; ++x) {
         blockIdx = dim3(x, y, z);
         emulate::run_block(static_cast<int>(blockDim.x), c->dynamicSmemBytes);
       }

@@ -8,3 +8,13 @@ extern "C" __attribute__((visibility("default"))) void emulate_late(bool on) { e
 
 // A warp runs as long as it can before the next one from now on, or all in turn again.
 extern "C" __attribute__((visibility("default"))) void emulate_greedy(bool on) { emulate::greedy = on; }
+
+// The call of the runtime or driver of this name fails from now on; none does where the name is empty.
+extern "C" __attribute__((visibility("default"))) void emulate_failing(const char* call) {
+  emulate::failing = call;
+}
+
+// Only the last block of every grid runs from now on, or all of them again.
+extern "C" __attribute__((visibility("default"))) void emulate_last_block(bool on) {
+  emulate::last_block = on;
+}
