@@ -22,7 +22,7 @@ SPILL = 1.06  # of the multiply-adds' time, for blocks of more than 2 * SHORT_BY
 # What is not cut is slower beyond so many bytes: panel or im2col and outputs, both maps along filters.
 UNCUT_BYTES, IMAGE_BYTES = 4_000_000, BLOCK_BYTES
 MATRIX_FILTERS = 9  # of a tap: fewer take as long
-COLD_BYTES, COLD_CHANNELS = 4_000_000, 4  # outputs this large, of this few channels: see Cycles.cold
+COLD_CHANNELS = 4  # of x: see Cycles.cold
 
 
 def predict(problem: Problem, which: Pass, config: Config, cost: Cycles, step: float = 1.0) -> float:
@@ -111,9 +111,10 @@ def _cold(problem: Problem, cost: Cycles) -> float:
     """
     s = problem.shape
     written = s.N * s.K * s.P * s.Q * item_size(problem.dtype)
-    if not problem.channels_last or s.C > COLD_CHANNELS or written <= COLD_BYTES:
+    per_byte, beyond = cost.cold
+    if not problem.channels_last or s.C > COLD_CHANNELS or written <= beyond:
         return 0.0
-    return cost.cold * written / problem.threads / CLOCK
+    return per_byte * written / problem.threads / CLOCK
 
 
 def _apart(cost: Cycles, channels: int, planes: int) -> float:

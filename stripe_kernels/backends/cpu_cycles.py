@@ -45,7 +45,8 @@ class Cycles:
     block: tuple[int, int, int] = (BLOCK_BYTES,) * 3
     uncut: float = 1.0  # factor of what is not cut, beyond cpu_cost's UNCUT_BYTES or IMAGE_BYTES
     line: float = 0.0  # a value of channels_last in a line of memory that other groups read too
-    cold: float = 0.0  # a byte of y in channels_last, where stems write more than cpu_cost's COLD_BYTES
+    # A byte of y in channels_last, where stems write more than so many bytes.
+    cold: tuple[float, int] = (0.0, 0)
     chunk: int = CHUNK_PIXELS  # of wgrad, where both copies fit CHUNK_BYTES
     matrix: bool = False  # fprop multiplies matrices; vectors hold cells of two channels
 
@@ -72,7 +73,7 @@ XEON = Cycles(
     filters_fma=0.80, scatter=35.0, weights=6.7, out=26.9, wgrad=0.73, copy=(8.4, 23.7),
     ends=(9.5, 12.1), beyond=1.19,
     pair_fma=0.38, pair_end=137.0, pair_row=13.0, pair_copy=8.3,
-    uncut=1.5, line=20.0, cold=0.35,  # line: 10 to 27; cold: .1 to .6
+    uncut=1.5, line=20.0, cold=(0.35, 4_000_000),  # line: 10 to 27; cold: .1 to .6
     chunk=2 * CHUNK_PIXELS, whole=_XEON_BLOCKS, block=_XEON_BLOCKS,
 )  # fmt: skip
 # fprop in matrix registers on a Xeon of 2024; vectors of x are of cells: half of 1,345 timings (the same layers, d of
@@ -82,13 +83,16 @@ AMX = replace(
     XEON, matrix=True, fma=0.073, update=3.5, row=2.1, vector=12.5, apart=1.2, strided=21.0, transpose=16.0, turn=10.0
 )  # fmt: skip
 # AVX2 on Zen 3, two multiply-adds a cycle; stands for shorter vectors too. Half of 234 of its layers' wgrad within 7 %
-# below and 36 % above, channels of 16 to 1024 on 1x1 to 56x56.
+# below and 36 % above, channels of 16 to 1024 on 1x1 to 56x56. uncut and cold are of 70 layers, formats and batches at
+# d = .24, beside a busy neighbour: gather took 1.6 to 2.5 times as long against pixels as predicted where an image's
+# im2col is more than 4 MB, stems 1.4 to 2.6 times as long against dense where y leaves L2.
 ZEN3 = Cycles(
     lanes=8, fma=0.67, gradient=0.91, update=3.4, row=16.0, vector=2.5, apart=4.5, strided=0.0,
     transpose=13.0, turn=0.0,
     filters_fma=0.9, scatter=14.0, weights=3.7, out=8.0, wgrad=0.95, copy=(20.0, 20.0),
     ends=(30.0, 7.0), beyond=1.0,
     pair_fma=0.67, pair_end=109.0, pair_row=51.0, pair_copy=3.8,
+    uncut=2.0, cold=(0.35, 1_500_000),
 )  # fmt: skip
 
 
