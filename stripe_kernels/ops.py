@@ -223,33 +223,49 @@ torch.library.register_autograd(
 )
 
 
-def _transformable(operator: Any, setup: Any, backward: Any) -> Callable[..., Tensor]:
+_NO_FORWARD_MODE = "stripe convolutions have no forward-mode derivative (jvp); use reverse mode"
+
+
+def _no_jvp(*_: Any) -> None:
+    raise RuntimeError(_NO_FORWARD_MODE)
+
+
+def _transformable(name: str, setup: Any, backward: Any) -> Callable[..., Tensor]:
     """The operator for torch.func's transforms, which refuse what register_autograd made of the same derivatives."""
-    members = {"forward": operator, "setup_context": setup, "backward": backward}
-    statics = {name: staticmethod(function) for name, function in members.items()}
-    kind: Any = type("Transformed", (torch.autograd.Function,), {"generate_vmap_rule": True, **statics})
+    operator = getattr(_operators, name)
+    members = {"forward": operator, "setup_context": setup, "backward": backward, "jvp": _no_jvp}
+    statics = {member: staticmethod(function) for member, function in members.items()}
+    kind: Any = type(f"Stripe{name}", (torch.autograd.Function,), {"generate_vmap_rule": True, **statics})
     return kind.apply  # type: ignore[no-any-return]
 
 
 _operators = torch.ops.stripe_kernels
 _transformed = {
-    "fprop": _transformable(_operators.fprop, _fprop_setup, _fprop_backward),
-    "dgrad": _transformable(_operators.dgrad, _dgrad_setup, _dgrad_backward),
-    "wgrad": _transformable(_operators.wgrad, _wgrad_setup, _wgrad_backward),
+    "fprop": _transformable("fprop", _fprop_setup, _fprop_backward),
+    "dgrad": _transformable("dgrad", _dgrad_setup, _dgrad_backward),
+    "wgrad": _transformable("wgrad", _wgrad_setup, _wgrad_backward),
 }
+
+
+def _transforms() -> bool:
+    """Whether torch.func transforms what is called, and has rules for a Function: functionalization has none, and
+    needs none of the operator."""
+    if is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return torch._C._functorch.TransformType.Functionalize not in kinds
 
 
 def _operator(name: str) -> Callable[..., Tensor]:
     """fprop, dgrad or wgrad by way of torch's dispatcher."""
-    transforming = not is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    return _transformed[name] if transforming else getattr(_operators, name)
+    return _transformed[name] if _transforms() else getattr(_operators, name)
 
 
 def _refuse_forward_mode(*tensors: Tensor | None) -> None:
     """The dispatcher would drop the tangents of an operator without a forward-mode formula, silently."""
     for t in tensors:
         if t is not None and forward_ad.unpack_dual(t).tangent is not None:
-            raise RuntimeError("stripe convolutions have no forward-mode derivative (jvp); use reverse mode")
+            raise RuntimeError(_NO_FORWARD_MODE)
 
 
 def fprop(

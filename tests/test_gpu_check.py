@@ -94,13 +94,14 @@ def test_a_missing_record_and_a_dry_run_are_named(tree: Path) -> None:
 
 
 @needs_sources
-def test_older_kernels_may_be_quoted_where_the_paragraph_says_so(tree: Path) -> None:
+def test_older_kernels_may_be_quoted_where_the_sentence_says_so(tree: Path) -> None:
     with (tree / "stripe_kernels/backends/triton/fprop.py").open("a") as file:
         file.write("\n")
     (tree / "bench/records/some-gpu.json").rename(tree / "bench/records/nvidia-x.json")
     assert record.stale_quotes("1.3 times (nvidia-x.json), with older\nkernels", tree) == []
     assert len(record.stale_quotes("- 1.3 times, nvidia-x.json\n- with older kernels", tree)) == 1
     assert len(record.stale_quotes("1.3 times (nvidia-x.json)\n\nolder kernels", tree)) == 1
+    assert len(record.stale_quotes("1.3 times (nvidia-x.json). With older kernels 1.2", tree)) == 1
     assert "does not exist" in record.stale_quotes("older kernels: nvidia-y.json", tree)[0]
 
 

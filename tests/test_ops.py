@@ -217,6 +217,9 @@ TRANSFORMS = {
     "vjp, called when the transform is over": lambda f: lambda x: torch.func.vjp(f, x)[1](f(x))[0],
     "jacrev": torch.func.jacrev,
     "vmap of grad": lambda f: torch.vmap(torch.func.grad(lambda x: f(x).square().sum())),
+    "vmap": torch.vmap,
+    "functionalize": torch.func.functionalize,
+    "functionalize of vmap": lambda f: torch.func.functionalize(torch.vmap(f)),
 }
 
 
@@ -226,6 +229,20 @@ def test_functional_transforms_of_x(transform: Any) -> None:
     dense, stripes = dense_and_stripes()
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     torch.testing.assert_close(transform(stripes)(x), transform(dense)(x))
+
+
+FORWARD_OVER_REVERSE = {
+    "hessian": torch.func.hessian,
+    "jvp of grad": lambda f: lambda x: torch.func.jvp(torch.func.grad(f), (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize("transform", FORWARD_OVER_REVERSE.values(), ids=FORWARD_OVER_REVERSE)
+def test_forward_mode_over_reverse_is_refused_by_name(transform: Any) -> None:
+    _, stripes = dense_and_stripes()
+    transformed = transform(lambda x: stripes(x).square().sum())
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        transformed(torch.randn(1, 4, 5, 6, dtype=torch.float64))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

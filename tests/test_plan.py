@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stripe_kernels import list_kernels, plan, registry, stripe_conv2d
-from stripe_kernels.backends import cpu_cost, cpu_cycles, cpu_tiling
+from stripe_kernels.backends import cpu_cost, cpu_cycles, cpu_tiling, dense
 from stripe_kernels.geometry import ConvShape
 from stripe_kernels.plan import Candidate, make_plan
 from stripe_kernels.registry import PASSES, Problem
@@ -120,6 +120,34 @@ def test_a_large_y_of_few_channels_comes_from_memory_in_channels_last(tiling) ->
 
     assert predicted(128, True) - 4 * predicted(32, True) > 600e-6
     assert predicted(128, False) < 4 * predicted(32, False)
+
+
+def _avx2(problem: Problem, mode: int) -> float:
+    """The fastest prediction of fprop with AVX2, whatever this machine has."""
+    cost = cpu_cycles.ZEN3
+    tilings = cpu_tiling.tilings(problem, "fprop", mode, cost)
+    return min(cpu_cost.predict(problem, "fprop", tiling, cost) for tiling in tilings)
+
+
+def _some(shape: ConvShape, density: float, channels_last: bool) -> Problem:
+    live = np.random.default_rng(0).random((shape.K, shape.R, shape.S)) < density
+    return Problem(shape, FilterSkeleton(live), "float32", "cpu", channels_last, 1)
+
+
+def test_with_avx2_an_im2col_beyond_the_cache_loses_to_pixels() -> None:
+    """One of 29 MB took 2.4 times as long."""
+    strided = _some(ConvShape(1, 32, 320, 320, 64, 3, 3, (2, 2), (1, 1, 1, 1), (1, 1), 1), 0.5, False)
+    assert 1.5 * _avx2(strided, cpu_tiling.PIXELS) < _avx2(strided, cpu_tiling.GATHER)
+
+
+def test_with_avx2_a_stem_whose_y_leaves_l2_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the stripes of 3 channels to 32, 8 images of channels_last: 2.1 times dense's time."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    stem = ConvShape(8, 3, 224, 224, 32, 3, 3, (2, 2), (1, 1, 1, 1), (1, 1), 1)
+    for channels_last in (True, False):
+        problem = _some(stem, 0.1, channels_last)
+        ours = min(_avx2(problem, mode) for mode in (cpu_tiling.TAPS, cpu_tiling.PIXELS))
+        assert (ours > dense.predict(problem, "fprop")) == channels_last
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -41,7 +41,7 @@ SAME_ON_A_GPU: dict[str, tuple[str, str]] = {
 # Stages without which a record says too little to be quoted; rows there was no time for are named in it.
 NEEDED = ("checks", "layers")
 _QUOTED = re.compile(r"bench/records/([\w.+-]+\.json)|(?<![\w/])(nvidia-[\w.+-]+\.json)")
-_PARAGRAPHS = re.compile(r"\n\s*\n|\n(?=- |\|)")
+_SENTENCES = re.compile(r"\n\s*\n|\n(?=- |\|)|(?<=\.)\s+(?=[A-Z`*\[(])")
 
 
 def source_hash(root: Path = ROOT) -> str:
@@ -77,11 +77,11 @@ def not_quotable(record: dict[str, Any]) -> str:
 
 def stale_quotes(text: str, root: Path = ROOT) -> list[str]:
     """What is wrong with the records a text quotes, with their folder or without; empty when each is of this code or
-    the paragraph that quotes it says "older kernels". Records of CPU times and of learning name a commit instead of
+    the sentence that quotes it says "older kernels". Records of CPU times and of learning name a commit instead of
     a hash, and only have to exist."""
     problems = []
-    for paragraph in _PARAGRAPHS.split(text):
-        for name in dict.fromkeys(filter(None, sum(_QUOTED.findall(paragraph), ()))):
+    for sentence in _SENTENCES.split(text):
+        for name in dict.fromkeys(filter(None, sum(_QUOTED.findall(sentence), ()))):
             path = root / "bench/records" / name
             if not path.exists():
                 problems.append(f"bench/records/{name} does not exist")
@@ -91,7 +91,7 @@ def stale_quotes(text: str, root: Path = ROOT) -> list[str]:
                 continue
             now = source_hash(root)
             same = now in (record["sources"], SAME_ON_A_GPU.get(record["sources"], ("",))[0])
-            if not same and "older kernels" not in " ".join(paragraph.split()):
+            if not same and "older kernels" not in " ".join(sentence.split()).lower():
                 problems.append(
                     f"bench/records/{name} measured sources {record['sources']}, the code is {now}"
                 )

@@ -102,10 +102,14 @@ def build_of(package: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(found):
         digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError:  # an editor's lock, or a file that is being replaced
+            continue
     return digest.hexdigest()[:16]
 
 
+@lru_cache(maxsize=1)
 def gpu_libraries() -> dict[str, Any]:
     """Versions of what kernels on a GPU are compiled by, or run against; None where there is no such thing."""
     try:

@@ -169,6 +169,8 @@ def test_a_build_is_its_sources_and_extensions(tmp_path: Path) -> None:
     (tmp_path / "backends/__pycache__").mkdir()
     (tmp_path / "backends/__pycache__/b.pyc").touch()
     assert build() == builds[-1]
+    (tmp_path / ".#b.py").symlink_to("an editor's lock, of no file")
+    build()
     cache.build_of.cache_clear()
 
 
@@ -179,6 +181,7 @@ def test_on_a_gpu_its_libraries_are_in_the_key(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(cache, "processor", lambda device: "one of this kind")
 
     def key(device: str) -> str:
+        cache.gpu_libraries.cache_clear()
         return cache.key(replace(site.problem, device=device), "fprop", "none", candidates)
 
     cpu, keys = key("cpu"), [key("cuda")]

@@ -12,7 +12,7 @@ from tests.tree import ROOT, needs_sources
 
 MOST_LINES = 120  # of a function: DESIGN's "named phases"
 CUDA = ROOT / "csrc/cuda"
-SOURCES = sorted(p for pattern in ("*.cu", "*.h") for p in CUDA.glob(pattern))
+SOURCES = sorted(p for pattern in ("*.cu", "*.h") for p in CUDA.rglob(pattern))
 # Neither braces nor lines count in these, but for the ends of lines.
 NO_CODE = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"' + r"|'(?:\\.|[^'\\\n])'", re.DOTALL)
 NAME = re.compile(r"([\w:~]+|operator\W+)\s*\(")
@@ -63,7 +63,7 @@ inline int g() { return 1; }
 
 
 @needs_sources
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CUDA)))
 def test_no_function_is_too_long(path: Path) -> None:
     found = list(functions(path.read_text()))
     long = [f"{path.name}: {name} has {lines} lines" for name, lines in found if lines > MOST_LINES]
