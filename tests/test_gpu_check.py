@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.gpu_check import __main__ as program
 from bench.gpu_check import ahead, checks, networks, record, tools
 from bench.gpu_check.checks import aligned
 from bench.gpu_check.device import Device
@@ -91,6 +92,54 @@ def test_a_missing_record_and_a_dry_run_are_named(tree: Path) -> None:
     assert "checked nothing" in record.stale_quotes("see bench/records/broken.json", tree)[0]
     (tree / "bench/records/broken.json").write_text(json.dumps({**broken, "sanitizer": [{"ok": True}] * 2}))
     assert record.stale_quotes("see bench/records/broken.json", tree) == []
+
+
+@needs_sources
+def test_a_record_whose_build_failed_is_not_quoted(tree: Path) -> None:
+    unbuilt = {
+        "sources": record.source_hash(tree),
+        "dry_run": False,
+        "complete": True,
+        "build": {"ok": False},
+    }
+    (tree / "bench/records/unbuilt.json").write_text(json.dumps(unbuilt))
+    assert record.stale_quotes("bench/records/unbuilt.json", tree) == [
+        "bench/records/unbuilt.json did not build"
+    ]
+
+
+@needs_sources
+def test_an_extension_older_than_its_sources_is_named(tree: Path) -> None:
+    extension = tree / "stripe_kernels/_cuda.some-abi.so"
+    extension.touch()
+    sources = [p for p in (tree / "csrc").rglob("*") if p.is_file()]
+    for path in (extension, *sources, *(tree / "stripe_kernels").rglob("*.py")):
+        os.utime(path, (1000, 1000))
+    assert record.outdated_extensions(tree) == []
+    os.utime(tree / "stripe_kernels/phases.py", (2000, 2000))
+    assert record.outdated_extensions(tree) == [], "Python has no build"
+    os.utime(tree / "csrc/bindings/cuda.cpp", (1001, 1001))
+    assert record.outdated_extensions(tree) == [extension]
+
+
+@pytest.mark.parametrize("option", ["--no-build", "--total=480"])
+def test_what_is_not_built_is_checked_where_it_is_of_these_sources(
+    monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def begin(*arguments: object) -> None:
+        raise Begun
+
+    monkeypatch.setattr(program, "Check", begin)
+    monkeypatch.setattr(program.Device, "find", lambda dry_run: Device("cpu", "a CPU in a GPU's place", 0))
+    monkeypatch.setattr(record, "outdated_extensions", lambda: [Path("_cuda.so")])
+    monkeypatch.setattr(program.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", option])
+    ends = pytest.raises(SystemExit, match=r"built before its sources changed: _cuda\.so")
+    with ends if option == "--no-build" else pytest.raises(Begun):
+        program.main()
 
 
 @needs_sources

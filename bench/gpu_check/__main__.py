@@ -68,7 +68,9 @@ def main() -> int:
     parser.add_argument(
         "--without", nargs="*", default=[], help="with --stage: what may not run, as in --kernels"
     )
-    parser.add_argument("--no-build", action="store_true", help="the extensions are built already")
+    parser.add_argument(
+        "--no-build", action="store_true", help="the extensions are built already, from these sources"
+    )
     parser.add_argument(
         "--total", type=float, metavar="S",
         help=f"seconds in all, where not {TOTAL:.0f}: what is short is short for the last rows of layers",
@@ -94,6 +96,8 @@ def main() -> int:
         from bench.gpu_check import checks
 
         return checks.small_set(device, options.kernels)
+    if options.no_build and not options.dry_run and (outdated := record.outdated_extensions()):
+        sys.exit(f"gpu_check: built before its sources changed: {', '.join(map(str, outdated))}")
     # Told to end, as by timeout(1), the record is written first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_check: told to end"))
     save = partial(record.write, folder=options.out, slug=device.slug)

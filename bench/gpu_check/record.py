@@ -61,10 +61,20 @@ def write(record: dict[str, Any], folder: Path, slug: str) -> Path:
     return path
 
 
+def outdated_extensions(root: Path = ROOT) -> list[Path]:
+    """CUDA extensions older than a source of theirs: what would run is not what `source_hash` says."""
+    sources = [p for pattern in SOURCES if pattern.startswith("csrc/") for p in root.glob(pattern)]
+    newest = max((p.stat().st_mtime for p in sources if p.is_file()), default=0.0)
+    return [p for p in root.glob("stripe_kernels/_cuda*.so") if p.stat().st_mtime < newest]
+
+
 def not_quotable(record: dict[str, Any]) -> str:
     """Why no document may quote a record's figures, or nothing."""
     if record["dry_run"]:
         return "is a dry run"
+    # What ran then was an extension built earlier, from other sources than the record names, or none.
+    if not record.get("build", {"ok": True})["ok"]:
+        return "did not build"
     stages = record.get("stages", {})
     if not record["complete"] and any(stages.get(name, {}).get("status") != "done" for name in NEEDED):
         return "did not finish"

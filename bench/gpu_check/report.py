@@ -108,6 +108,8 @@ def _troubles(found: dict[str, Any]) -> list[str]:
         for crash in stage.get("crashes", ())
     ]
     lines += [f"not compiled: {text}" for text in found["stages"].get("compile", {}).get("failed", ())]
+    if not found.get("build", {"ok": True})["ok"]:
+        lines.append(f"not built: {found['build']['output'][-1500:]}")
     lines += [f"LOST {name}: {reason}" for name, reason in found.get("lost", {}).items()]
     if not found["dry_run"] and not any(name.startswith("cuda_") for name in found["kernels"]):
         lines.append(f"no CUDA kernel was built: {found.get('build', {}).get('output', 'not tried')[-1500:]}")

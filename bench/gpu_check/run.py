@@ -88,7 +88,8 @@ class Check:
             self._stage("layers")
             # What was not compiled ahead is compiled when met: that costs time and nothing else.
             needed = [stage for name, stage in self.found["stages"].items() if name != "compile"]
-            self.found["complete"] = all(stage["status"] == "done" for stage in needed)
+            done = all(stage["status"] == "done" for stage in needed)
+            self.found["complete"] = done and self.found.get("build", {"ok": True})["ok"]
         return self.found
 
     def _say(self, text: str) -> None:
