@@ -69,10 +69,13 @@ class Times:
     """A clock, and programs that take as long as `wanted` says of their stage, or as they may."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, wanted: dict[str, float]) -> None:
-        self.now, self.wanted, self.had = 0.0, wanted, dict[str, tuple[float, float]]()
+        self.now, self.had = 0.0, dict[str, tuple[float, float]]()
+        self.wanted = {"build": 0.0} | wanted
         monkeypatch.setattr(stages, "parts_of", lambda *arguments: nullcontext([]))
-        monkeypatch.setattr(stages, "wait_for", lambda parts, end: self.stage("compile", end - self.now))
-        monkeypatch.setattr(tools, "build", lambda seconds: {"ok": True})
+        monkeypatch.setattr(
+            stages, "wait_for", lambda parts, end: self.stage("compile", max(0.0, end - self.now))
+        )
+        monkeypatch.setattr(tools, "build", self.build)
         monkeypatch.setattr(tools, "first_tries", self.first_tries)
         monkeypatch.setattr(tools, "sanitize", lambda sets, seconds: [self.stage("sanitizer", seconds)])
         monkeypatch.setattr(probes, "probe", lambda seconds: self.stage("probes", seconds))
@@ -94,6 +97,11 @@ class Times:
             "code": code,
             "output": "",
         }
+
+    def build(self, seconds: float) -> dict[str, Any]:
+        built = self.stage("build", seconds)
+        self.build_had, _ = self.had.pop("build", (0.0, 0.0))
+        return built
 
     def first_tries(self, kernels: list[str], seconds: float) -> dict[str, str]:
         self.stage("tries", seconds)
@@ -122,6 +130,31 @@ def test_no_stage_takes_the_time_of_another(
         took = sum(own[name] if name in late else 1.0 for name in SHARES if name != "layers")
         assert times.had["layers"][0] == pytest.approx(total - took), "layers have all that is left"
     assert found["complete"] is not bool(set(late) - {"compile", "tries", "probes"})
+
+
+@pytest.mark.parametrize(("took", "built"), [(60.0, True), (124.0, True), (1e6, False)])
+def test_a_build_takes_the_layers_time_before_it_is_cut(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, took: float, built: bool
+) -> None:
+    times = Times(monkeypatch, {"build": took} | dict.fromkeys(SHARES, 1e6))
+    check = Check(GPU, Schedule(480.0, 0.0), tmp_path, lambda record: None, clock=times.clock)
+    found = check.run(build=True)
+    assert times.build_had == 70 + 55, "its own, and the layers'"
+    assert found["build"]["ok"] is built
+    assert times.had["compile"][0] == max(0.0, 70 - min(took, 125.0)), (
+        "Triton's compilers end with their share"
+    )
+    for name in ("tries", "promises", "checks", "networks", "sanitizer", "probes"):
+        assert times.had[name][0] >= check.schedule.own(name) - 1e-9, name
+    assert times.had["layers"][0] == pytest.approx(min(55.0, 125 - took) if built else 0.0)
+    assert times.now <= 480
+
+
+def test_compilers_of_triton_give_way_to_the_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report_niceness = [sys.executable, "-c", "import os; print(os.nice(0))"]
+    monkeypatch.setattr(stages, "_command", lambda *arguments: report_niceness)
+    with stages.parts_of("compile", tmp_path, 1, []) as ((compiler, _),):
+        assert compiler.wait(float("inf")).stdout == "19\n"
 
 
 def test_shares_are_of_eight_minutes() -> None:
