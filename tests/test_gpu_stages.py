@@ -79,7 +79,8 @@ class Times:
         monkeypatch.setattr(tools, "first_tries", self.first_tries)
         monkeypatch.setattr(tools, "sanitize", lambda sets, seconds: [self.stage("sanitizer", seconds)])
         monkeypatch.setattr(probes, "probe", lambda seconds: self.stage("probes", seconds))
-        monkeypatch.setattr(stages, "run_stage", lambda name, j, end, o: self.stage(name, end - self.now))
+        monkeypatch.setattr(stages, "run_stage", self.run_stage)
+        self.promise, self.lost = "ok", dict[str, str]()
 
     def clock(self) -> float:
         return self.now
@@ -103,9 +104,16 @@ class Times:
         self.build_had, _ = self.had.pop("build", (0.0, 0.0))
         return built
 
+    def run_stage(self, name: str, journal: Journal, end: float, options: list[str]) -> dict[str, Any]:
+        ended = self.stage(name, end - self.now)
+        if name == "promises":
+            for what in checks.promised(GPU):
+                journal.note("promise", what=what, result=self.promise)
+        return ended
+
     def first_tries(self, kernels: list[str], seconds: float) -> dict[str, str]:
         self.stage("tries", seconds)
-        return {}
+        return self.lost
 
 
 GPU = Device("cpu", "a CPU in a GPU's place", 0)
@@ -157,6 +165,28 @@ def test_compilers_of_triton_give_way_to_the_build(monkeypatch: pytest.MonkeyPat
         assert compiler.wait(float("inf")).stdout == "19\n"
 
 
+@pytest.mark.parametrize(
+    ("trouble", "complete"),
+    [("none", True), ("build", False), ("lost", False), ("promise", False), ("sanitizer", False),
+     ("no sanitizer", True)],
+)  # fmt: skip
+def test_a_record_is_complete_where_nothing_went_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trouble: str, complete: bool
+) -> None:
+    times = Times(monkeypatch, {})
+    if trouble == "build":
+        monkeypatch.setattr(tools, "build", lambda seconds: {"ok": False, "output": "no such file"})
+    if trouble in ("sanitizer", "no sanitizer"):
+        ran = {"command": "memcheck", "ok": False if trouble == "sanitizer" else None, "output": ""}
+        monkeypatch.setattr(tools, "sanitize", lambda sets, seconds: [ran])
+    times.lost = {"cuda_ffma:dgrad": "hangs: "} if trouble == "lost" else {}
+    times.promise = "y differs" if trouble == "promise" else "ok"
+    check = Check(GPU, Schedule(480.0, 0.0), tmp_path, lambda record: None, clock=times.clock)
+    found = check.run(build=True)
+    assert found["complete"] is complete
+    assert ("PARTIAL" in report.report(found)) is not complete
+
+
 def test_shares_are_of_eight_minutes() -> None:
     assert sum(share.own for share in SHARES.values()) == 480
     assert list(SHARES)[-1] == "layers", "what is short is short for its last rows"
@@ -173,7 +203,7 @@ def test_a_check_that_is_told_to_end_leaves_a_record_that_says_what_is_missing(
             raise SystemExit
         return {"status": "done", "command": name, "ok": True, "output": ""}
 
-    times.stage = stage  # type: ignore[method-assign]
+    times.stage, times.promise = stage, "no time"  # type: ignore[method-assign]
     monkeypatch.setattr(checks, "kernels", lambda device, without=(): ["cuda_ffma", "stripe_gemm"])
     records: list[str] = []
     check = Check(
@@ -290,9 +320,10 @@ def test_the_stages_of_a_gpu_in_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     saved: list[Any] = []
     check = Check(GPU, Schedule(580.0, time.perf_counter()), tmp_path, saved.append)
     found = check.run(build=False)
-    assert found["complete"]
+    assert [stage["status"] for stage in found["stages"].values()] == ["done"] * len(SHARES)
+    assert not found["complete"], "a pass was lost"
     assert len(saved) == len(SHARES) + 1, "the record is saved after every stage"
-    assert saved[-1]["complete"]
+    assert saved[-1] is found
     assert found["correctness"]["failures"] == []
     assert found["correctness"]["skipped"] == {}
     assert found["correctness"]["done"] > 0

@@ -180,7 +180,7 @@ def report(found: dict[str, Any]) -> str:
         network_table(found["networks"]),
     ]
     if not found["complete"]:
-        parts.append("A PARTIAL record: stages above did not finish.")
+        parts.append("A PARTIAL record: see the troubles above.")
     if reason := not_quotable(found):
         parts.append(f"Documents may not quote this record: it {reason}.")
     if found["dry_run"]:

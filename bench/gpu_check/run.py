@@ -86,10 +86,7 @@ class Check:
                 self._sanitize()
                 self._probe()
             self._stage("layers")
-            # What was not compiled ahead is compiled when met: that costs time and nothing else.
-            needed = [stage for name, stage in self.found["stages"].items() if name != "compile"]
-            done = all(stage["status"] == "done" for stage in needed)
-            self.found["complete"] = done and self.found.get("build", {"ok": True})["ok"]
+            self.found["complete"] = _complete(self.found)
         return self.found
 
     def _say(self, text: str) -> None:
@@ -176,6 +173,19 @@ class Check:
             self.found["stages"]["probes"] = {"status": "done"}
         self._say(f"probes: {self.found['probes'].get('left_out', 'done')}")
         self.save(self.found)
+
+
+def _complete(found: Record) -> bool:
+    """Whether everything ran, and nothing but figures and `correctness` is left to look at."""
+    # What was not compiled ahead is compiled when met: that costs time and nothing else.
+    needed = [stage for name, stage in found["stages"].items() if name != "compile"]
+    return (
+        found.get("build", {"ok": True})["ok"]
+        and not found.get("lost")
+        and all(stage["status"] == "done" for stage in needed)
+        and all(result == "ok" for result in found["promises"].values())
+        and not any(tool["ok"] is False for tool in found.get("sanitizer", ()))  # None: not installed
+    )
 
 
 def _counts(stage: str, found: Record) -> str:
