@@ -213,7 +213,7 @@ def test_rates_of_wgmma_are_shown_or_why_there_are_none() -> None:
     assert "written for 9.0" in probe_text({"left_out": "the probes are written for 9.0"})
 
 
-def test_a_kernel_that_hangs_or_crashes_is_lost_and_a_wrong_one_is_not(
+def test_a_kernel_that_crashes_is_lost_and_a_wrong_one_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     programs = {
@@ -221,13 +221,38 @@ def test_a_kernel_that_hangs_or_crashes_is_lost_and_a_wrong_one_is_not(
         "wrong": f"raise SystemExit({tools.WRONG})",
         "lost its device": "print('an illegal access'); raise SystemExit(3)",
         "crashes": "import os; os.abort()",
-        "hangs": "import time; time.sleep(60)",
     }
     monkeypatch.setattr(tools, "_alone", lambda names: [sys.executable, "-c", programs[names[0]]])
-    lost = tools.first_tries(list(programs), seconds=5.0)
-    assert set(lost) == {"lost its device", "crashes", "hangs"}
+    lost, unknown = tools.first_tries(list(programs), seconds=1e4, most=1e4)
+    assert set(lost) == {"lost its device", "crashes"}
+    assert unknown == []
     assert "an illegal access" in lost["lost its device"]
-    assert lost["hangs"].startswith("hangs")
+
+
+@pytest.mark.parametrize(
+    ("most", "hanging", "unknown"),
+    [(90.0, ["hangs"], []), (70.0, [], ["hangs"]), (50.0, [], ["slow", "hangs"])],
+)
+def test_a_kernel_hangs_where_its_own_time_is_over_and_not_where_all_are_slow(
+    monkeypatch: pytest.MonkeyPatch, most: float, hanging: list[str], unknown: list[str]
+) -> None:
+    now = 0.0
+
+    def took(seconds: float, code: int | None) -> dict[str, Any]:
+        nonlocal now
+        now += seconds
+        return {"code": code, "output": "so far"}
+
+    def all_at_once(commands: list[list[str]], seconds: float, keep: bool) -> list[dict[str, Any]]:
+        took(seconds, None)
+        return [took(0.0, 0 if command == ["fast"] else None) for command in commands]
+
+    monkeypatch.setattr(tools, "_alone", list)
+    monkeypatch.setattr(tools, "run_together", all_at_once)
+    monkeypatch.setattr(tools, "run", lambda c, s, keep: took(s, None) if c == ["hangs"] else took(8.0, 0))
+    lost, left = tools.first_tries(["fast", "slow", "hangs"], 50.0, most, lambda: now)
+    assert [name for name, reason in lost.items() if reason == "hangs: so far"] == hanging == list(lost)
+    assert left == unknown
 
 
 def test_the_small_set_runs_both_gathers_and_the_stem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,9 +138,13 @@ class Check:
 
     def _try(self) -> None:
         with self._timed("tries") as end:
-            lost = tools.first_tries(self._native, end - self.clock())
-            self.found["stages"]["tries"] = {"status": "done"}
+            now, latest = self.clock(), self.schedule.latest("tries")
+            lost, unknown = tools.first_tries(self._native, end - now, latest - now)
+            status = "stopped at its deadline" if unknown else "done"
+            self.found["stages"]["tries"] = {"status": status, "not_tried": unknown}
         self.found["lost"] = lost
+        if unknown:
+            self._say(f"first tries: {status}: {', '.join(unknown)}")
         self._say(f"first tries: {', '.join(lost) or 'every kernel'} {'lost' if lost else 'ran'}")
         self.options += ["--without", *lost] if lost else []
         self.save(self.found)
