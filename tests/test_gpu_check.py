@@ -54,11 +54,30 @@ def tree(tmp_path: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
     folder = tmp_path / "bench/records"
-    written = record.write(
-        {"sources": record.source_hash(tmp_path), "dry_run": False, "complete": True}, folder, "some-gpu"
-    )
-    written.rename(folder / "some-gpu.json")
+    folder.mkdir(parents=True)
+    found = {"sources": record.source_hash(tmp_path), "dry_run": False, "complete": True}
+    (folder / "some-gpu.json").write_text(json.dumps(found))
     return tmp_path
+
+
+def test_a_record_has_one_name_and_takes_nobodys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, second = (record.Writer(tmp_path / "records", "some-gpu") for _ in range(2))
+    began = {"date": "2026-11-27T23:59:59+00:00", "run": 1}
+    path = first(began)
+    assert path.name == "some-gpu-2026-11-27.json"
+    assert second(began | {"run": 2}).name == "some-gpu-2026-11-27-2.json"
+    assert first(began | {"complete": True}) == path
+    assert json.loads(path.read_text()) == began | {"complete": True}
+    assert len(list(path.parent.iterdir())) == 2, "nothing is left aside"
+
+    def full(self: Path, text: str) -> None:
+        self.write_bytes(text[:5].encode())
+        raise OSError("no space")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        first(began)
+    assert json.loads(path.read_text())["complete"], "what was whole stays whole"
 
 
 @needs_sources

@@ -7,7 +7,6 @@ import signal
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 # Without an installation only the root is importable.
@@ -100,7 +99,7 @@ def main() -> int:
         sys.exit(f"gpu_check: built before its sources changed: {', '.join(map(str, outdated))}")
     # Told to end, as by timeout(1), the record is written first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_check: told to end"))
-    save = partial(record.write, folder=options.out, slug=device.slug)
+    save = record.Writer(options.out, device.slug)
     total = options.total or (DRY_TOTAL if options.dry_run else TOTAL)
     with tempfile.TemporaryDirectory(prefix="gpu_check") as folder:
         check = Check(device, Schedule(total, _START), Path(folder), save, options.dry_run)

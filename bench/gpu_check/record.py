@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import re
-from datetime import datetime, timezone
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,31 @@ def source_hash(root: Path = ROOT) -> str:
     return digest.hexdigest()[:16]
 
 
-def write(record: dict[str, Any], folder: Path, slug: str) -> Path:
-    """folder/<device>-<date>.json; a second one of the same day takes its place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{slug}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
+class Writer:
+    """Writes one check's record, as often as it changes, to folder/<device>-<date>.json, by the date on which it
+    began; -2, -3 and so on follow where another check has that name. A reader finds one state of it or another."""
+
+    def __init__(self, folder: Path, slug: str) -> None:
+        self._folder, self._slug = folder, slug
+        self._path: Path | None = None
+
+    def __call__(self, record: dict[str, Any]) -> Path:
+        if self._path is None:
+            self._path = self._claimed(record["date"][:10])
+        aside = self._path.with_name(f"{self._path.name}.part")
+        aside.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(aside, self._path)
+        return self._path
+
+    def _claimed(self, day: str) -> Path:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            suffix = f"-{number}" if number > 1 else ""
+            path = self._folder / f"{self._slug}-{day}{suffix}.json"
+            with suppress(FileExistsError):
+                path.touch(exist_ok=False)
+                return path
+        raise AssertionError
 
 
 def outdated_extensions(root: Path = ROOT) -> list[Path]:
