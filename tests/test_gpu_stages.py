@@ -47,6 +47,24 @@ time.sleep(600)
         time.sleep(0.01)
 
 
+def test_a_program_that_stays_though_killed_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    with programs.together([[sys.executable, "-c", ""]]) as (program,):
+        process, waits = program._process, list[float]()
+        kept = process.wait
+
+        def stays(timeout: float) -> int:
+            waits.append(timeout)
+            raise subprocess.TimeoutExpired("held", timeout)
+
+        process.wait = stays  # type: ignore[method-assign, assignment]
+        ended = program.wait(time.perf_counter())
+        kept()
+    assert waits == [0.0, 10.0]
+    assert ended.code is None
+    assert f"process {process.pid} stays" in ended.stderr
+    assert ended.stderr in capfd.readouterr().out
+
+
 def test_what_one_set_of_kernels_does_under_the_sanitizer_says_nothing_of_another(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
