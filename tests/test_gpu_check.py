@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -154,11 +155,14 @@ def test_what_is_not_built_is_checked_where_it_is_of_these_sources(
     monkeypatch.setattr(program, "Check", begin)
     monkeypatch.setattr(program.Device, "find", lambda dry_run: Device("cpu", "a CPU in a GPU's place", 0))
     monkeypatch.setattr(record, "outdated_extensions", lambda: [Path("_cuda.so")])
-    monkeypatch.setattr(program.signal, "signal", lambda *arguments: None)
+    handled: list[int] = []
+    monkeypatch.setattr(program.signal, "getsignal", lambda number: signal.SIG_DFL)
+    monkeypatch.setattr(program.signal, "signal", lambda number, handler: handled.append(number))
     monkeypatch.setattr(sys, "argv", ["gpu_check", option])
     ends = pytest.raises(SystemExit, match=r"built before its sources changed: _cuda\.so")
     with ends if option == "--no-build" else pytest.raises(Begun):
         program.main()
+    assert handled == ([] if option == "--no-build" else [signal.SIGTERM, signal.SIGHUP])
 
 
 @needs_sources

@@ -97,8 +97,10 @@ def main() -> int:
         return checks.small_set(device, options.kernels)
     if options.no_build and not options.dry_run and (outdated := record.outdated_extensions()):
         sys.exit(f"gpu_check: built before its sources changed: {', '.join(map(str, outdated))}")
-    # Told to end, as by timeout(1), the record is written first.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_check: told to end"))
+    # Told to end, as by timeout(1) or a terminal that closes, the record is written first; under nohup(1) it goes on.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: sys.exit("gpu_check: told to end"))
     save = record.Writer(options.out, device.slug)
     total = options.total or (DRY_TOTAL if options.dry_run else TOTAL)
     with tempfile.TemporaryDirectory(prefix="gpu_check") as folder:
