@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.gpu_check import __main__ as program
 from bench.gpu_check import ahead, checks, networks, record, tools
 from bench.gpu_check.checks import aligned
 from bench.gpu_check.device import Device
@@ -53,11 +55,30 @@ def tree(tmp_path: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
     folder = tmp_path / "bench/records"
-    written = record.write(
-        {"sources": record.source_hash(tmp_path), "dry_run": False, "complete": True}, folder, "some-gpu"
-    )
-    written.rename(folder / "some-gpu.json")
+    folder.mkdir(parents=True)
+    found = {"sources": record.source_hash(tmp_path), "dry_run": False, "complete": True}
+    (folder / "some-gpu.json").write_text(json.dumps(found))
     return tmp_path
+
+
+def test_a_record_has_one_name_and_takes_nobodys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, second = (record.Writer(tmp_path / "records", "some-gpu") for _ in range(2))
+    began = {"date": "2026-11-27T23:59:59+00:00", "run": 1}
+    path = first(began)
+    assert path.name == "some-gpu-2026-11-27.json"
+    assert second(began | {"run": 2}).name == "some-gpu-2026-11-27-2.json"
+    assert first(began | {"complete": True}) == path
+    assert json.loads(path.read_text()) == began | {"complete": True}
+    assert len(list(path.parent.iterdir())) == 2, "nothing is left aside"
+
+    def full(self: Path, text: str) -> None:
+        self.write_bytes(text[:5].encode())
+        raise OSError("no space")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        first(began)
+    assert json.loads(path.read_text())["complete"], "what was whole stays whole"
 
 
 @needs_sources
@@ -91,6 +112,57 @@ def test_a_missing_record_and_a_dry_run_are_named(tree: Path) -> None:
     assert "checked nothing" in record.stale_quotes("see bench/records/broken.json", tree)[0]
     (tree / "bench/records/broken.json").write_text(json.dumps({**broken, "sanitizer": [{"ok": True}] * 2}))
     assert record.stale_quotes("see bench/records/broken.json", tree) == []
+
+
+@needs_sources
+def test_a_record_whose_build_failed_is_not_quoted(tree: Path) -> None:
+    unbuilt = {
+        "sources": record.source_hash(tree),
+        "dry_run": False,
+        "complete": True,
+        "build": {"ok": False},
+    }
+    (tree / "bench/records/unbuilt.json").write_text(json.dumps(unbuilt))
+    assert record.stale_quotes("bench/records/unbuilt.json", tree) == [
+        "bench/records/unbuilt.json did not build"
+    ]
+
+
+@needs_sources
+def test_an_extension_older_than_its_sources_is_named(tree: Path) -> None:
+    extension = tree / "stripe_kernels/_cuda.some-abi.so"
+    extension.touch()
+    sources = [p for p in (tree / "csrc").rglob("*") if p.is_file()]
+    for path in (extension, *sources, *(tree / "stripe_kernels").rglob("*.py")):
+        os.utime(path, (1000, 1000))
+    assert record.outdated_extensions(tree) == []
+    os.utime(tree / "stripe_kernels/phases.py", (2000, 2000))
+    assert record.outdated_extensions(tree) == [], "Python has no build"
+    os.utime(tree / "csrc/bindings/cuda.cpp", (1001, 1001))
+    assert record.outdated_extensions(tree) == [extension]
+
+
+@pytest.mark.parametrize("option", ["--no-build", "--total=480"])
+def test_what_is_not_built_is_checked_where_it_is_of_these_sources(
+    monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def begin(*arguments: object) -> None:
+        raise Begun
+
+    monkeypatch.setattr(program, "Check", begin)
+    monkeypatch.setattr(program.Device, "find", lambda dry_run: Device("cpu", "a CPU in a GPU's place", 0))
+    monkeypatch.setattr(record, "outdated_extensions", lambda: [Path("_cuda.so")])
+    handled: list[int] = []
+    monkeypatch.setattr(program.signal, "getsignal", lambda number: signal.SIG_DFL)
+    monkeypatch.setattr(program.signal, "signal", lambda number, handler: handled.append(number))
+    monkeypatch.setattr(sys, "argv", ["gpu_check", option])
+    ends = pytest.raises(SystemExit, match=r"built before its sources changed: _cuda\.so")
+    with ends if option == "--no-build" else pytest.raises(Begun):
+        program.main()
+    assert handled == ([] if option == "--no-build" else [signal.SIGTERM, signal.SIGHUP])
 
 
 @needs_sources
@@ -165,7 +237,7 @@ def test_rates_of_wgmma_are_shown_or_why_there_are_none() -> None:
     assert "written for 9.0" in probe_text({"left_out": "the probes are written for 9.0"})
 
 
-def test_a_kernel_that_hangs_or_crashes_is_lost_and_a_wrong_one_is_not(
+def test_a_kernel_that_crashes_is_lost_and_a_wrong_one_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     programs = {
@@ -173,13 +245,38 @@ def test_a_kernel_that_hangs_or_crashes_is_lost_and_a_wrong_one_is_not(
         "wrong": f"raise SystemExit({tools.WRONG})",
         "lost its device": "print('an illegal access'); raise SystemExit(3)",
         "crashes": "import os; os.abort()",
-        "hangs": "import time; time.sleep(60)",
     }
     monkeypatch.setattr(tools, "_alone", lambda names: [sys.executable, "-c", programs[names[0]]])
-    lost = tools.first_tries(list(programs), seconds=5.0)
-    assert set(lost) == {"lost its device", "crashes", "hangs"}
+    lost, unknown = tools.first_tries(list(programs), seconds=1e4, most=1e4)
+    assert set(lost) == {"lost its device", "crashes"}
+    assert unknown == []
     assert "an illegal access" in lost["lost its device"]
-    assert lost["hangs"].startswith("hangs")
+
+
+@pytest.mark.parametrize(
+    ("most", "hanging", "unknown"),
+    [(90.0, ["hangs"], []), (70.0, [], ["hangs"]), (50.0, [], ["slow", "hangs"])],
+)
+def test_a_kernel_hangs_where_its_own_time_is_over_and_not_where_all_are_slow(
+    monkeypatch: pytest.MonkeyPatch, most: float, hanging: list[str], unknown: list[str]
+) -> None:
+    now = 0.0
+
+    def took(seconds: float, code: int | None) -> dict[str, Any]:
+        nonlocal now
+        now += seconds
+        return {"code": code, "output": "so far"}
+
+    def all_at_once(commands: list[list[str]], seconds: float, keep: bool) -> list[dict[str, Any]]:
+        took(seconds, None)
+        return [took(0.0, 0 if command == ["fast"] else None) for command in commands]
+
+    monkeypatch.setattr(tools, "_alone", list)
+    monkeypatch.setattr(tools, "run_together", all_at_once)
+    monkeypatch.setattr(tools, "run", lambda c, s, keep: took(s, None) if c == ["hangs"] else took(8.0, 0))
+    lost, left = tools.first_tries(["fast", "slow", "hangs"], 50.0, most, lambda: now)
+    assert [name for name, reason in lost.items() if reason == "hangs: so far"] == hanging == list(lost)
+    assert left == unknown
 
 
 def test_the_small_set_runs_both_gathers_and_the_stem(monkeypatch: pytest.MonkeyPatch) -> None:

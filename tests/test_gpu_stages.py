@@ -47,6 +47,24 @@ time.sleep(600)
         time.sleep(0.01)
 
 
+def test_a_program_that_stays_though_killed_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    with programs.together([[sys.executable, "-c", ""]]) as (program,):
+        process, waits = program._process, list[float]()
+        kept = process.wait
+
+        def stays(timeout: float) -> int:
+            waits.append(timeout)
+            raise subprocess.TimeoutExpired("held", timeout)
+
+        process.wait = stays  # type: ignore[method-assign, assignment]
+        ended = program.wait(time.perf_counter())
+        kept()
+    assert waits == [0.0, 10.0]
+    assert ended.code is None
+    assert f"process {process.pid} stays" in ended.stderr
+    assert ended.stderr in capfd.readouterr().out
+
+
 def test_what_one_set_of_kernels_does_under_the_sanitizer_says_nothing_of_another(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -63,20 +81,25 @@ def test_what_one_set_of_kernels_does_under_the_sanitizer_says_nothing_of_anothe
     assert [
         (r["command"].split()[2], r["command"].partition("--kernels ")[2], r["code"]) for r in found
     ] == wanted
+    assert not any("/" in r["command"] for r in found), "a record names tools, not where they lie"
 
 
 class Times:
     """A clock, and programs that take as long as `wanted` says of their stage, or as they may."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, wanted: dict[str, float]) -> None:
-        self.now, self.wanted, self.had = 0.0, wanted, dict[str, tuple[float, float]]()
+        self.now, self.had = 0.0, dict[str, tuple[float, float]]()
+        self.wanted = {"build": 0.0} | wanted
         monkeypatch.setattr(stages, "parts_of", lambda *arguments: nullcontext([]))
-        monkeypatch.setattr(stages, "wait_for", lambda parts, end: self.stage("compile", end - self.now))
-        monkeypatch.setattr(tools, "build", lambda seconds: {"ok": True})
+        monkeypatch.setattr(
+            stages, "wait_for", lambda parts, end: self.stage("compile", max(0.0, end - self.now))
+        )
+        monkeypatch.setattr(tools, "build", self.build)
         monkeypatch.setattr(tools, "first_tries", self.first_tries)
         monkeypatch.setattr(tools, "sanitize", lambda sets, seconds: [self.stage("sanitizer", seconds)])
         monkeypatch.setattr(probes, "probe", lambda seconds: self.stage("probes", seconds))
-        monkeypatch.setattr(stages, "run_stage", lambda name, j, end, o: self.stage(name, end - self.now))
+        monkeypatch.setattr(stages, "run_stage", self.run_stage)
+        self.promise, self.lost = "ok", dict[str, str]()
 
     def clock(self) -> float:
         return self.now
@@ -95,9 +118,23 @@ class Times:
             "output": "",
         }
 
-    def first_tries(self, kernels: list[str], seconds: float) -> dict[str, str]:
-        self.stage("tries", seconds)
-        return {}
+    def build(self, seconds: float) -> dict[str, Any]:
+        built = self.stage("build", seconds)
+        self.build_had, _ = self.had.pop("build", (0.0, 0.0))
+        return built
+
+    def run_stage(self, name: str, journal: Journal, end: float, options: list[str]) -> dict[str, Any]:
+        ended = self.stage(name, end - self.now)
+        if name == "promises":
+            for what in checks.promised(GPU):
+                journal.note("promise", what=what, result=self.promise)
+        return ended
+
+    def first_tries(
+        self, kernels: list[str], seconds: float, most: float
+    ) -> tuple[dict[str, str], list[str]]:
+        over = self.stage("tries", seconds).get("code", 0) is None
+        return self.lost, ["cuda_ffma:fprop"] if over else []
 
 
 GPU = Device("cpu", "a CPU in a GPU's place", 0)
@@ -121,7 +158,73 @@ def test_no_stage_takes_the_time_of_another(
     if late != [*SHARES]:
         took = sum(own[name] if name in late else 1.0 for name in SHARES if name != "layers")
         assert times.had["layers"][0] == pytest.approx(total - took), "layers have all that is left"
-    assert found["complete"] is not bool(set(late) - {"compile", "tries", "probes"})
+    assert found["complete"] is not bool(set(late) - {"compile", "probes"})
+
+
+@pytest.mark.parametrize(("took", "built"), [(60.0, True), (124.0, True), (1e6, False)])
+def test_a_build_takes_the_layers_time_before_it_is_cut(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, took: float, built: bool
+) -> None:
+    times = Times(monkeypatch, {"build": took} | dict.fromkeys(SHARES, 1e6))
+    check = Check(GPU, Schedule(480.0, 0.0), tmp_path, lambda record: None, clock=times.clock)
+    found = check.run(build=True)
+    assert times.build_had == 70 + 55, "its own, and the layers'"
+    assert found["build"]["ok"] is built
+    assert times.had["compile"][0] == max(0.0, 70 - min(took, 125.0)), (
+        "Triton's compilers end with their share"
+    )
+    for name in ("tries", "promises", "checks", "networks", "sanitizer", "probes"):
+        assert times.had[name][0] >= check.schedule.own(name) - 1e-9, name
+    assert times.had["layers"][0] == pytest.approx(min(55.0, 125 - took) if built else 0.0)
+    assert times.now <= 480
+
+
+def test_compilers_of_triton_give_way_to_the_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report_niceness = [sys.executable, "-c", "import os; print(os.nice(0))"]
+    monkeypatch.setattr(stages, "_command", lambda *arguments: report_niceness)
+    with stages.parts_of("compile", tmp_path, 1, []) as ((compiler, _),):
+        assert compiler.wait(float("inf")).stdout == "19\n"
+
+
+@pytest.mark.parametrize(
+    ("trouble", "complete"),
+    [("none", True), ("build", False), ("lost", False), ("promise", False), ("sanitizer", False),
+     ("no sanitizer", True)],
+)  # fmt: skip
+def test_a_record_is_complete_where_nothing_went_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trouble: str, complete: bool
+) -> None:
+    times = Times(monkeypatch, {})
+    if trouble == "build":
+        monkeypatch.setattr(tools, "build", lambda seconds: {"ok": False, "output": "no such file"})
+    if trouble in ("sanitizer", "no sanitizer"):
+        ran = {"command": "memcheck", "ok": False if trouble == "sanitizer" else None, "output": ""}
+        monkeypatch.setattr(tools, "sanitize", lambda sets, seconds: [ran])
+    times.lost = {"cuda_ffma:dgrad": "hangs: "} if trouble == "lost" else {}
+    times.promise = "y differs" if trouble == "promise" else "ok"
+    check = Check(GPU, Schedule(480.0, 0.0), tmp_path, lambda record: None, clock=times.clock)
+    found = check.run(build=True)
+    assert found["complete"] is complete
+    assert ("PARTIAL" in report.report(found)) is not complete
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "stage"), [(tools, "sanitize", "sanitizer"), (probes, "probe", "probes")]
+)
+def test_what_ends_a_stage_beside_the_checks_is_told_and_the_layers_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: Any, function: str, stage: str
+) -> None:
+    times = Times(monkeypatch, {})
+
+    def end(*arguments: object) -> None:
+        raise ValueError("not what it prints")
+
+    monkeypatch.setattr(module, function, end)
+    check = Check(GPU, Schedule(480.0, 0.0), tmp_path, lambda record: None, clock=times.clock)
+    found = check.run(build=True)
+    assert found["stages"][stage]["status"] == "ended by ValueError: not what it prints"
+    assert found["stages"]["layers"]["status"] == "done"
+    assert not found["complete"]
 
 
 def test_shares_are_of_eight_minutes() -> None:
@@ -140,7 +243,7 @@ def test_a_check_that_is_told_to_end_leaves_a_record_that_says_what_is_missing(
             raise SystemExit
         return {"status": "done", "command": name, "ok": True, "output": ""}
 
-    times.stage = stage  # type: ignore[method-assign]
+    times.stage, times.promise = stage, "no time"  # type: ignore[method-assign]
     monkeypatch.setattr(checks, "kernels", lambda device, without=(): ["cuda_ffma", "stripe_gemm"])
     records: list[str] = []
     check = Check(
@@ -222,7 +325,9 @@ def test_the_stages_of_a_gpu_in_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     withdrawn: list[str] = []
     monkeypatch.setattr(checks, "CASES", few)
     monkeypatch.setattr(
-        tools, "first_tries", lambda kernels, seconds: {"cuda_ffma:dgrad": "hangs: "} if kernels else {}
+        tools,
+        "first_tries",
+        lambda kernels, seconds, most: ({"cuda_ffma:dgrad": "hangs: "} if kernels else {}, []),
     )
     sanitized: list[list[str]] = []
     monkeypatch.setattr(
@@ -257,9 +362,10 @@ def test_the_stages_of_a_gpu_in_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     saved: list[Any] = []
     check = Check(GPU, Schedule(580.0, time.perf_counter()), tmp_path, saved.append)
     found = check.run(build=False)
-    assert found["complete"]
+    assert [stage["status"] for stage in found["stages"].values()] == ["done"] * len(SHARES)
+    assert not found["complete"], "a pass was lost"
     assert len(saved) == len(SHARES) + 1, "the record is saved after every stage"
-    assert saved[-1]["complete"]
+    assert saved[-1] is found
     assert found["correctness"]["failures"] == []
     assert found["correctness"]["skipped"] == {}
     assert found["correctness"]["done"] > 0

@@ -7,7 +7,6 @@ import signal
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 # Without an installation only the root is importable.
@@ -68,7 +67,9 @@ def main() -> int:
     parser.add_argument(
         "--without", nargs="*", default=[], help="with --stage: what may not run, as in --kernels"
     )
-    parser.add_argument("--no-build", action="store_true", help="the extensions are built already")
+    parser.add_argument(
+        "--no-build", action="store_true", help="the extensions are built already, from these sources"
+    )
     parser.add_argument(
         "--total", type=float, metavar="S",
         help=f"seconds in all, where not {TOTAL:.0f}: what is short is short for the last rows of layers",
@@ -94,9 +95,13 @@ def main() -> int:
         from bench.gpu_check import checks
 
         return checks.small_set(device, options.kernels)
-    # Told to end, as by timeout(1), the record is written first.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_check: told to end"))
-    save = partial(record.write, folder=options.out, slug=device.slug)
+    if options.no_build and not options.dry_run and (outdated := record.outdated_extensions()):
+        sys.exit(f"gpu_check: built before its sources changed: {', '.join(map(str, outdated))}")
+    # Told to end, as by timeout(1) or a terminal that closes, the record is written first; under nohup(1) it goes on.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: sys.exit("gpu_check: told to end"))
+    save = record.Writer(options.out, device.slug)
     total = options.total or (DRY_TOTAL if options.dry_run else TOTAL)
     with tempfile.TemporaryDirectory(prefix="gpu_check") as folder:
         check = Check(device, Schedule(total, _START), Path(folder), save, options.dry_run)

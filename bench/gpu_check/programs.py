@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from bench.gpu_check.record import ROOT
 
+_GONE = 10.0  # seconds in which a killed process goes
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -30,6 +32,7 @@ class Program:
     def __init__(self, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
         # Files, not pipes: nobody reads while several run, and a full pipe would stop its writer.
         self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 -- as long as the program
+        self._stays = ""
         self._start, self._over = time.perf_counter(), False
         out, err = self._files
         self._process = subprocess.Popen(
@@ -49,6 +52,7 @@ class Program:
         for file in self._files:
             file.seek(0)
             texts.append(file.read())
+        texts[1] += self._stays
         return Ended(code, *texts, time.perf_counter() - self._start)
 
     def stop(self) -> None:
@@ -58,7 +62,11 @@ class Program:
         self._over = True
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        try:
+            self._process.wait(timeout=_GONE)
+        except subprocess.TimeoutExpired:  # in a call of the driver that does not return
+            self._stays = f"process {self._process.pid} stays, killed: the driver holds it"
+            print(f"gpu_check: {self._stays}", flush=True)
 
 
 @contextmanager

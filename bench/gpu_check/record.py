@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import re
-from datetime import datetime, timezone
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +55,47 @@ def source_hash(root: Path = ROOT) -> str:
     return digest.hexdigest()[:16]
 
 
-def write(record: dict[str, Any], folder: Path, slug: str) -> Path:
-    """folder/<device>-<date>.json; a second one of the same day takes its place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{slug}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
+class Writer:
+    """Writes one check's record, as often as it changes, to folder/<device>-<date>.json, by the date on which it
+    began; -2, -3 and so on follow where another check has that name. A reader finds one state of it or another."""
+
+    def __init__(self, folder: Path, slug: str) -> None:
+        self._folder, self._slug = folder, slug
+        self._path: Path | None = None
+
+    def __call__(self, record: dict[str, Any]) -> Path:
+        if self._path is None:
+            self._path = self._claimed(record["date"][:10])
+        aside = self._path.with_name(f"{self._path.name}.part")
+        aside.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(aside, self._path)
+        return self._path
+
+    def _claimed(self, day: str) -> Path:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            suffix = f"-{number}" if number > 1 else ""
+            path = self._folder / f"{self._slug}-{day}{suffix}.json"
+            with suppress(FileExistsError):
+                path.touch(exist_ok=False)
+                return path
+        raise AssertionError
+
+
+def outdated_extensions(root: Path = ROOT) -> list[Path]:
+    """CUDA extensions older than a source of theirs: what would run is not what `source_hash` says."""
+    sources = [p for pattern in SOURCES if pattern.startswith("csrc/") for p in root.glob(pattern)]
+    newest = max((p.stat().st_mtime for p in sources if p.is_file()), default=0.0)
+    return [p for p in root.glob("stripe_kernels/_cuda*.so") if p.stat().st_mtime < newest]
 
 
 def not_quotable(record: dict[str, Any]) -> str:
     """Why no document may quote a record's figures, or nothing."""
     if record["dry_run"]:
         return "is a dry run"
+    # What ran then was an extension built earlier, from other sources than the record names, or none.
+    if not record.get("build", {"ok": True})["ok"]:
+        return "did not build"
     stages = record.get("stages", {})
     if not record["complete"] and any(stages.get(name, {}).get("status") != "done" for name in NEEDED):
         return "did not finish"

@@ -108,6 +108,8 @@ def _troubles(found: dict[str, Any]) -> list[str]:
         for crash in stage.get("crashes", ())
     ]
     lines += [f"not compiled: {text}" for text in found["stages"].get("compile", {}).get("failed", ())]
+    if not found.get("build", {"ok": True})["ok"]:
+        lines.append(f"not built: {found['build']['output'][-1500:]}")
     lines += [f"LOST {name}: {reason}" for name, reason in found.get("lost", {}).items()]
     if not found["dry_run"] and not any(name.startswith("cuda_") for name in found["kernels"]):
         lines.append(f"no CUDA kernel was built: {found.get('build', {}).get('output', 'not tried')[-1500:]}")
@@ -178,7 +180,7 @@ def report(found: dict[str, Any]) -> str:
         network_table(found["networks"]),
     ]
     if not found["complete"]:
-        parts.append("A PARTIAL record: stages above did not finish.")
+        parts.append("A PARTIAL record: see the troubles above.")
     if reason := not_quotable(found):
         parts.append(f"Documents may not quote this record: it {reason}.")
     if found["dry_run"]:

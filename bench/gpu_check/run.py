@@ -83,12 +83,10 @@ class Check:
             for name in ("promises", "checks", "networks"):
                 self._stage(name)
             if not self.dry_run:
-                self._sanitize()
-                self._probe()
+                self._optional("sanitizer", self._sanitize)
+                self._optional("probes", self._probe)
             self._stage("layers")
-            # What was not compiled ahead is compiled when met: that costs time and nothing else.
-            needed = [stage for name, stage in self.found["stages"].items() if name != "compile"]
-            self.found["complete"] = all(stage["status"] == "done" for stage in needed)
+            self.found["complete"] = _complete(self.found)
         return self.found
 
     def _say(self, text: str) -> None:
@@ -103,14 +101,15 @@ class Check:
         self.found["stages"][name].setdefault("seconds", round(self.clock() - start, 1))
 
     def _compile(self, build: bool) -> None:
-        """Builds in place while Triton's kernels are compiled on the other cores."""
+        """Builds in place while Triton's kernels are compiled on the cores that it leaves idle: without the build there
+        is little to check, without theirs a later stage waits for its own."""
         parts = 1 if self.dry_run else max(1, (os.cpu_count() or 2) - 2)
         with (
             self._timed("compile") as end,
             stages.parts_of("compile", self.folder, parts, self.options) as compilers,
         ):
             if build:
-                self.found["build"] = tools.build(end - self.clock())
+                self.found["build"] = tools.build(self.schedule.latest("compile") - self.clock())
                 self._say(f"build: {'ok' if self.found['build']['ok'] else self.found['build']['output']}")
             self.found["stages"]["compile"] = stages.wait_for(compilers, end)
         self._say(f"compile: {self.found['stages']['compile']['status']}")
@@ -139,9 +138,13 @@ class Check:
 
     def _try(self) -> None:
         with self._timed("tries") as end:
-            lost = tools.first_tries(self._native, end - self.clock())
-            self.found["stages"]["tries"] = {"status": "done"}
+            now, latest = self.clock(), self.schedule.latest("tries")
+            lost, unknown = tools.first_tries(self._native, end - now, latest - now)
+            status = "stopped at its deadline" if unknown else "done"
+            self.found["stages"]["tries"] = {"status": status, "not_tried": unknown}
         self.found["lost"] = lost
+        if unknown:
+            self._say(f"first tries: {status}: {', '.join(unknown)}")
         self._say(f"first tries: {', '.join(lost) or 'every kernel'} {'lost' if lost else 'ran'}")
         self.options += ["--without", *lost] if lost else []
         self.save(self.found)
@@ -156,6 +159,15 @@ class Check:
             self.found |= gathered(name, journal, self.device, self.dry_run)
             self._say(f"{name}: {self.found['stages'][name]['status']}, {_counts(name, self.found)}")
             self.save(self.found)
+
+    def _optional(self, name: str, stage: Callable[[], None]) -> None:
+        """A stage that the others can do without: what ends it is told, and the check goes on."""
+        try:
+            stage()
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the layers are to be had
+            status = f"ended by {type(error).__name__}: {str(error)[:300]}"
+            self.found["stages"].setdefault(name, {})["status"] = status
+            self._say(f"{name}: {status}")
 
     def _sanitize(self) -> None:
         beside = [name for name in tools.BESIDE_OWN if name in self.found["kernels"]]
@@ -174,6 +186,19 @@ class Check:
             self.found["stages"]["probes"] = {"status": "done"}
         self._say(f"probes: {self.found['probes'].get('left_out', 'done')}")
         self.save(self.found)
+
+
+def _complete(found: Record) -> bool:
+    """Whether everything ran, and nothing but figures and `correctness` is left to look at."""
+    # What was not compiled ahead is compiled when met: that costs time and nothing else.
+    needed = [stage for name, stage in found["stages"].items() if name != "compile"]
+    return (
+        found.get("build", {"ok": True})["ok"]
+        and not found.get("lost")
+        and all(stage["status"] == "done" for stage in needed)
+        and all(result == "ok" for result in found["promises"].values())
+        and not any(tool["ok"] is False for tool in found.get("sanitizer", ()))  # None: not installed
+    )
 
 
 def _counts(stage: str, found: Record) -> str:

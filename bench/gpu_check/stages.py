@@ -57,10 +57,10 @@ def run_stage(
 def parts_of(
     name: str, folder: Path, parts: int, options: list[str]
 ) -> Iterator[list[tuple[programs.Program, Journal]]]:
-    """As many processes of one stage, each with a part of its work and a journal."""
+    """As many processes of one stage, each with a part of its work and a journal, behind all that is not nice."""
     journals = [Journal(folder / f"{name}-{part}") for part in range(parts)]
     commands = [
-        _command(name, journal, "--part", str(part), "--parts", str(parts), *options)
+        ["nice", "-n", "19", *_command(name, journal, "--part", str(part), "--parts", str(parts), *options)]
         for part, journal in enumerate(journals)
     ]
     with programs.together(commands) as running:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.gpu_check.programs import Ended, together
 
 _ENOUGH = 4000  # characters of output kept
+_ONE_TRY = 20.0  # seconds of a first try that has the machine to itself; all at once took 36 on an H200
 WRONG = 1  # status of --checks-only when results are wrong, and nothing worse
 # Own kernels that come with others' parts: stripe_gemm with its native gather, and the one that reads x value by value.
 BESIDE_OWN = ("stripe_gemm", "triton_stem")
@@ -33,12 +35,18 @@ def run_together(
         return [_told(c, p.wait(end), keep) for c, p in zip(commands, programs, strict=True)]
 
 
+def _without_places(command: Sequence[str]) -> str:
+    """A command as a record may hold it: what runs, not where it lies on this machine."""
+    names = ("python" if part == sys.executable else part for part in command)
+    return " ".join(Path(part).name if part.startswith("/") else part for part in names)
+
+
 def _told(command: Sequence[str], ended: Ended, keep: bool) -> dict[str, Any]:
     output = (ended.stdout + ("" if keep and ended.code == 0 else ended.stderr))[-_ENOUGH:]
     if ended.code is None:
         output = f"stopped after {ended.seconds:.0f} s: {output}"
     return {
-        "command": " ".join(command),
+        "command": _without_places(command),
         "ok": ended.code == 0,
         "code": ended.code,
         "seconds": round(ended.seconds, 1),
@@ -58,16 +66,27 @@ def _alone(kernels: list[str]) -> list[str]:
     return [sys.executable, "-m", "bench.gpu_check", "--checks-only", "--kernels", *kernels]
 
 
-def first_tries(kernels: list[str], seconds: float) -> dict[str, str]:
-    """Each kernel, or pass of one, over few cases in a process of its own, all at once: name -> why it may not run in
-    this one. A kernel that hangs or leaves its memory takes its process along; wrong results do not."""
-    found = run_together([_alone([name]) for name in kernels], seconds, keep=True)
-    reasons = {}
-    for name, result in zip(kernels, found, strict=True):
+def first_tries(
+    kernels: list[str], seconds: float, most: float, clock: Callable[[], float] = time.perf_counter
+) -> tuple[dict[str, str], list[str]]:
+    """Each kernel, or pass of one, over few cases in a process of its own, all at once in `seconds`: name -> why it may
+    not run in this one. A kernel that hangs or leaves its memory takes its process along; wrong results do not. All at
+    once are slow, and one that hangs slows the others: who was not over is tried again alone, and hangs if it is not
+    over then. Second, those that `most` seconds in all have no such time for: nothing is known of them."""
+    end = clock() + most
+    together_ = run_together([_alone([name]) for name in kernels], seconds, keep=True)
+    found = dict(zip(kernels, together_, strict=True))
+    reasons, unknown = {}, []
+    for name, result in found.items():
+        if result["code"] is None:
+            if end - clock() < _ONE_TRY:
+                unknown.append(name)
+                continue
+            result = run(_alone([name]), _ONE_TRY, keep=True)
         if result["code"] not in (0, WRONG):
             what = "hangs" if result["code"] is None else f"ends with status {result['code']}"
             reasons[name] = f"{what}: {result['output'][-600:]}"
-    return reasons
+    return reasons, unknown
 
 
 def sanitize(sets: Sequence[list[str]], seconds: float) -> list[dict[str, Any]]:

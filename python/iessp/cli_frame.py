@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from functools import wraps
 from typing import Annotated, Any
 
@@ -115,12 +115,17 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         code = app(arguments, prog_name="iessp", standalone_mode=False)
+        sys.stdout.flush()  # what fails here would else fail when the interpreter ends, with words of its own
     except Exception as error:
         ending = _ending(error)
         if ending is None:  # a defect of ours: its traceback is wanted
             raise
         code, message = ending
         _say(message, "--json" in arguments)
+        try:
+            sys.stdout.flush()
+        except OSError:  # the output may be what failed, as on a full disk
+            _drop_output()
     sys.exit(code or 0)
 
 
@@ -158,10 +163,8 @@ def _say(message: str, as_json: bool) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(f"[bold red]error:[/] {escape(line)}")
     if as_json:
-        try:
-            print(json.dumps({"error": line}), flush=True)
-        except OSError:  # the output may be what failed, as on a full disk
-            _drop_output()
+        with suppress(OSError):  # unbuffered, it fails here already
+            print(json.dumps({"error": line}))
 
 
 def _drop_output() -> None:

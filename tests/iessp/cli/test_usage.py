@@ -218,10 +218,14 @@ def test_failures_end_with_one_line_and_status_1(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("arguments", [["explain", "nowhere", "--json"], ["--version"]], ids=" ".join)
-def test_a_full_disk_under_the_output_ends_with_one_line(arguments: list[str]) -> None:
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "unbuffered"])
+def test_a_full_disk_under_the_output_ends_with_one_line(arguments: list[str], buffered: bool) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
     with open("/dev/full", "w") as full:
         program = [sys.executable, "-m", "iessp", *arguments]
-        ran = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        ran = subprocess.run(
+            program, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment
+        )
     assert ran.returncode == (2 if "nowhere" in arguments else 1)
     assert ran.stderr.startswith("error: ")
     assert len(ran.stderr.splitlines()) == 1
