@@ -276,31 +276,11 @@ def _training_graph(device: Device, kernel: str) -> str | None:
     return None if same else "a replay differs from a call"
 
 
-def _stream(device: Device, kernel: str) -> str | None:
-    """Work queued on the current stream is waited for."""
-    layer, x = _layer(device, kernel)
-    with torch.no_grad():
-        expected = layer(x)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            late = torch.full_like(x, torch.nan)
-            torch.cuda._sleep(_STRAND * 2000)
-            late.copy_(x)
-            y = layer(late)
-        stream.synchronize()
-    return None if torch.equal(y, expected) else "did not wait for its stream"
+_Step = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
 
-def _training_stream(device: Device, kernel: str) -> str | None:
-    """The same in a step forward and back, whose gradients come on the stream that the layer ran on."""
-    layer, x = _layer(device, kernel)
-
-    def step(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
-
-    torch.backends.cudnn.deterministic = kernel == "auto"
+def _waits(x: torch.Tensor, step: _Step) -> str | None:
+    """Whether a step on a stream of its own waits for the x that is late there."""
     expected = step(x)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -312,6 +292,25 @@ def _training_stream(device: Device, kernel: str) -> str | None:
     stream.synchronize()
     same = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     return None if same else "did not wait for its stream"
+
+
+def _stream(device: Device, kernel: str) -> str | None:
+    """Work queued on the current stream is waited for."""
+    layer, x = _layer(device, kernel)
+    with torch.no_grad():
+        return _waits(x, lambda x: (layer(x),))
+
+
+def _training_stream(device: Device, kernel: str) -> str | None:
+    """The same in a step forward and back, whose gradients come on the stream that the layer ran on."""
+    layer, x = _layer(device, kernel)
+
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
+
+    torch.backends.cudnn.deterministic = kernel == "auto"
+    return _waits(x, step)
 
 
 def _second_device(device: Device, kernel: str) -> str | None:
